@@ -1,0 +1,344 @@
+"""The operators in plain PyTorch: their definition, the oracle of every kernel, and the fallback.
+
+One function an operator, under the operator's name. Shapes and dtypes have been checked.
+Dims: K particles, T or N rows, C classes, r rank, L layers.
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_IGNORE_INDEX = -100
+
+
+# --- lora_linear ---------------------------------------------------------------------------------
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
+    particles, rank, _ = lora_A.shape
+    rows = x.shape[1]
+    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    # One GEMM over all rows of all particles, in two dimensions: an expanded x would make three
+    # a broadcast product.
+    base = F.linear(x.flatten(0, 1), weight, bias).view(x.shape[0], rows, weight.shape[0])
+    if x.shape[0] == particles:
+        shrunk = torch.bmm(x, lora_A.mT)
+        return base.baddbmm_(shrunk, lora_B.mT, alpha=scaling), shrunk
+    shrunk = F.linear(x[0], lora_A.flatten(0, 1))  # (T, K·r)
+    shrunk = shrunk.view(rows, particles, rank).transpose(0, 1).contiguous()
+    base = base.expand(particles, -1, -1)
+    return torch.baddbmm(base, shrunk, lora_B.mT, alpha=scaling), shrunk
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r); empty where not needed.
+
+    dS = s·dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = s·dYᵀ·S.
+    """
+    needs_x, needs_A, needs_B = needs
+    particles, rank, d_in = lora_A.shape
+    rows = x.shape[1]
+    shared = x.shape[0] != particles
+    dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    if needs_x or needs_A:
+        d_shrunk = torch.bmm(grad, lora_B.to(grad.dtype) * scaling)  # (K, T, r)
+    if needs_x:
+        A = lora_A.to(grad.dtype)
+        if shared:
+            # The rows are the same for all particles, so dY is summed before the large product.
+            dx = torch.mm(grad.sum(0), weight)
+            by_row = d_shrunk.transpose(0, 1).reshape(rows, particles * rank)
+            dx = dx.addmm_(by_row, A.flatten(0, 1)).unsqueeze(0)
+        else:
+            dx = torch.mm(grad.flatten(0, 1), weight).view(particles, rows, d_in)
+            dx = dx.baddbmm_(d_shrunk, A)
+    if needs_A:
+        if shared:
+            dA = torch.matmul(d_shrunk.mT.reshape(particles * rank, rows), x[0])
+            dA = dA.view(particles, rank, d_in)
+        else:
+            dA = torch.bmm(d_shrunk.mT, x)
+        dA = dA.to(lora_A.dtype)
+    if needs_B:
+        dB = torch.bmm(grad.mT, shrunk).mul_(scaling).to(lora_B.dtype)
+    return dx, dA, dB
+
+
+# --- adapter geometry ----------------------------------------------------------------------------
+
+
+def lora_gram(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
+    """T (L, K, K): T_ij = s² ⟨A_i A_jᵀ, B_iᵀ B_j⟩."""
+    return _gram64(lora_A, lora_B, scaling).to(_accumulator(lora_A[0].dtype))
+
+
+def pairwise_frobenius(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
+    """D (L, K, K): D_ij = T_ii + T_jj − 2 T_ij."""
+    T = _gram64(lora_A, lora_B, scaling)
+    norms = T.diagonal(dim1=-2, dim2=-1)
+    D = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - T - T.mT).clamp_min_(0)
+    D.diagonal(dim1=-2, dim2=-1).zero_()
+    return D.to(_accumulator(lora_A[0].dtype))
+
+
+def lora_gram_backward(
+    grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
+) -> list[Tensor]:
+    """dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), U = s² (grad + gradᵀ)."""
+    layers = len(scaling)
+    grads: list[Tensor] = [torch.empty(0)] * (2 * layers)
+    scales = grad.new_tensor(scaling, dtype=torch.float64).square()
+    U = (grad + grad.mT).double() * scales[:, None, None]
+    for members in _same_shape(lora_A, lora_B):
+        A, B = _stack64(lora_A, lora_B, members)
+        rank = lora_A[members[0]].shape[1]
+        u = U[members].repeat_interleave(rank, -1).repeat_interleave(rank, -2)
+        dA = torch.bmm(torch.bmm(B.mT, B).mul_(u), A)
+        dB = torch.bmm(B, torch.bmm(A, A.mT).mul_(u))
+        for layer, a, b in zip(members, dA, dB):
+            like_a, like_b = lora_A[layer], lora_B[layer]
+            particles, d_out, _ = like_b.shape
+            grads[layer] = a.view(like_a.shape).to(like_a.dtype)
+            b = b.view(d_out, particles, rank).transpose(0, 1)
+            grads[layers + layer] = b.to(like_b.dtype, memory_format=torch.contiguous_format)
+    return grads
+
+
+def _gram64(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
+    particles = lora_A[0].shape[0]
+    T = lora_A[0].new_empty(len(scaling), particles, particles, dtype=torch.float64)
+    for members in _same_shape(lora_A, lora_B):
+        A, B = _stack64(lora_A, lora_B, members)
+        rank = lora_A[members[0]].shape[1]
+        blocks = torch.bmm(A, A.mT).mul_(torch.bmm(B.mT, B))  # (l, K·r, K·r)
+        T[members] = blocks.view(-1, particles, rank, particles, rank).sum((2, 4))
+    return T.mul_(T.new_tensor(scaling).square()[:, None, None])
+
+
+def _same_shape(lora_A: list[Tensor], lora_B: list[Tensor]) -> list[list[int]]:
+    """The layers' indices, grouped by shape: one batched product a group."""
+    groups = defaultdict(list)
+    for layer, (A, B) in enumerate(zip(lora_A, lora_B)):
+        groups[A.shape, B.shape].append(layer)
+    return list(groups.values())
+
+
+def _stack64(
+    lora_A: list[Tensor], lora_B: list[Tensor], members: list[int]
+) -> tuple[Tensor, Tensor]:
+    """The factors of some layers as (l, K·r, d_in) and (l, d_out, K·r), in float64.
+
+    Distances of nearly equal particles are small differences of large traces; float64 products
+    of float32 factors are exact, so nothing is lost.
+    """
+    particles, rank, d_in = lora_A[members[0]].shape
+    d_out = lora_B[members[0]].shape[1]
+    A = lora_A[0].new_empty(len(members), particles, rank, d_in, dtype=torch.float64)
+    B = lora_A[0].new_empty(len(members), d_out, particles, rank, dtype=torch.float64)
+    # Copied and widened in one pass.
+    for i, layer in enumerate(members):
+        A[i].copy_(lora_A[layer])
+        B[i].copy_(lora_B[layer].transpose(0, 1))
+    return A.flatten(1, 2), B.flatten(2, 3)
+
+
+# --- gram volume and particle loss ---------------------------------------------------------------
+#
+# With z the logits without the target class (z_y = −∞) and e = exp(z − max z), the unit vector of
+# the masked softmax is f̃ = e/‖e‖ whatever the true logit is, so nothing underflows when p_y → 1.
+# With M = ∂v/∂G for a function v
+# of G = F̃F̃ᵀ (rows are particles), the chain through the norm and the masked softmax collapses to
+#     ∂v/∂z_i = 2 f̃_i ∘ (X_i − ⟨X_i, f̃_i⟩ f̃_i),   X = M F̃,
+# because the term that the softmax Jacobian subtracts, ⟨q_i, ∂v/∂q_i⟩, is zero.
+
+
+def gram_volume(
+    logits: Tensor, targets: Tensor, eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> value (N,), stats (3, K, N), core (N, m, m)."""
+    _check_targets(logits, targets)
+    f, stats, _ = _normalise(logits, targets)
+    value, core = _volume(f, targets, eps, kind)
+    return value, stats, core
+
+
+def gram_volume_backward(
+    grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, core: Tensor
+) -> Tensor:
+    """grad (N,) -> the gradient of the logits (K, N, C)."""
+    valid, _ = _labels(logits, targets)
+    f = _renormalise(logits, targets, stats)
+    dz = _volume_gradient(f, core, grad, f.new_zeros(f.shape[:2])).mul_(f)
+    return _zero_ignored(dz, valid).to(logits.dtype)
+
+
+def particle_loss(
+    logits: Tensor, targets: Tensor, eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> nll (K,), divergence (), stats (3, K, N), core (N, m, m)."""
+    _check_targets(logits, targets)
+    f, stats, nll = _normalise(logits, targets)
+    value, core = _volume(f, targets, eps, kind)
+    count = _count(targets)
+    return nll.sum(-1) / count, value.sum() / count, stats, core
+
+
+def particle_loss_backward(
+    grad_nll: Tensor,
+    grad_divergence: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    core: Tensor,
+) -> Tensor:
+    """grad_nll (K,), grad_divergence () -> the gradient of the logits (K, N, C)."""
+    valid, labels = _labels(logits, targets)
+    top, norm, rest = stats
+    f = _renormalise(logits, targets, stats)
+    # e_y = exp(z_y − top); it may overflow, and p_y is then 1 and the rest of the softmax 0.
+    e_y = torch.exp(logits.gather(-1, labels).squeeze(-1).to(f.dtype) - top)
+    count = _count(targets)
+    weight = (grad_nll[:, None] / count).expand(f.shape[:2])
+    # The softmax is f̃ · ‖e‖/(Σe + e_y) off the target, and p_y − 1 = −Σe/(Σe + e_y) on it.
+    offset = (weight * norm / (rest + e_y)).where(valid, 0)
+    on_target = (-weight * rest / (rest + e_y)).where(valid, 0)
+    dz = _volume_gradient(f, core, (grad_divergence / count).expand(targets.shape), offset)
+    dz = dz.mul_(f).scatter_(-1, labels, on_target.unsqueeze(-1))
+    return _zero_ignored(dz, valid).to(logits.dtype)
+
+
+def _volume(f: Tensor, targets: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
+    """f̃ (K, N, C) -> the value (N,) and core (N, m, m), m = min(K, C).
+
+    K < C: core = M − diag(M G), so that X_i − ⟨X_i, f̃_i⟩ f̃_i = (core F̃)_i.
+    K >= C, where G is singular: core = −(F̃ᵀF̃ + εI)⁻¹ (C, C), and X = F̃ core by the push-through
+    identity.
+    """
+    particles, rows, classes = f.shape
+    side = min(particles, classes)
+    by_example = f.transpose(0, 1)  # (N, K, C)
+    if classes == 2 or (kind == "det" and particles > classes - 1):
+        return f.new_zeros(rows), f.new_zeros(rows, side, side)
+    if particles < classes:
+        gram = torch.bmm(by_example, by_example.mT)
+    else:
+        gram = torch.bmm(by_example.mT, by_example)
+    if kind == "det":
+        value, core = _negative_det(gram)
+    else:
+        damped = gram + eps * torch.eye(side, dtype=f.dtype, device=f.device)
+        # cholesky_ex does not wait for the device, and eps keeps the matrix positive definite.
+        factor = torch.linalg.cholesky_ex(damped).L
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        value = side * torch.tensor(eps, dtype=torch.float64).log().to(f.dtype) - log_det
+        core = -torch.cholesky_inverse(factor)
+    if particles < classes:
+        core = core - torch.diag_embed((core * gram).sum(-1))
+    valid = targets != _IGNORE_INDEX
+    # where, not a product: an ignored row may hold anything.
+    return value.where(valid, 0), core.where(valid[:, None, None], 0).contiguous()
+
+
+def _negative_det(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """−det G and −adj G for (N, K, K), also where G is singular."""
+    side = gram.shape[-1]
+    eye = torch.eye(side, dtype=torch.bool, device=gram.device)
+    # LAPACK raises on NaN; here a broken example gives NaN and leaves the others alone.
+    broken = ~gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    eigenvalues, vectors = torch.linalg.eigh(gram.where(~broken, eye.to(gram.dtype)))
+    eigenvalues = eigenvalues.clamp_min(0).where(~broken.squeeze(-1), torch.nan)
+    others = eigenvalues[:, None, :].expand(-1, side, -1).masked_fill(eye, 1).prod(-1)
+    return -eigenvalues.prod(-1), -(vectors * others[:, None, :]) @ vectors.mT
+
+
+def _volume_gradient(f: Tensor, core: Tensor, grad: Tensor, offset: Tensor) -> Tensor:
+    """offset + 2·grad·(X_i − ⟨X_i, f̃_i⟩ f̃_i): what f̃ is multiplied with. -> (K, N, C)
+
+    grad (N,) of the values, offset (K, N).
+    """
+    particles, _, classes = f.shape
+    by_example = f.transpose(0, 1)
+    core = core * (2 * grad.to(f.dtype))[:, None, None]
+    if particles < classes:
+        offset = offset.mT[..., None].expand(-1, -1, classes)
+        return torch.baddbmm(offset, core, by_example).transpose(0, 1).contiguous()
+    x = torch.bmm(by_example, core).transpose(0, 1)
+    along = (x * f).sum(-1, keepdim=True)
+    return (x - along * f + offset[..., None]).contiguous()
+
+
+def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """-> f̃ (K, N, C), stats (3, K, N) = (top, ‖e‖, Σe), nll (K, N), with e = exp(z − top)."""
+    valid, labels = _labels(logits, targets)
+    z = logits.to(_accumulator(logits.dtype))
+    z_y = z.gather(-1, labels).squeeze(-1)
+    z = z.scatter(-1, labels, -torch.inf)
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp_()
+    norm = torch.linalg.vector_norm(e, dim=-1)
+    rest = e.sum(-1)
+    # −log p_y = log(1 + Σe / exp(z_y − top))
+    nll = torch.logaddexp(rest.log() - (z_y - top.squeeze(-1)), torch.zeros_like(z_y))
+    stats = torch.stack([top.squeeze(-1), norm, rest])
+    return e.div_(norm.unsqueeze(-1)), stats, nll.where(valid, 0)
+
+
+def _renormalise(logits: Tensor, targets: Tensor, stats: Tensor) -> Tensor:
+    """f̃ (K, N, C) again, from the logits and their stats."""
+    _, labels = _labels(logits, targets)
+    top, norm, _ = stats.unsqueeze(-1)
+    z = logits.to(_accumulator(logits.dtype)) - top
+    return z.scatter_(-1, labels, -torch.inf).exp_().div_(norm)
+
+
+def _zero_ignored(dz: Tensor, valid: Tensor) -> Tensor:
+    """A zero gradient for ignored rows, also where their logits are not finite."""
+    return dz.masked_fill_(~valid[:, None], 0)
+
+
+def _labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """valid (N,) and class indices (K, N, 1) that are safe to gather with."""
+    valid = targets != _IGNORE_INDEX
+    labels = targets.where(valid, 0).expand(logits.shape[0], -1).unsqueeze(-1)
+    return valid, labels
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != _IGNORE_INDEX).sum().clamp_min(1)
+
+
+def _check_targets(logits: Tensor, targets: Tensor) -> None:
+    classes = logits.shape[-1]
+    valid = (targets == _IGNORE_INDEX) | ((targets >= 0) & (targets < classes))
+    if targets.is_cuda:
+        # Reported at the next synchronisation: waiting for the device here would stall it.
+        torch._assert_async(valid.all(), "multilora: a target is outside [0, C)")
+    elif not valid.all():
+        wrong = targets[~valid][0].item()
+        raise ValueError(
+            f"targets must be in [0, {classes}) or {_IGNORE_INDEX}; got {wrong} for "
+            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+        )
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

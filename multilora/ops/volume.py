@@ -1,0 +1,157 @@
+"""Gram-determinant volume of the non-target predictions, alone and fused with cross-entropy."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from multilora.ops._library import define, refuse_gradient, register_autograd
+
+IGNORE_INDEX = -100
+_KINDS = ("logdet", "det")
+_warned_two_classes = False
+
+
+def _accumulator(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_saved(logits):
+    particles, rows, classes = logits.shape
+    side = min(particles, classes)
+    stats = logits.new_empty((3, particles, rows), dtype=_accumulator(logits))
+    return stats, logits.new_empty((rows, side, side), dtype=_accumulator(logits))
+
+
+def _fake_volume(logits, targets, eps, kind):
+    return (logits.new_empty(logits.shape[1], dtype=_accumulator(logits)), *_fake_saved(logits))
+
+
+def _fake_loss(logits, targets, eps, kind):
+    dtype = _accumulator(logits)
+    nll = logits.new_empty(logits.shape[0], dtype=dtype)
+    return (nll, logits.new_empty((), dtype=dtype), *_fake_saved(logits))
+
+
+def _fake_volume_backward(grad, logits, targets, stats, core):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_loss_backward(grad_nll, grad_divergence, logits, targets, stats, core):
+    return logits.new_empty(logits.shape)
+
+
+# Saved for the backward of both: stats (3, K, N), per row the largest logit z without the target's,
+# and norm and sum of exp(z − largest); core (N, m, m) with m = min(K, C), the matrix that turns
+# the normalised predictions into their gradient (reference.py).
+_volume_op = define(
+    "gram_volume(Tensor logits, Tensor targets, float eps, str kind) -> (Tensor, Tensor, Tensor)",
+    _fake_volume,
+)
+_volume_backward_op = define(
+    "gram_volume_backward(Tensor grad, Tensor logits, Tensor targets, Tensor stats, Tensor core)"
+    " -> Tensor",
+    _fake_volume_backward,
+)
+_loss_op = define(
+    "particle_loss(Tensor logits, Tensor targets, float eps, str kind)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_loss,
+)
+_loss_backward_op = define(
+    "particle_loss_backward(Tensor grad_nll, Tensor grad_divergence, Tensor logits,"
+    " Tensor targets, Tensor stats, Tensor core) -> Tensor",
+    _fake_loss_backward,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, _, _ = inputs
+    stats, core = output[-2:]
+    ctx.mark_non_differentiable(stats, core)
+    ctx.save_for_backward(logits, targets, stats, core)
+
+
+def _volume_backward(ctx, grad, _stats, _core):
+    return _volume_backward_op(grad, *ctx.saved_tensors), None, None, None
+
+
+def _loss_backward(ctx, grad_nll, grad_divergence, _stats, _core):
+    return _loss_backward_op(grad_nll, grad_divergence, *ctx.saved_tensors), None, None, None
+
+
+register_autograd(_volume_op, _volume_backward, _setup_context)
+register_autograd(_loss_op, _loss_backward, _setup_context)
+refuse_gradient(_volume_backward_op)
+refuse_gradient(_loss_backward_op)
+
+
+def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = "logdet") -> Tensor:
+    """How little the particles' non-target predictions differ, per example; lower is more diverse.
+
+    logits (K, N, C), targets (N,) int64 -> (N,) float32 (float64 for float64 logits).
+
+    With f_i the softmax of particle i without the target class, scaled to unit length, and
+    G = (⟨f_i, f_j⟩) (K, K): kind "logdet" gives −log det(I + G/eps) (that is −log det(G + eps·I)
+    up to the constant K log eps, and finite for K > C − 1 too), kind "det" gives −det G.
+
+    The gradient with respect to the target logit is zero. Examples with target −100 give 0, and
+    so does every example where C = 2 (the one remaining class leaves no direction to differ in; a
+    warning says so once) or, for "det", K > C − 1. Identical particles have a zero gradient.
+
+    Raises ValueError for shapes, devices, eps, kind or a target outside [0, C), TypeError for
+    dtypes. On a GPU a target out of range is reported at the next synchronisation instead.
+    Source: IBDR (Pham et al. 2025), the divergence loss, with the sign that lets diversity grow.
+    """
+    _check("gram_volume", logits, targets, eps, kind)
+    return _volume_op(logits, targets, float(eps), kind)[0]
+
+
+def particle_loss(
+    logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = "logdet"
+) -> tuple[Tensor, Tensor]:
+    """Every particle's cross-entropy and the mean `gram_volume`, in one pass over the logits.
+
+    logits (K, N, C), targets (N,) int64, −100 ignored -> (nll (K,), divergence ()), float32
+    (float64 for float64 logits). Both are means over the valid targets, in nats; without a valid
+    target both are 0, with zero gradient.
+
+    Errors, eps and kind as in `gram_volume`.
+    """
+    _check("particle_loss", logits, targets, eps, kind)
+    nll, divergence, _, _ = _loss_op(logits, targets, float(eps), kind)
+    return nll, divergence
+
+
+def _check(name, logits, targets, eps, kind) -> None:
+    shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+    if logits.ndim != 3 or targets.ndim != 1 or targets.shape[0] != logits.shape[1]:
+        raise ValueError(f"{name} needs logits (K, N, C) and targets (N,); got {shapes}")
+    if logits.shape[0] < 1 or logits.shape[2] < 2:
+        raise ValueError(f"{name} needs K >= 1 particles and C >= 2 classes; got {shapes}")
+    if not logits.dtype.is_floating_point or targets.dtype != torch.int64:
+        raise TypeError(
+            f"{name} needs floating logits and int64 targets; "
+            f"got {logits.dtype} and {targets.dtype} for {shapes}"
+        )
+    if logits.device != targets.device:
+        raise ValueError(
+            f"{name} needs logits and targets on one device; "
+            f"got {logits.device} and {targets.device} for {shapes}"
+        )
+    smallest = 1e-12 if logits.dtype == torch.float64 else 1e-6
+    if not smallest <= eps <= 1e6:
+        raise ValueError(
+            f"{name} needs {smallest} <= eps <= 1e6 for {logits.dtype} logits (below it, rounding "
+            f"drowns the volume); got eps = {eps} for {shapes}"
+        )
+    if kind not in _KINDS:
+        raise ValueError(f"{name} needs kind in {_KINDS}; got {kind!r}")
+    global _warned_two_classes
+    if logits.shape[2] == 2 and not _warned_two_classes and not torch.compiler.is_compiling():
+        _warned_two_classes = True
+        warnings.warn(
+            f"{name}: with C = 2 classes one is left without the target, so the divergence is "
+            f"constant: it contributes zero ({shapes})",
+            stacklevel=3,
+        )

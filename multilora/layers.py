@@ -1,0 +1,261 @@
+"""Layers that hold K particles: stacked adapters over one frozen layer, and stacked heads.
+
+Inside a particle model the particles ride on the batch axis, particle first: a layer sees
+(K·B, ...) and reads it as (K, B, ...).
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from multilora.ops import lora_linear
+
+
+class ParticleRows:
+    """The number of rows, K·B, of the forward that is under way; None outside of one."""
+
+    count: int | None = None
+
+
+class ParticleLayer(nn.Module):
+    """A layer of K particles."""
+
+    def __init__(self, num_particles: int, rows: ParticleRows):
+        super().__init__()
+        self.num_particles = num_particles
+        self.rows = rows
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raise ValueError where the leading axis of x cannot be particles times batch.
+
+        A layer that is fed (tokens, batch, d), say, would mix particles without this check.
+        """
+        if not self.has_rows(x):
+            raise ValueError(
+                f"a particle layer needs an input whose leading axis is particles × batch, "
+                f"a multiple of {self._unit()} (K = {self.num_particles}); got {tuple(x.shape)}. "
+                "Layers that put another axis first cannot be targets."
+            )
+
+    def has_rows(self, x: Tensor) -> bool:
+        return x.shape[0] % max(self._unit(), 1) == 0
+
+    def _unit(self) -> int:
+        return self.num_particles if self.rows.count is None else self.rows.count
+
+    def split(self, x: Tensor) -> Tensor:
+        """(K·B, ...) -> (K, B, ...)."""
+        self.check_rows(x)
+        return x.view(self.num_particles, x.shape[0] // self.num_particles, *x.shape[1:])
+
+    def split_rows(self, x: Tensor) -> Tensor:
+        """(K·B, *, d) -> (K, T, d) in one view, with T the product of B and *."""
+        self.check_rows(x)
+        rows = math.prod(x.shape[:-1]) // self.num_particles
+        return x.reshape(self.num_particles, rows, x.shape[-1])
+
+
+class LoraLayer(ParticleLayer):
+    """K adapters on one frozen layer; the factors are stored flat, whatever the layer is.
+
+    lora_A (K, r, d_in), lora_B (K, d_out, r); for a convolution d_in = channels · kernel area.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        num_particles: int,
+        rows: ParticleRows,
+        rank: int,
+        scaling: float,
+        dropout: float,
+    ):
+        super().__init__(num_particles, rows)
+        weight = base_layer.weight
+        # Masters of half-precision layers are float32, as PEFT does it.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        d_out, d_in = self.weight_shape(base_layer)
+        factory = {"dtype": dtype, "device": weight.device}
+        self.base_layer = base_layer
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
+        self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(num_particles, d_out, rank, **factory))
+
+    @staticmethod
+    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+        """(d_out, d_in) of the layer's weight as a matrix."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: models read its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base_layer.bias
+
+    def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
+        """A from Kaiming's uniform (init True) or N(0, 1/r²) ("gaussian"), B zero."""
+        fresh = torch.empty(self.lora_A.shape[1:])
+        if init == "gaussian":
+            nn.init.normal_(fresh, std=1 / self.rank, generator=generator)
+        else:
+            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            self.lora_A[particle] = fresh
+            self.lora_B[particle] = 0
+
+    def extra_repr(self) -> str:
+        return f"particles={self.num_particles}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+class LoraLinear(LoraLayer):
+    """K adapters on nn.Linear, or on transformers' Conv1D, whose weight is (d_in, d_out)."""
+
+    @staticmethod
+    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+        return tuple(_linear_weight(base_layer).shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
+        rows = self.split_rows(x)  # (K, T, d_in)
+        if self.training and self.dropout > 0:
+            # The mask lies before A only, so the two products read different inputs.
+            dropped = F.dropout(rows, self.dropout)
+            delta = _low_rank(dropped, self.lora_A, self.lora_B, self.scaling)
+            y = F.linear(rows, weight, bias)
+            y = y + delta.to(y.dtype)
+        else:
+            y = lora_linear(rows, weight, self.lora_A, self.lora_B, bias, self.scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class LoraConv2d(LoraLayer):
+    """K adapters on nn.Conv2d as PEFT has it: A a convolution to r channels, B a 1×1 one.
+
+    The adapters of all particles are one grouped convolution.
+    """
+
+    @staticmethod
+    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+        return base_layer.weight.shape[0], base_layer.weight[0].numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, particles = self.base_layer, self.num_particles
+        rows = self.split(x)  # (K, B, C, H, W)
+        if self.training and self.dropout > 0:
+            rows = F.dropout(rows, self.dropout)
+        rows = rows.transpose(0, 1).flatten(1, 2)  # (B, K·C, H, W)
+        lora_A = self.lora_A.view(-1, *base.weight.shape[1:])  # (K·r, C, kh, kw)
+        lora_B = self.lora_B.flatten(0, 1)[..., None, None]  # (K·d_out, r, 1, 1)
+        shrunk = F.conv2d(
+            rows, lora_A.to(rows.dtype), None, base.stride, base.padding, groups=particles
+        )
+        delta = F.conv2d(shrunk, lora_B.to(shrunk.dtype), groups=particles)
+        delta = delta.unflatten(1, (particles, -1)).transpose(0, 1).flatten(0, 1)
+        y = base(x)
+        return y + self.scaling * delta.to(y.dtype)
+
+
+class StackedModule(ParticleLayer):
+    """K copies of a module (`modules_to_save`: the head) with stacked parameters (K, ...).
+
+    nn.Linear runs as one batched product and nn.Embedding as one look-up; any other module runs
+    under torch.func.vmap. Buffers are shared by the particles.
+    """
+
+    def __init__(self, module: nn.Module, num_particles: int, rows: ParticleRows):
+        super().__init__(num_particles, rows)
+        # The structure without storage, for vmap; not registered, so its tensors are no state.
+        self.__dict__["template"] = copy.deepcopy(module).to("meta")
+        self.module = copy.deepcopy(module)
+        for name, parameter in list(self.module.named_parameters()):
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            stacked = parameter.detach().to(dtype).expand(num_particles, *parameter.shape)
+            _set_parameter(self.module, name, nn.Parameter(stacked.clone()))
+        # Empty: it remembers the module's dtype, through model.to(dtype) too, beside the float32
+        # masters.
+        like = next(module.parameters())
+        self.register_buffer("dtype_of", like.new_empty(0), persistent=False)
+
+    def reset_particle(self, particle: int, generator: torch.Generator) -> None:
+        """Redraw this particle's matrices at the standard deviation that they have."""
+        with torch.no_grad():
+            for stacked in self.module.parameters():
+                if stacked.ndim < 3:
+                    continue
+                std = stacked[particle].std().item()
+                if not std > 0:
+                    std = 1 / math.sqrt(3 * stacked[particle, 0].numel())
+                fresh = torch.empty(stacked.shape[1:])
+                stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
+
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs:
+            if type(self.template) is nn.Linear:
+                return self._linear(args[0])
+            if type(self.template) is nn.Embedding:
+                return self._embedding(args[0])
+        leaves, structure = tree_flatten((args, kwargs))
+        mapped = [isinstance(t, Tensor) and t.ndim > 0 and self.has_rows(t) for t in leaves]
+        tensors = [self.split(t) for t, is_mapped in zip(leaves, mapped) if is_mapped]
+        if not tensors:
+            shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
+            raise ValueError(f"a stacked module needs an input of particles × batch; got {shapes}")
+        floating = [t.dtype for t in tensors if t.is_floating_point()]
+        dtype = floating[0] if floating else self.dtype_of.dtype
+        parameters = {name: p.to(dtype) for name, p in self.module.named_parameters()}
+        buffers = dict(self.module.named_buffers())
+        self.template.train(self.training)
+
+        def one_particle(parameters, *rows):
+            rows = iter(rows)
+            inputs = [next(rows) if m else leaf for leaf, m in zip(leaves, mapped)]
+            args, kwargs = tree_unflatten(inputs, structure)
+            return torch.func.functional_call(self.template, (parameters, buffers), args, kwargs)
+
+        outputs = torch.func.vmap(one_particle, randomness="different")(parameters, *tensors)
+        return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, outputs)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        rows = self.split_rows(x)
+        weight, bias = self.module.weight.to(x.dtype), self.module.bias
+        if bias is None:
+            y = torch.bmm(rows, weight.mT)
+        else:
+            y = torch.baddbmm(bias.to(x.dtype).unsqueeze(1), rows, weight.mT)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _embedding(self, ids: Tensor) -> Tensor:
+        rows = self.split(ids)  # (K, B, *)
+        weight = self.module.weight.to(self.dtype_of.dtype)  # (K, V, d)
+        first = torch.arange(self.num_particles, device=ids.device) * weight.shape[1]
+        first = first.view(-1, *[1] * (rows.ndim - 1))
+        y = F.embedding(rows + first, weight.flatten(0, 1)).flatten(0, 1)
+        if self.template.padding_idx is not None:
+            # The padding row has no gradient, in every particle.
+            y = torch.where((ids == self.template.padding_idx).unsqueeze(-1), y.detach(), y)
+        return y
+
+
+def _linear_weight(base_layer: nn.Module) -> Tensor:
+    """The weight as (d_out, d_in)."""
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.weight
+    return base_layer.weight.T
+
+
+def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """scaling · (x_k A_kᵀ) B_kᵀ for x (K, T, d_in) -> (K, T, d_out)."""
+    return torch.bmm(torch.bmm(x, lora_A.to(x.dtype).mT), lora_B.to(x.dtype).mT * scaling)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, parameter)

@@ -1,0 +1,8 @@
+"""Training methods: one file each, readable beside its paper's algorithm box."""
+
+from multilora.methods.base import Method
+from multilora.methods.ensemble import Ensemble
+from multilora.methods.ibdr import IBDR
+from multilora.methods.svgd import SVGD
+
+__all__ = ["IBDR", "SVGD", "Ensemble", "Method"]

@@ -1,0 +1,259 @@
+"""Interactive Bayesian distributional robustness (IBDR)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multilora.methods.base import (
+    Closure,
+    Method,
+    accumulate,
+    call,
+    flat_gradients,
+    flatten,
+    require_different_particles,
+    task_loss,
+    unflatten,
+)
+from multilora.ops import gram_volume, particle_loss
+
+_warned_own_batches = False
+
+
+class IBDR(Method):
+    """min over μ, σ and λ >= 0 of λρ + Σ_i max_{θ'_i} [ℓ(θ'_i) + α ℓ_div − λ ‖θ_i − θ'_i‖²]
+    + β Σ_i [‖μ_i‖² + d (σ_i² − log σ_i²)],  θ_i = μ_i + σ_i ε_i.
+
+    One step: draw θ, take g_i = ∇_i [ℓ_i + α ℓ_div] at θ, climb to θ', and give μ the gradient
+    that ℓ_i + α ℓ_div has at θ' (Danskin: the cost has no term in it). Two forwards and two
+    backwards for all particles together. The parameters of the model are μ.
+
+    alpha: α, weight of the divergence −log det(I + G/eps) (`kind` "logdet") or −det G ("det").
+        It enters every particle's objective once, whatever K is.
+    ascent: "prox", θ' = θ + g/2λ, the maximiser of the linearised inner problem, ‖g_i‖ clipped at
+        `clip` over all tensors of the particle; "step", θ + α₁ g (Algorithm 1 as printed); "sam",
+        θ + ρ g/‖g‖.
+    step_size: α₁ of "step".
+    rho: ρ, the radius. lambda_init, lambda_bounds, lambda_lr: λ₀, its bounds and α_λ;
+        λ ← clamp(λ − α_λ (ρ − c̄)) once a call, c̄ = mean_i ‖θ'_i − θ_i‖², or with
+        cost="output" the mean squared distance of the predicted probabilities.
+    sigma: σ, the standard deviation of the noise; 1e-3 … 1e-2 is a sensible range where both
+        factors are noisy (0.1 perturbs ΔW as much as the weights themselves).
+        noise="A" adds it to lora_A only, noise="all" to every tensor.
+    learn_sigma: one σ_i a particle becomes trainable: give `method.parameters()` to the
+        optimizer. Its gradient is ⟨∇ℓ(θ'_i), ε_i⟩ + 2βd (σ_i − 1/σ_i), d noisy numbers.
+    beta: β, weight of the KL term, about 1/N_data; it adds 2βμ_i to the gradient.
+    divergence: "joint", over all θ'; or "cross", θ'_i against the others' unperturbed
+        predictions, which takes K times the logits' memory.
+    loss: "particle", each one's cross-entropy; "ensemble", that of the mean logits, times K so
+        that a step does not shrink with K.
+
+    Where every particle has its own mini-batch (targets (K, N)) the predictions are of different
+    examples and the divergence has no meaning: it contributes zero, and a warning says so once.
+    Over accumulation steps each micro-batch has its own ascent.
+
+    Source: Pham et al. 2025 (IBDR), Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        alpha: float = 0.02,
+        ascent: str = "prox",
+        clip: float = 0.15,
+        step_size: float = 0.05,
+        rho: float = 0.03,
+        lambda_init: float = 3.0,
+        lambda_bounds: tuple[float, float] = (0.5, 5.0),
+        lambda_lr: float = 1e-2,
+        cost: str = "parameter",
+        sigma: float = 0.0,
+        noise: str = "all",
+        learn_sigma: bool = False,
+        beta: float = 0.0,
+        divergence: str = "joint",
+        loss: str = "particle",
+        kind: str = "logdet",
+        eps: float = 1e-4,
+        seed: int = 0,
+    ):
+        super().__init__(model)
+        for name, value, choices in (
+            ("ascent", ascent, ("prox", "step", "sam")),
+            ("cost", cost, ("parameter", "output")),
+            ("noise", noise, ("all", "A")),
+            ("divergence", divergence, ("joint", "cross")),
+            ("loss", loss, ("particle", "ensemble")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
+        low, high = lambda_bounds
+        if not 0 < low <= lambda_init <= high:
+            raise ValueError(
+                f"lambda_bounds must be positive and hold lambda_init; "
+                f"got {lambda_bounds} and {lambda_init}"
+            )
+        if sigma < 0 or (learn_sigma and sigma == 0):
+            raise ValueError(f"sigma must be >= 0, and > 0 to be learnt; got {sigma}")
+        if alpha != 0 and sigma == 0:
+            require_different_particles(self.params, "the divergence")
+        self.alpha, self.ascent, self.clip, self.step_size = alpha, ascent, clip, step_size
+        self.rho, self.lambda_bounds, self.lambda_lr = rho, (low, high), lambda_lr
+        self.cost, self.beta, self.divergence = cost, beta, divergence
+        self.loss, self.kind, self.eps = loss, kind, eps
+
+        device = self.params[0].device
+        self.lambda_ = torch.tensor(lambda_init, dtype=torch.float64, device=device)
+        self.sigma = torch.full((self.num_particles,), float(sigma), device=device)
+        self.sigma.requires_grad_(learn_sigma)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        noisy = self.params if sigma > 0 else []
+        if sigma > 0 and noise == "A":
+            if not hasattr(model, "adapters"):
+                raise ValueError('noise="A" needs a ParticleModel, whose tensors have names')
+            noisy = [adapter.lora_A for adapter in model.adapters()]
+        self.noisy = {id(p) for p in noisy}
+        self.noisy_size = sum(p[0].numel() for p in noisy)
+
+    def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+        mu = [p.detach().clone() for p in self.params]
+        try:
+            noise = self._draw_noise()
+            if noise is not None:
+                self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
+            logits, targets = call(closure, self.num_particles)
+            total, _ = self._objective(logits, targets)
+            # Scaled before differentiating, for half precision; unscaled after.
+            g = flat_gradients(total * scale, self.params) / scale
+            climb = self._climb(g)
+            self._move(climb)
+
+            before = logits.detach()
+            logits, targets = call(closure, self.num_particles)
+            total, stats = self._objective(logits, targets, before)
+            grads = flat_gradients(total * scale, self.params)
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, mu)
+
+        if self.sigma.requires_grad:
+            pull = self.sigma.detach() - 1 / self.sigma.detach()
+            pull = (2 * self.beta * self.noisy_size) * pull
+            accumulate([self.sigma], [(grads * noise).sum(1) + scale * pull])
+        if self.beta != 0:
+            grads = grads + (scale * 2 * self.beta) * flatten(mu)
+        accumulate(self.params, unflatten(grads, self.params))
+        distance = self._update_lambda(climb, before, logits.detach())
+        self.step += 1
+        return stats | {"lambda": self.lambda_.clone(), "cost": distance}
+
+    def parameters(self) -> list[Tensor]:
+        return [self.sigma] if self.sigma.requires_grad else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "lambda": self.lambda_.clone(),
+            "sigma": self.sigma.detach().clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            self.lambda_.copy_(state["lambda"])
+            self.sigma.copy_(state["sigma"])
+        self.generator.set_state(state["generator"].cpu())
+
+    def _objective(
+        self, logits: Tensor, targets: Tensor, before: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Σ_i ℓ_i + α ℓ_div and what to log; `before`: the unperturbed logits, for "cross"."""
+        if targets.ndim == 2:
+            if self.loss == "ensemble":
+                raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
+            _warn_own_batches(logits, targets)
+            nll, divergence = task_loss(logits, targets), logits.new_zeros(())
+        else:
+            nll, divergence = particle_loss(logits, targets, self.eps, self.kind)
+            if self.divergence == "cross" and before is not None:
+                divergence = self._cross_divergence(logits, targets, before)
+        if self.loss == "ensemble":
+            nll = task_loss(logits.mean(0, keepdim=True), targets) * self.num_particles
+        total = nll.sum() + self.alpha * divergence
+        mean_nll = nll.detach().sum() / self.num_particles
+        stats = {
+            "loss": mean_nll + self.alpha * divergence.detach() / self._divergence_terms(before),
+            "nll": mean_nll,
+            "divergence": divergence.detach() / self._divergence_terms(before),
+        }
+        return total, stats
+
+    def _divergence_terms(self, before: Tensor | None) -> int:
+        """How many volumes `divergence` sums over: K of them for "cross"."""
+        return self.num_particles if self.divergence == "cross" and before is not None else 1
+
+    def _cross_divergence(self, logits: Tensor, targets: Tensor, before: Tensor) -> Tensor:
+        """Σ_i ℓ_div(θ'_i, θ_{−i}): problem i has particle i perturbed and the others not."""
+        particles = self.num_particles
+        own = torch.eye(particles, dtype=torch.bool, device=logits.device)[:, :, None, None]
+        # (particle, problem, N, C)
+        mixed = torch.where(own, logits.unsqueeze(1), before.unsqueeze(1)).flatten(1, 2)
+        volume = gram_volume(mixed, targets.repeat(particles), self.eps, self.kind)
+        return volume.sum() / (targets != -100).sum().clamp_min(1)
+
+    def _draw_noise(self) -> Tensor | None:
+        """ε (K, P), zero where a tensor has no noise; None where σ = 0."""
+        if not self.noisy:
+            return None
+        return flatten(
+            [
+                torch.empty_like(p).normal_(generator=self.generator)
+                if id(p) in self.noisy
+                else torch.zeros_like(p)
+                for p in self.params
+            ]
+        ).detach()
+
+    def _climb(self, g: Tensor) -> Tensor:
+        """θ' − θ (K, P) from the gradient of every particle's objective."""
+        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        tiny = torch.finfo(g.dtype).tiny
+        if self.ascent == "step":
+            return self.step_size * g
+        if self.ascent == "sam":
+            return g * (self.rho / norm.clamp_min(tiny))
+        return g * ((self.clip / norm.clamp_min(tiny)).clamp_max(1) / (2 * self.lambda_)).to(g)
+
+    @torch.no_grad()
+    def _move(self, by: Tensor) -> None:
+        torch._foreach_add_(self.params, unflatten(by, self.params))
+
+    def _update_lambda(self, climb: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        if self.cost == "parameter":
+            distance = climb.square().sum(1).mean()
+        else:
+            dtype = torch.promote_types(before.dtype, torch.float32)
+            change = after.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
+            distance = change.square().sum(-1).mean()
+        moved = self.lambda_ - self.lambda_lr * (self.rho - distance)
+        moved = moved.clamp(*self.lambda_bounds)
+        # An overflowing step (GradScaler skips it) must not poison λ.
+        self.lambda_.copy_(torch.where(torch.isfinite(distance), moved, self.lambda_))
+        return distance
+
+
+def _warn_own_batches(logits: Tensor, targets: Tensor) -> None:
+    global _warned_own_batches
+    if not _warned_own_batches:
+        _warned_own_batches = True
+        warnings.warn(
+            "IBDR: every particle has its own mini-batch, so their predictions cannot be compared "
+            f"and the divergence contributes zero (logits {tuple(logits.shape)}, "
+            f"targets {tuple(targets.shape)})",
+            stacklevel=4,
+        )

@@ -1,0 +1,322 @@
+"""The `multilora` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+#: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
+_COLUMNS = (
+    ("accuracy ↑", ("accuracy",), 3),
+    ("NLL ↓", ("nll",), 3),
+    ("ECE ↓", ("ece",), 3),
+    ("Brier ↓", ("brier",), 3),
+    ("MI", ("mutual_information",), 3),
+    ("corrupted accuracy ↑", ("corrupted", "accuracy"), 3),
+    ("corrupted NLL ↓", ("corrupted", "nll"), 3),
+    ("corrupted ECE ↓", ("corrupted", "ece"), 3),
+    ("corrupted Brier ↓", ("corrupted", "brier"), 3),
+    ("OOD AUROC ↑", ("auroc_ood",), 3),
+    ("OOD AUROC (MI) ↑", ("auroc_ood_mi",), 3),
+    ("step ms ↓", ("step_ms",), 1),
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+        print(f"multilora: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(
+            f"multilora: {error}; the image tasks need the extra: pip install 'multilora[vision]'",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="multilora", description="K interacting LoRA particles over one frozen model."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train particles; without options, IBDR on handwritten digits",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("--task", default="digits", help="the embedded task")
+    train.add_argument("--method", default="ibdr", choices=("ibdr", "svgd", "ensemble", "single"))
+    train.add_argument("--particles", type=int, metavar="K", help="4; 5 for svgd, 1 for single")
+    train.add_argument("--rank", type=int, default=8)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=int, default=200)
+    train.add_argument("--batch-size", type=int, default=16)
+    train.add_argument("--lr", type=float, default=3e-3)
+    train.add_argument("--weight-decay", type=float, default=0.01)
+    train.add_argument("--shots", type=int, default=20, help="examples a class (digits)")
+    train.add_argument("--model", help="a timm model, with --data in place of --task")
+    train.add_argument(
+        "--data", metavar="DIR", help="a folder of images: train/ and val/, by class"
+    )
+    train.add_argument("--no-pretrained", dest="pretrained", action="store_false")
+    train.add_argument("--targets", nargs="+", help="layers to adapt with --model [qkv]")
+    train.add_argument(
+        "--model-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        type=_key_value,
+        help="for timm.create_model, e.g. img_size=32",
+    )
+    train.add_argument("--out", metavar="DIR", help="runs/TASK-METHOD-SEED, numbered if taken")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    train.add_argument("--device", default="cuda if there is one, else cpu")
+    train.add_argument(
+        "--compare",
+        action="store_true",
+        help="single, ensemble, svgd and ibdr on the same splits, at equal settings",
+    )
+    train.add_argument("--seeds", type=int, default=5, help="how many, for --compare")
+
+    evaluate = commands.add_parser("evaluate", help="measure a trained run again")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("dir", metavar="DIR")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    export = commands.add_parser("export", help="average a run's particles into one PEFT adapter")
+    export.set_defaults(run=_export)
+    export.add_argument("dir", metavar="DIR")
+    export.add_argument("out", metavar="OUT")
+    export.add_argument("--soup", default="exact", choices=("exact", "svd"))
+
+    info = commands.add_parser("info", help="versions, devices and backends")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from multilora.training import METHODS, Settings, train
+
+    if args.resume and args.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue")
+    device = args.device
+    if device.startswith("cuda if"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def settings(method: str, seed: int, particles: int | None) -> Settings:
+        if particles is None or method == "single":
+            particles = {"single": 1, "svgd": 5}.get(method, 4)
+        return Settings(
+            task=args.task,
+            method=method,
+            particles=particles,
+            rank=args.rank,
+            seed=seed,
+            steps=args.steps,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            shots=args.shots,
+            model=args.model,
+            data=args.data,
+            pretrained=args.pretrained,
+            targets=tuple(args.targets) if args.targets else None,
+            model_args=tuple(args.model_args),
+        )
+
+    def run(settings: Settings, out: Path) -> dict[str, Any]:
+        with _Progress(f"{settings.method} seed {settings.seed}") as progress:
+            return train(
+                settings,
+                out,
+                resume=args.resume,
+                device=device,
+                save_every=args.save_every,
+                report=progress.print,
+                on_step=progress.step,
+            )
+
+    if not args.compare:
+        chosen = settings(args.method, args.seed, args.particles)
+        out = Path(args.out) if args.out else _free_folder(chosen)
+        result = run(chosen, out)
+        _print_table([(args.method, [result])])
+        print(
+            f"{out}: particle_0 … particle_{chosen.particles - 1} (PEFT adapters), metrics.json, "
+            "reliability.png"
+        )
+        return 0
+
+    out = Path(args.out) if args.out else _free_folder(settings("ibdr", args.seed, None), "compare")
+    rows = []
+    for method in reversed(METHODS):
+        particles = args.particles or 4
+        results = [
+            run(settings(method, seed, particles), out / f"{method}-{seed}")
+            for seed in range(args.seed, args.seed + args.seeds)
+        ]
+        rows.append((method, results))
+    (out / "compare.json").write_text(json.dumps(dict(rows), indent=2) + "\n")
+    _print_table(rows)
+    print(f"mean ± standard error over {args.seeds} seeds; every run is in {out}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from multilora.training import evaluate, load_run
+
+    model, task, settings = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
+    result, _, _ = evaluate(model, task)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_table([(settings.method, [result])])
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from multilora.training import load_run
+
+    model, _, _ = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
+    model.soup(args.out, kind=args.soup)
+    print(f"{args.out}: the mean of {model.num_particles} particles as one PEFT adapter")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from multilora import __version__
+    from multilora.ops import dispatch
+
+    print(f"multilora {__version__}, Python {platform.python_version()}")
+    for package in ("torch", "triton", "peft", "timm", "transformers", "torchmetrics"):
+        try:
+            print(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package} not installed")
+    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    for index in range(torch.cuda.device_count()):
+        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    if not torch.cuda.is_available():
+        print("cuda: no device")
+    print("backends:")
+    for name in dispatch.BACKENDS:
+        reason = dispatch.missing_reason(name)
+        print(f"  {name}: {'available' if reason is None else f'missing: {reason}'}")
+    print(f"used by default: {dispatch.current_backend('cpu')}")
+    return 0
+
+
+class _Progress:
+    """A progress bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, title: str):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[stats]}"),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.task = self.progress.add_task(title, total=None, stats="")
+
+    def __enter__(self) -> _Progress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def print(self, line: str) -> None:
+        self.progress.console.print(line)
+
+    def step(self, step: int, steps: int, stats: dict[str, float]) -> None:
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in stats.items() if name != "nll")
+        self.progress.update(self.task, completed=step, total=steps, stats=shown)
+
+
+def _print_table(rows: list[tuple[str, list[dict[str, Any]]]]) -> None:
+    """A line a measure, a column a method: its value, or mean ± standard error over runs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # Markdown, so that a result can be pasted; a pipe has no width to fit it to.
+    table = Table(box=box.MARKDOWN)
+    table.add_column("")
+    for method, _ in rows:
+        table.add_column(method, justify="right")
+    for heading, path, decimals in _COLUMNS:
+        cells = [_cell([_look_up(r, path) for r in results], decimals) for _, results in rows]
+        if any(cells):
+            table.add_row(heading, *cells)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _look_up(result: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    for key in path:
+        result = result.get(key) if isinstance(result, dict) else None
+    return result
+
+
+def _cell(values: list[float | None], decimals: int) -> str:
+    values = [v for v in values if v is not None]
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {error:.{decimals}f}"
+
+
+def _free_folder(settings: Any, method: str | None = None) -> Path:
+    """runs/TASK-METHOD-SEED, numbered where it is taken."""
+    task = settings.model or settings.task
+    stem = f"{task}-{method or settings.method}-{settings.seed}".replace("/", "_")
+    path, number = Path("runs") / stem, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"KEY=VALUE is needed; got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""What the command line trains on: handwritten digits that need no download, or your images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from multilora.integrations.timm import (
+    class_names,
+    classifier_name,
+    create_base,
+    default_targets,
+    image_folder,
+)
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A pretrained base, what to adapt in it, and the data sets of (image, label) pairs."""
+
+    base: nn.Module
+    targets: list[str]
+    head: str
+    classes: list[str]
+    train: Dataset
+    test: Dataset
+    corrupted: dict[str, Dataset] = field(default_factory=dict)
+    ood: Dataset | None = None
+
+
+# --- digits --------------------------------------------------------------------------------------
+
+# A ViT of 0.17 M parameters on the 8×8 images that ship inside scikit-learn, 4×4 pixels a token.
+DIGITS_MODEL = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 48,
+    "depth": 6,
+    "num_heads": 3,
+}
+DIGITS_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+_PRETRAINING = {"seed": 0, "steps": 600, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
+
+
+def digits(seed: int, shots: int, report: Report = print) -> Task:
+    """A ViT pretrained on the digits 0–4, to be adapted to `shots` examples each of 5–9.
+
+    Test images are the rest of 5–9; corrupted copies of them have noise, blur or low contrast, at
+    three severities each; the digits 0–4 are the out-of-distribution images. The seed draws the
+    training examples.
+    """
+    images, labels = _load_digits()
+    source, target = labels < 5, labels >= 5
+    base = _digits_model(num_classes=5)
+    base.load_state_dict(_pretrained_digits(images[source], labels[source], report))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base.reset_classifier(5)
+    x, y = images[target], labels[target] - 5
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    chosen = torch.cat([order[y[order] == c][:shots] for c in range(5)])
+    held_out = torch.ones(len(y), dtype=torch.bool)
+    held_out[chosen] = False
+    x_test, y_test = x[held_out], y[held_out]
+    return Task(
+        base=base,
+        targets=DIGITS_TARGETS,
+        head="head",
+        classes=[str(digit) for digit in range(5, 10)],
+        train=TensorDataset(x[chosen], y[chosen]),
+        test=TensorDataset(x_test, y_test),
+        corrupted={
+            name: TensorDataset(corrupted, y_test.repeat(len(_SEVERITIES[name])))
+            for name, corrupted in _corrupt(x_test).items()
+        },
+        ood=TensorDataset(images[source], labels[source]),
+    )
+
+
+def _load_digits() -> tuple[Tensor, Tensor]:
+    """images (1797, 1, 8, 8) in [−1, 1] and labels (1797,)."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1
+    return images, torch.from_numpy(data.target).long()
+
+
+_SEVERITIES = {
+    "noise": (0.2, 0.35, 0.5),  # standard deviation, of a range of 2
+    "blur": (0.4, 0.55, 0.7),  # standard deviation in pixels
+    "contrast": (0.7, 0.5, 0.35),  # what is left of the distance to the image's mean
+}
+
+
+def _corrupt(x: Tensor) -> dict[str, Tensor]:
+    """Every corruption at its three severities, one after the other; always the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = [x + s * torch.randn(x.shape, generator=generator) for s in _SEVERITIES["noise"]]
+    blur = []
+    for sigma in _SEVERITIES["blur"]:
+        kernel = torch.exp(-0.5 * (torch.arange(-2.0, 3.0) / sigma) ** 2)
+        kernel = torch.outer(kernel, kernel)
+        kernel = (kernel / kernel.sum())[None, None]
+        blur.append(F.conv2d(F.pad(x, (2, 2, 2, 2), value=-1.0), kernel))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    contrast = [mean + s * (x - mean) for s in _SEVERITIES["contrast"]]
+    return {
+        "noise": torch.cat(noise).clamp(-1, 1),
+        "blur": torch.cat(blur),
+        "contrast": torch.cat(contrast),
+    }
+
+
+def _digits_model(num_classes: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_PRETRAINING["seed"])
+        return create_base("vit_tiny_patch16_224", num_classes, pretrained=False, **DIGITS_MODEL)
+
+
+def _pretrained_digits(images: Tensor, labels: Tensor, report: Report) -> dict[str, Tensor]:
+    """The weights after pretraining, made once and kept in the cache folder."""
+    from safetensors.torch import load_file, save_file
+
+    recipe = json.dumps([DIGITS_MODEL, _PRETRAINING], sort_keys=True)
+    name = f"digits-vit-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
+    file = cache_folder() / name
+    if file.is_file():
+        return load_file(file)
+    report("Pretraining the digits ViT on the digits 0–4 (once; it is kept in the cache)")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_PRETRAINING["seed"])
+        model = _pretrain(_digits_model(num_classes=5), images, labels)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    save_file(model.state_dict(), temporary)
+    os.replace(temporary, file)
+    return model.state_dict()
+
+
+def _pretrain(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
+    steps, size = _PRETRAINING["steps"], _PRETRAINING["batch_size"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=_PRETRAINING["lr"], weight_decay=_PRETRAINING["weight_decay"]
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PRETRAINING["lr"], steps)
+    model.train()
+    for _ in range(steps):
+        chosen = torch.randint(len(labels), (size,))
+        x = _augment(images[chosen])
+        F.cross_entropy(model(x), labels[chosen]).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+def _augment(x: Tensor) -> Tensor:
+    """Shifts by up to a pixel, contrast and noise: features that survive mild corruption."""
+    x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (-2, -1))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * torch.empty(len(x), 1, 1, 1).uniform_(0.4, 1.2)
+    return x + torch.randn_like(x) * torch.empty(len(x), 1, 1, 1).uniform_(0, 0.4)
+
+
+def cache_folder() -> Path:
+    """$MULTILORA_CACHE, or multilora in the user's cache folder."""
+    if "MULTILORA_CACHE" in os.environ:
+        return Path(os.environ["MULTILORA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multilora"
+
+
+# --- image folders -------------------------------------------------------------------------------
+
+
+def images(
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: list[str] | None = None,
+    seed: int = 0,
+    **model_args: Any,
+) -> Task:
+    """Any timm model on a folder of images; see `integrations.timm.image_folder` for its layout.
+
+    The seed draws the new head (and, without pretraining, the model).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        base = create_base(model, len(class_names(data)), pretrained, **model_args)
+    train, test, classes = image_folder(data, base, **model_args)
+    return Task(
+        base=base,
+        targets=targets or default_targets(base),
+        head=classifier_name(base),
+        classes=classes,
+        train=train,
+        test=test,
+    )

@@ -1,0 +1,332 @@
+"""The command line's training loop: an ordinary PyTorch loop around `method.backward`."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from multilora import metrics
+from multilora.checkpoint import load_particle_model
+from multilora.methods import IBDR, SVGD, Ensemble, Method
+from multilora.model import ParticleModel, get_particle_model
+from multilora.plots import reliability_diagram
+from multilora.tasks import Report, Task, digits, images
+
+METHODS = ("ibdr", "svgd", "ensemble", "single")
+_CHECKPOINT = "checkpoint.pt"
+_SETTINGS = "run.json"
+_METRICS = "metrics.json"
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run's numbers."""
+
+    task: str = "digits"
+    method: str = "ibdr"
+    particles: int = 4
+    rank: int = 8
+    seed: int = 0
+    steps: int = 200
+    batch_size: int = 16
+    lr: float = 3e-3
+    weight_decay: float = 0.01
+    shots: int = 20
+    model: str | None = None
+    data: str | None = None
+    pretrained: bool = True
+    targets: tuple[str, ...] | None = None
+    model_args: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {METHODS}; got {self.method!r}")
+        if (self.model is None) != (self.data is None):
+            raise ValueError("a task of your own needs both --model and --data")
+        if self.task != "digits" and self.model is None:
+            raise ValueError(f'the tasks are "digits", and --model with --data; got {self.task!r}')
+        if self.method == "single" and self.particles != 1:
+            raise ValueError(f"a single model has 1 particle; got {self.particles}")
+
+
+def make_task(settings: Settings, report: Report = print) -> Task:
+    if settings.model is None:
+        return digits(settings.seed, settings.shots, report)
+    return images(
+        settings.data,
+        settings.model,
+        settings.pretrained,
+        list(settings.targets) if settings.targets else None,
+        settings.seed,
+        **dict(settings.model_args),
+    )
+
+
+def make_method(name: str, model: ParticleModel, seed: int) -> Method:
+    if name == "ibdr":
+        return IBDR(model, seed=seed)
+    if name == "svgd":
+        return SVGD(model)
+    return Ensemble(model)
+
+
+def train(
+    settings: Settings,
+    out: str | Path,
+    resume: bool = False,
+    device: str = "cpu",
+    save_every: int = 50,
+    report: Report = print,
+    on_step: OnStep | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate and write OUT; -> what OUT/metrics.json holds.
+
+    OUT/: run.json (settings), checkpoint.pt (every `save_every` steps, replaced as a whole),
+    particle_k/ and multilora.json, metrics.json, reliability.png.
+
+    resume: continue from OUT/checkpoint.pt (from the start where a run was stopped before its
+    first). Raises ValueError where OUT holds a run and resume is False, or one of other settings.
+    """
+    out = Path(out)
+    _claim(out, settings, resume)
+    task = make_task(settings, report)
+    torch.manual_seed(settings.seed)
+    model = particle_model(task, settings).to(device)
+    method = make_method(settings.method, model, settings.seed)
+    optimizer = torch.optim.AdamW(
+        [*model.particle_parameters(), *method.parameters()],
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+    )
+    warm_up = max(1, round(0.06 * settings.steps))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm_up, 1.0, warm_up),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps - warm_up or 1),
+        ],
+        [warm_up],
+    )
+    state = _State(out / _CHECKPOINT, model, method, optimizer, schedule)
+    done, step_ms = state.load() if resume else (0, [])
+
+    model.train()
+    batches = DataLoader(task.train, batch_sampler=_Batches(task.train, settings, done))
+    stats: dict[str, float] = {}
+    for step, (x, y) in enumerate(batches, start=done + 1):
+        started = time.perf_counter()
+        x, y = x.to(device), y.to(device)
+        scalars = method.backward(lambda x=x, y=y: (model(x), y))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 10 == 0 or step == settings.steps:
+            stats = {name: value.item() for name, value in scalars.items()}
+            if not all(map(_finite, stats.values())):
+                raise FloatingPointError(f"step {step} of {settings.method} diverged: {stats}")
+        step_ms.append(1000 * (time.perf_counter() - started))
+        if on_step is not None:
+            on_step(step, settings.steps, stats)
+        if step % save_every == 0 or step == settings.steps:
+            state.save(step, step_ms)
+
+    model.save_pretrained(out)
+    result, predictions, targets = evaluate(model, task)
+    result = {
+        "method": settings.method,
+        "particles": settings.particles,
+        "rank": settings.rank,
+        "seed": settings.seed,
+        **result,
+        "step_ms": statistics.median(step_ms),
+        "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
+    }
+    reliability_diagram(predictions, targets, out / "reliability.png")
+    _write_json(out / _METRICS, result)
+    return result
+
+
+def particle_model(task: Task, settings: Settings) -> ParticleModel:
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        target_modules=task.targets,
+        modules_to_save=[task.head],
+    )
+    return get_particle_model(task.base, config, settings.particles, seed=settings.seed)
+
+
+def load_run(folder: str | Path, report: Report = print) -> tuple[ParticleModel, Task, Settings]:
+    """The trained model of a run's folder, with its task."""
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    task = make_task(settings, report)
+    return load_particle_model(task.base, folder), task, settings
+
+
+def evaluate(
+    model: ParticleModel, task: Task, batch_size: int = 256
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Measures on the clean, corrupted and out-of-distribution images.
+
+    -> the measures (clean at the top, "corrupted": means over the corruptions, "ood"), and the
+    clean predictions (K, N, C) with their targets.
+    """
+    log_p, targets = _predictions(model, task.test, batch_size)
+    ood = None if task.ood is None else _predictions(model, task.ood, batch_size)[0]
+    result = metrics.evaluate(log_p, targets, ood_logits=ood)
+    if task.corrupted:
+        each = {
+            name: metrics.evaluate(*_predictions(model, data, batch_size))
+            for name, data in task.corrupted.items()
+        }
+        measures = ("accuracy", "nll", "ece", "brier", "mutual_information")
+        result["corrupted"] = {
+            m: statistics.fmean(values[m] for values in each.values()) for m in measures
+        } | {f"{name}_accuracy": values["accuracy"] for name, values in each.items()}
+    return result, log_p.exp(), targets
+
+
+def _predictions(model: ParticleModel, data: Dataset, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (K, N, C) and targets (N,) on the CPU."""
+    device = next(model.parameters()).device
+    rows, targets = [], []
+    for x, y in DataLoader(data, batch_size):
+        rows.append(metrics.predict(model, x.to(device)).log().cpu())
+        targets.append(y)
+    return torch.cat(rows, 1), torch.cat(targets)
+
+
+class _Batches(Sampler):
+    """The batches of the steps after `done`: a permutation an epoch, drawn from seed and epoch.
+
+    Step s has the same batch however often the run was stopped before it.
+    """
+
+    def __init__(self, data: Dataset, settings: Settings, done: int):
+        self.examples, self.settings, self.done = len(data), settings, done
+        if self.examples == 0:
+            raise ValueError("the training set is empty")
+
+    def __len__(self) -> int:
+        return self.settings.steps - self.done
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size = min(self.settings.batch_size, self.examples)
+        per_epoch = self.examples // size
+        for step in range(self.done, self.settings.steps):
+            epoch, position = divmod(step, per_epoch)
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.examples, generator=generator)
+            yield order[position * size : (position + 1) * size].tolist()
+
+
+class _State:
+    """What a killed run continues from, in one file that is replaced as a whole."""
+
+    def __init__(self, file: Path, model, method, optimizer, schedule):
+        self.file, self.model = file, model
+        self.parts = {"method": method, "optimizer": optimizer, "schedule": schedule}
+
+    def save(self, step: int, step_ms: list[float]) -> None:
+        trained = dict(self.model.named_parameters())
+        trained = {name: p.detach() for name, p in trained.items() if p.requires_grad}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {
+            "step": step,
+            "step_ms": step_ms,
+            "parameters": trained,
+            "base": _fingerprint(self.model),
+            "rng": torch.get_rng_state(),
+        }
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
+        with open(temporary, "wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, self.file)
+
+    def load(self) -> tuple[int, list[float]]:
+        if not self.file.is_file():
+            return 0, []
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.file} is damaged: {error}") from error
+        if state["base"] != _fingerprint(self.model):
+            raise ValueError(
+                f"{self.file} was trained over another base model: sums of its frozen weights are "
+                f"{state['base']}, here {_fingerprint(self.model)}"
+            )
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in state["parameters"].items():
+                parameters[name].copy_(value)
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        return state["step"], state["step_ms"]
+
+
+def _fingerprint(model: ParticleModel) -> list[float]:
+    """Two sums over the frozen weights, which another base model would not have."""
+    frozen = [p.detach().double() for p in model.parameters() if not p.requires_grad]
+    sums = (sum(p.sum().item() for p in frozen), sum(p.abs().sum().item() for p in frozen))
+    return [float(f"{s:.9g}") for s in sums]
+
+
+def _claim(out: Path, settings: Settings, resume: bool) -> None:
+    """Make `out` this run's folder."""
+    if (out / _SETTINGS).is_file():
+        if not resume:
+            raise ValueError(
+                f"{out} holds a run already; continue it with --resume, or choose another --out"
+            )
+        theirs, ours = asdict(_read_settings(out)), asdict(settings)
+        different = {k: (theirs[k], ours[k]) for k in ours if theirs[k] != ours[k]}
+        if different:
+            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / _SETTINGS, asdict(settings))
+
+
+def _read_settings(folder: Path) -> Settings:
+    file = folder / _SETTINGS
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: {folder} holds no run of `multilora train`")
+    try:
+        values = json.loads(file.read_text())
+        values["targets"] = tuple(values["targets"]) if values["targets"] else None
+        values["model_args"] = tuple((k, v) for k, v in values["model_args"])
+        return Settings(**values)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _write_json(file: Path, value: Any) -> None:
+    # JSON has no NaN: an undefined measure is null.
+    if isinstance(value, dict):
+        value = {
+            k: None if isinstance(v, float) and not _finite(v) else v for k, v in value.items()
+        }
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, file)

@@ -1,0 +1,1 @@
+"""Benchmarks of multilora against plain PyTorch: `python -m bench`, or under pytest-benchmark."""

@@ -1,0 +1,265 @@
+"""The peers in plain PyTorch: what a user without multilora writes.
+
+Dims: K particles, T or N rows, C classes, r rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --- lora_linear ---------------------------------------------------------------------------------
+
+
+def lora_loop(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    bias: Tensor,
+    scaling: float,
+) -> list[Tensor]:
+    """Three linears for every particle in turn; the outputs stay apart, as K models have them."""
+    return [
+        F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, A), B)
+        for x, A, B in zip(xs, lora_As, lora_Bs)
+    ]
+
+
+def lora_baddbmm(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, scaling: float
+) -> Tensor:
+    """One base GEMM for all rows, then a batched product and one that accumulates.
+
+    x (K, T, d_in), or (T, d_in) where the particles share it.
+    """
+    if x.ndim == 2:
+        shrunk = F.linear(x, lora_A.flatten(0, 1)).unflatten(1, lora_A.shape[:2]).transpose(0, 1)
+        base = F.linear(x, weight, bias).expand(lora_A.shape[0], -1, -1)
+    else:
+        shrunk = torch.bmm(x, lora_A.mT)
+        base = F.linear(x.flatten(0, 1), weight, bias).unflatten(0, x.shape[:2])
+    return torch.baddbmm(base, shrunk, lora_B.mT, alpha=scaling)
+
+
+def lora_vmap(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, scaling: float
+) -> Tensor:
+    """torch.func.vmap over the particle's forward; the frozen weight is shared, not stacked."""
+
+    def one(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, A), B)
+
+    return torch.func.vmap(one, in_dims=(None if x.ndim == 2 else 0, 0, 0))(x, lora_A, lora_B)
+
+
+# --- geometry ------------------------------------------------------------------------------------
+
+
+def frobenius_by_differences(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖ΔW_i − ΔW_j‖²_F (K, K) by its definition: every ΔW, every difference."""
+    # unbind, not indexing: the backward of every delta[i] would fill a tensor of delta's size.
+    deltas = (scaling * torch.bmm(lora_B, lora_A)).unbind(0)
+    pairs = torch.stack([(a - b).square().sum() for a, b in itertools.combinations(deltas, 2)])
+    i, j = torch.triu_indices(len(deltas), len(deltas), 1, device=pairs.device)
+    upper = pairs.new_zeros(len(deltas), len(deltas)).index_put((i, j), pairs)
+    return upper + upper.mT
+
+
+def frobenius_by_gram(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The same from every ΔW once: one GEMM of the flattened ΔW with themselves."""
+    delta = scaling * torch.bmm(lora_B, lora_A).flatten(1)
+    gram = delta @ delta.mT
+    norms = gram.diagonal()
+    return norms[:, None] + norms[None] - 2 * gram
+
+
+# --- particle loss -------------------------------------------------------------------------------
+
+
+def particle_loss(logits: Tensor, targets: Tensor, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every particle (K,) and the mean −log det(I + G/eps) over the examples.
+
+    G (N, K, K) is the Gram matrix of the unit vectors of predictions without the target class.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = targets.expand(z.shape[:2])
+    f = z.softmax(-1).scatter(-1, labels.unsqueeze(-1), 0)
+    gram = _damped_gram(F.normalize(f, dim=-1), eps)
+    volume = len(z) * math.log(eps) - torch.logdet(gram)
+    return _cross_entropy(z, labels), volume.mean()
+
+
+def particle_loss_masked(
+    logits: Tensor, targets: Tensor, eps: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """The same with the target masked before the softmax, so that no p → 1 can underflow the rest,
+    and a Cholesky factor, which does not pivot."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = targets.expand(z.shape[:2])
+    f = z.scatter(-1, labels.unsqueeze(-1), -torch.inf).softmax(-1)
+    factor = torch.linalg.cholesky_ex(_damped_gram(F.normalize(f, dim=-1), eps)).L
+    log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return _cross_entropy(z, labels), (len(z) * math.log(eps) - log_det).mean()
+
+
+def _damped_gram(f: Tensor, eps: float) -> Tensor:
+    """f (K, N, C) -> G + eps·I (N, K, K)."""
+    f = f.transpose(0, 1)
+    return torch.bmm(f, f.mT) + eps * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+
+
+def _cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
+    """z (K, N, C), labels (K, N) -> the mean of every particle (K,)."""
+    nll = F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none")
+    return nll.view(labels.shape).mean(1)
+
+
+# --- K models ------------------------------------------------------------------------------------
+
+
+class LoopedModels(nn.Module):
+    """K PEFT models over one set of frozen weights, run one after the other."""
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.trainable = [[p for p in m.parameters() if p.requires_grad] for m in models]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([model(x) for model in self.models])
+
+    def flat(self) -> list[Tensor]:
+        """The tensors to train, particle by particle."""
+        return [p for params in self.trainable for p in params]
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors in the order of `flat` -> one (K, ...) for every tensor of a particle."""
+        each = len(self.trainable[0])
+        return [torch.stack(list(tensors[i::each])) for i in range(each)]
+
+    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
+        """The inverse of `stack`."""
+        return [t for particle in zip(*(s.unbind(0) for s in stacked)) for t in particle]
+
+
+class VmappedModels(nn.Module):
+    """The same models as one functional model under torch.func.vmap over stacked tensors.
+
+    Only what is trained is stacked. The frozen weights stay shared.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        # Not in the module tree: its own trainable tensors are never used.
+        self.__dict__["template"] = copy.deepcopy(models[0])
+        self.names = [n for n, p in models[0].named_parameters() if p.requires_grad]
+        params = [dict(m.named_parameters()) for m in models]
+        self.stacked = nn.ParameterList(
+            nn.Parameter(torch.stack([p[name].detach() for p in params])) for name in self.names
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(*params: Tensor) -> Tensor:
+            return torch.func.functional_call(self.template, dict(zip(self.names, params)), (x,))
+
+        return torch.func.vmap(one)(*self.stacked)
+
+    def flat(self) -> list[Tensor]:
+        return list(self.stacked)
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
+        return list(stacked)
+
+
+Models = LoopedModels | VmappedModels
+
+
+def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Every particle's own cross-entropy."""
+    if isinstance(models, LoopedModels):
+        # Nothing joins the models, so each has its backward before the next one's forward.
+        losses = []
+        for model in models.models:
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            losses.append(loss.detach())
+        return {"loss": torch.stack(losses).mean()}
+    logits = models(x)
+    losses = _cross_entropy(logits, y.expand(logits.shape[:2]))
+    losses.sum().backward()
+    return {"loss": losses.detach().mean()}
+
+
+class IBDR:
+    """`multilora.IBDR` at its defaults, in plain PyTorch: joint divergence, proximal ascent."""
+
+    alpha, clip, rho, lambda_lr, lambda_bounds = 0.02, 0.15, 0.03, 1e-2, (0.5, 5.0)
+
+    def __init__(self, like: Tensor):
+        self.lambda_ = like.new_tensor(3.0)
+
+    def backward(self, models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        params = models.flat()
+        start = [p.detach().clone() for p in params]
+        nll, divergence = particle_loss(models(x), y)
+        grads = torch.autograd.grad(nll.sum() + self.alpha * divergence, params)
+        grads = models.stack(grads)
+        norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (K,)
+        step = (self.clip / norm).clamp_max(1) / (2 * self.lambda_)
+        climb = [g * step.view(-1, *[1] * (g.ndim - 1)) for g in grads]
+        with torch.no_grad():
+            torch._foreach_add_(params, models.unstack(climb))
+        nll, divergence = particle_loss(models(x), y)
+        (nll.sum() + self.alpha * divergence).backward()
+        with torch.no_grad():
+            torch._foreach_copy_(params, start)
+        cost = (norm * step).square().mean()
+        self.lambda_.sub_(self.lambda_lr * (self.rho - cost)).clamp_(*self.lambda_bounds)
+        loss = nll.detach().mean() + self.alpha * divergence.detach()
+        return {"loss": loss, "cost": cost}
+
+
+def svgd_backward(
+    models: Models, x: Tensor, y: Tensor, scaling: float, gamma: float = 0.01
+) -> dict[str, Tensor]:
+    """`multilora.SVGD` at its defaults, in plain PyTorch: a kernel a layer, on materialised ΔW.
+
+    The tensors of a particle are (lora_A, lora_B) of every layer, then the head's.
+    """
+    stats = ensemble_backward(models, x, y)
+    params = models.flat()
+    stacked = models.stack(params)
+    layers = len(stacked) // 2 - 1
+    pairs = [stacked[2 * i : 2 * i + 2] for i in range(layers)]
+    weights = [scaling * torch.bmm(B, A).flatten(1) for A, B in pairs]
+    weights.append(torch.cat([t.flatten(1) for t in stacked[2 * layers :]], 1))
+    particles = weights[0].shape[0]
+    i, j = torch.triu_indices(particles, particles, 1, device=x.device)
+    total, driven = 0, []
+    for group, weight in enumerate(weights):
+        distance = (weight[:, None] - weight[None]).square().sum(-1)  # (K, K)
+        width = distance.detach()[i, j].quantile(0.5) / math.log(particles + 1)
+        kernel = torch.exp(-distance / width)
+        # Its gradient is Σ_j ∇_i k_ij: every pair is in the sum twice.
+        total = total + 0.5 * kernel.sum()
+        tensors = 2 if group < layers else len(stacked) - 2 * layers
+        driven += [kernel.detach().mean(1)] * tensors
+    repulsion = models.stack(torch.autograd.grad(total, params))
+    grads = models.stack([p.grad for p in params])
+    direction = [
+        grad * weight.view(-1, *[1] * (grad.ndim - 1)) + (gamma / particles) * force
+        for grad, force, weight in zip(grads, repulsion, driven)
+    ]
+    for p, d in zip(params, models.unstack(direction)):
+        p.grad = d
+    return stats

@@ -1,0 +1,38 @@
+"""Fixtures for all tests: seeded random numbers, every backend, poisoned memory."""
+
+import pytest
+import torch
+
+import multilora as ml
+from multilora.ops.dispatch import available_backends
+
+# The tests' problems are tiny, and pytest-xdist has a process for every core.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """torch.empty and its relatives hand out NaN (the largest integer, for integers).
+
+    Fresh memory is mostly zero, which hides a kernel that does not write all of its output.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(params=available_backends())
+def backend(request, poison):
+    """Run the test once on every backend that this machine has, in poisoned memory."""
+    with ml.use_backend(request.param):
+        yield request.param

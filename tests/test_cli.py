@@ -1,0 +1,243 @@
+"""The command line, end to end on the embedded task and on a folder of images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+
+from multilora import cli, tasks, training
+from multilora.integrations.timm import default_targets
+
+SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The digits ViT is pretrained once for this file, and only a little, on a third of the data."""
+    images, labels = tasks._load_digits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setitem(tasks._PRETRAINING, "steps", 150)
+        patch.setattr(tasks, "_load_digits", lambda: (images[:600], labels[:600]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished short IBDR run."""
+    out = tmp_path_factory.mktemp("runs") / "ibdr"
+    assert cli.main(["train", *SHORT, "--particles", "3", "--out", str(out)]) == 0
+    return out
+
+
+def numbers(out):
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["step_ms"]  # the one number that a clock decides
+    return metrics
+
+
+def test_train_writes_what_it_promises(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    keys = "method particles rank seed accuracy nll ece brier mutual_information step_ms"
+    assert set(keys.split()) <= metrics.keys()
+    assert metrics["method"] == "ibdr" and metrics["particles"] == 3
+    # 5 classes: well above chance after 24 steps means that training and evaluation work together.
+    assert metrics["accuracy"] > 0.35
+    assert metrics["num_examples"] == 297 - 5 * 10
+    assert (run / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    for k in range(3):
+        assert isinstance(peft.PeftConfig.from_pretrained(run / f"particle_{k}"), peft.LoraConfig)
+
+
+def test_evaluate_gives_the_same_measures(run, capsys):
+    assert cli.main(["evaluate", str(run), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    metrics = numbers(run)
+    assert again["accuracy"] == metrics["accuracy"]
+    assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+    assert again["corrupted"]["nll"] == pytest.approx(metrics["corrupted"]["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exact", "svd"])
+def test_export_writes_a_peft_adapter(run, tmp_path, kind):
+    assert cli.main(["export", str(run), "--soup", kind, str(tmp_path / "soup")]) == 0
+    task = tasks.digits(seed=0, shots=10)
+    soup = peft.PeftModel.from_pretrained(task.base, tmp_path / "soup").eval()
+    x, y = task.test[:]
+    with torch.no_grad():
+        accuracy = (soup(x).argmax(-1) == y).float().mean().item()
+    assert soup.peft_config["default"].r == (24 if kind == "exact" else 8)
+    assert accuracy > 0.3
+
+
+@pytest.mark.parametrize("method", ["svgd", "ensemble", "single"])
+def test_every_method_trains(method, tmp_path):
+    assert cli.main(["train", *SHORT, "--method", method, "--out", str(tmp_path / "run")]) == 0
+    metrics = numbers(tmp_path / "run")
+    particles = {"svgd": 5, "ensemble": 4, "single": 1}[method]
+    assert metrics["particles"] == len(metrics["member_accuracy"]) == particles
+    assert metrics["accuracy"] > 0.35
+
+
+@pytest.mark.parametrize("stop", [1, 8, 13, 24])
+def test_a_stopped_run_resumes_to_the_same_numbers(run, tmp_path, stop):
+    settings = training.Settings(steps=24, shots=10, lr=0.02, particles=3)
+
+    def interrupt(step, steps, stats):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(settings, tmp_path / "run", save_every=8, on_step=interrupt)
+    training.train(settings, tmp_path / "run", save_every=8, resume=True)
+    assert numbers(tmp_path / "run") == numbers(run)
+
+
+def test_a_run_is_not_overwritten_or_continued_as_another(run, capsys):
+    assert cli.main(["train", *SHORT, "--particles", "3", "--out", str(run)]) == 1
+    assert "holds a run already" in capsys.readouterr().err
+    assert cli.main(["train", *SHORT, "--out", str(run), "--resume"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_compare_runs_all_methods_on_the_same_splits(tmp_path, capsys):
+    out = tmp_path / "compare"
+    command = ["train", "--compare", "--seeds", "2", "--steps", "3", "--shots", "4"]
+    assert cli.main([*command, "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    results = json.loads((out / "compare.json").read_text())
+    assert list(results) == ["single", "ensemble", "svgd", "ibdr"]
+    for method, runs in results.items():
+        assert method in table
+        assert [r["seed"] for r in runs] == [0, 1]
+        assert {r["particles"] for r in runs} == {1 if method == "single" else 4}
+    assert "±" in table and "OOD AUROC" in table and "corrupted accuracy" in table
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Three classes that differ in colour, 10 images each, train/ and val/."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for channel, name in enumerate(("blue", "green", "red")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                pixels = torch.randint(0, 100, (40, 36, 3), generator=generator)
+                pixels[..., 2 - channel] += 150
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+MODEL = ["--model", "vit_tiny_patch16_224", "--no-pretrained", "--model-args"]
+MODEL += ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+
+
+def test_any_timm_model_on_a_folder_of_images(image_folder, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", "--data", str(image_folder), *MODEL, "--steps", "30", "--lr", "0.01"]
+    assert cli.main([*command, "--particles", "2", "--batch-size", "8", "--out", str(out)]) == 0
+    metrics = numbers(out)
+    assert metrics["num_examples"] == 30
+    assert metrics["accuracy"] > 0.8  # colour is easy
+    assert cli.main(["evaluate", str(out)]) == 0
+
+
+def test_a_flat_folder_is_split(image_folder):
+    model_args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    name = "vit_tiny_patch16_224"
+    task = tasks.images(image_folder / "train", name, pretrained=False, **model_args)
+    assert task.classes == ["blue", "green", "red"]
+    assert (len(task.train), len(task.test)) == (24, 6)
+    assert (task.targets, task.head) == (["qkv"], "head")
+
+
+def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
+    command = [sys.executable, "-m", "multilora.cli", "train", "--data", str(image_folder)]
+    command += [*MODEL, "--steps", "60", "--save-every", "5", "--particles", "2"]
+    # One thread each: another number of threads may round differently.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], env=env, check=True)
+
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=env)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    resume = [*command, "--out", str(tmp_path / "killed"), "--resume"]
+    subprocess.run(resume, env=env, check=True)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--task", "nonsense", "--out", "{tmp}"], "nonsense"),
+        (["--model", "vit_tiny_patch16_224", "--out", "{tmp}"], "both --model and --data"),
+        (["--data", "{tmp}/none", *MODEL, "--out", "{tmp}/run"], "does not exist"),
+        (["--method", "single", "--particles", "0", "--out", "{tmp}"], None),
+    ],
+)
+def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
+    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    status = cli.main(["train", "--steps", "2", "--shots", "2", *arguments])
+    if message is None:  # "single" has one particle whatever is asked for
+        assert status == 0
+    else:
+        assert status == 1
+        assert message in capsys.readouterr().err
+
+
+def test_other_commands_say_what_is_wrong(tmp_path, capsys):
+    assert cli.main(["evaluate", str(tmp_path)]) == 1
+    assert "run.json is missing" in capsys.readouterr().err
+    (tmp_path / "run.json").write_text("{")
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(run, tmp_path):
+    settings = training.Settings(steps=24, shots=10, lr=0.02, particles=3)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(settings, tmp_path, save_every=1, on_step=_stop)
+    file = tmp_path / "checkpoint.pt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        training.train(settings, tmp_path, resume=True)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["base"] = [0.0, 0.0]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt was trained over another base"):
+        training.train(settings, tmp_path, resume=True)
+
+
+def _stop(step, steps, stats):
+    if step == 2:
+        raise KeyboardInterrupt
+
+
+def test_info_lists_backends_and_versions(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+    assert "reference: available" in text
+    assert "triton: missing:" in text
+
+
+def test_a_model_without_qkv_names_its_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"choose targets among \['0'\]"):
+        default_targets(model)

@@ -1,0 +1,151 @@
+"""Backends: asking for one, missing ones, the environment; and what `import multilora` imports."""
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import multilora as ml
+from multilora.ops import dispatch
+
+
+def python(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own, where no test has imported anything."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_expected_backends_are_here():
+    # A CI job names the backends that it exists to test, so that none is left out unseen.
+    names = os.environ.get("MULTILORA_EXPECT_BACKENDS", "reference").split(",")
+    missing = {name: dispatch.missing_reason(name.strip()) for name in names if name.strip()}
+    assert not any(missing.values()), missing
+    assert {name.strip() for name in names} <= {*dispatch.available_backends(), ""}
+
+
+def test_fresh_memory_is_poisoned(poison):
+    # What the operators' tests rely on.
+    x = torch.zeros(3)
+    for fresh in (torch.empty(5), torch.empty_like(x), x.new_empty(2, 3), torch.empty(2, 2).half()):
+        assert fresh.isnan().all()
+
+
+@pytest.fixture
+def fake_backend(monkeypatch):
+    """A backend that answers 7 whatever it is asked."""
+    calls = []
+
+    def gram(lora_A, lora_B, scaling):
+        calls.append("forward")
+        return torch.full((len(lora_A), 2, 2), 7.0)
+
+    def gram_backward(grad, lora_A, lora_B, scaling):
+        calls.append("backward")
+        return [torch.full_like(t, 7.0) for t in (*lora_A, *lora_B)]
+
+    module = SimpleNamespace(lora_gram=gram, lora_gram_backward=gram_backward, calls=calls)
+    monkeypatch.setitem(sys.modules, "fake_kernels", module)
+    monkeypatch.setitem(dispatch.BACKENDS, "fake", "fake_kernels")
+    return module
+
+
+def test_operators_run_on_the_backend_that_was_asked_for(fake_backend):
+    lora_A, lora_B = torch.randn(2, 1, 3, requires_grad=True), torch.randn(2, 4, 1)
+    with ml.use_backend("fake"):
+        value = ml.lora_gram(lora_A, lora_B)
+        value.sum().backward()
+    assert (value == 7).all() and (lora_A.grad == 7).all()
+    assert fake_backend.calls == ["forward", "backward"]
+    assert (ml.lora_gram(lora_A, lora_B) != 7).any()
+    assert fake_backend.calls == ["forward", "backward"]
+
+
+def test_the_choice_holds_in_other_threads(fake_backend):
+    # CUDA's backward runs on a thread of autograd's own.
+    seen = []
+    with ml.use_backend("fake"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend("cpu")))
+        thread.start()
+        thread.join()
+    assert seen == ["fake"]
+
+
+def test_nesting_restores(fake_backend):
+    default = dispatch.current_backend("cpu")
+    with ml.use_backend("fake"):
+        with ml.use_backend("reference"):
+            assert dispatch.current_backend("cpu") == "reference"
+        assert dispatch.current_backend("cpu") == "fake"
+        with pytest.raises(ZeroDivisionError), ml.use_backend("reference"):
+            raise ZeroDivisionError
+        assert dispatch.current_backend("cpu") == "fake"
+        with pytest.raises(ml.BackendUnavailableError), ml.use_backend("nonsense"):
+            pass
+        assert dispatch.current_backend("cpu") == "fake"
+    assert dispatch.current_backend("cpu") == default
+
+
+def test_unknown_backend():
+    with pytest.raises(ml.BackendUnavailableError) as error, ml.use_backend("tpu"):
+        pass
+    message = str(error.value)
+    assert "'tpu'" in message and "no backend of that name" in message
+    for name in ("reference", "cpu", "triton", "cuda"):
+        assert name in message
+
+
+def test_missing_backend(monkeypatch):
+    monkeypatch.setattr(
+        dispatch, "missing_reason", lambda name: "the sun is up" if name == "triton" else None
+    )
+    with pytest.raises(ml.BackendUnavailableError) as error, ml.use_backend("triton"):
+        pass
+    message = str(error.value)
+    assert "'triton'" in message and "the sun is up" in message
+    available = message.split("available here: ")[1]
+    assert "reference" in available and "triton" not in available
+
+
+def test_known_backends_are_available_or_say_why():
+    available = dispatch.available_backends()
+    assert "reference" in available
+    for name in ("reference", "cpu", "triton", "cuda"):
+        reason = dispatch.missing_reason(name)
+        assert (name in available) == (reason is None)
+        if reason is not None:
+            with pytest.raises(ml.BackendUnavailableError, match=reason), ml.use_backend(name):
+                pass
+
+
+def test_environment_names_a_backend_and_imports_stay_few():
+    # Each of these takes seconds to import; they are imported where they are used.
+    program = """
+import sys, multilora
+from multilora.ops import dispatch
+heavy = {"transformers", "timm", "peft", "matplotlib", "accelerate", "torchmetrics", "sklearn"}
+print(dispatch.current_backend("cpu"), sorted(heavy & sys.modules.keys()))
+"""
+    done = python(program, MULTILORA_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference []"
+
+
+def test_environment_names_a_backend_that_is_missing():
+    program = """
+import torch, multilora
+multilora.lora_gram(torch.ones(2, 1, 3), torch.ones(2, 3, 1))
+"""
+    done = python(program, MULTILORA_BACKEND="nonsense")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "BackendUnavailableError" in last and "MULTILORA_BACKEND" in last
+    assert "'nonsense'" in last and "available here: reference" in last

@@ -1,0 +1,120 @@
+"""Imports run one way: from the command line down to the operators, never back."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import multilora
+
+ROOT = Path(multilora.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# From the bottom up. A module imports from the lines below its own, and from its own component
+# (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
+# know each other.
+LAYERS = [
+    ["_version"],
+    ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops"],
+    ["layers"],
+    ["model"],
+    ["methods", "checkpoint", "metrics"],
+    ["integrations"],
+    ["tasks", "training", "plots", "cli", "__main__"],
+]
+
+
+def name_of(file: Path) -> str:
+    """multilora/ops/volume.py -> "ops.volume"; a package is named by itself."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {name_of(file) for file in MODULES}
+
+
+def layer_of(name: str) -> int:
+    """The line of the longest entry that `name` is or lies in; the package itself is on top."""
+    if name == "":
+        return len(LAYERS)
+    entries = {entry: i for i, line in enumerate(LAYERS) for entry in line}
+    while name not in entries:
+        assert "." in name, f"multilora.{name} has no place in LAYERS: give it one"
+        name = name.rpartition(".")[0]
+    return entries[name]
+
+
+def module_level(tree: ast.Module) -> list[ast.stmt]:
+    """The statements that run at import: not those in functions or under TYPE_CHECKING."""
+    statements, todo = [], list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        statements.append(node)
+        todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+        todo += [s for child in getattr(node, "handlers", []) for s in child.body]
+    return statements
+
+
+def imports(file: Path) -> list[str]:
+    """The full names of what the module imports at import time."""
+    names = []
+    for node in module_level(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}".removeprefix("multilora.")
+                names.append(f"multilora.{inner}" if inner in NAMES else node.module)
+    return names
+
+
+def test_the_rules_are_applied_to_something():
+    assert {"ops.reference", "ops", "layers", "model", "metrics"} <= NAMES
+    assert "multilora.ops.dispatch" in imports(ROOT / "ops" / "_library.py")
+    assert "torch" in imports(ROOT / "ops" / "volume.py")
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if name_of(f)], ids=name_of)
+def test_imports_run_one_way(file):
+    name = name_of(file)
+    for imported in imports(file):
+        top, _, inner = imported.partition(".")
+        if top != "multilora":
+            continue
+        same_component = inner.split(".")[0] == name.split(".")[0] and layer_of(inner) <= layer_of(
+            name
+        )
+        application = layer_of(inner) == layer_of(name) == len(LAYERS) - 1
+        assert layer_of(inner) < layer_of(name) or same_component or application, (
+            f"multilora.{name} must not import {imported}"
+        )
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in MODULES if name_of(f).split(".")[0] == "ops"], ids=name_of
+)
+def test_operators_import_torch_and_nothing_else(file):
+    for imported in imports(file):
+        top = imported.partition(".")[0]
+        allowed = top == "torch" or top in sys.stdlib_module_names
+        assert allowed or imported.startswith("multilora.ops"), imported
+
+
+def test_the_package_only_passes_names_on():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    docstring, *body = tree.body
+    *import_statements, exported = body
+    assert isinstance(docstring, ast.Expr)
+    assert all(isinstance(node, ast.ImportFrom) for node in import_statements)
+    names = [alias.asname or alias.name for node in import_statements for alias in node.names]
+    assert isinstance(exported, ast.Assign) and ast.unparse(exported.targets[0]) == "__all__"
+    assert sorted(ast.literal_eval(exported.value)) == sorted(names)
+    assert multilora.__all__ == ast.literal_eval(exported.value)

@@ -63,13 +63,19 @@ def lora_vmap(
 
 
 def frobenius_by_differences(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """‖ΔW_i − ΔW_j‖²_F (K, K) by its definition: every ΔW, every difference."""
+    """‖ΔW_i − ΔW_j‖²_F (K, K) by its definition, with care: every pair once, one at a time."""
     # unbind, not indexing: the backward of every delta[i] would fill a tensor of delta's size.
     deltas = (scaling * torch.bmm(lora_B, lora_A)).unbind(0)
     pairs = torch.stack([(a - b).square().sum() for a, b in itertools.combinations(deltas, 2)])
     i, j = torch.triu_indices(len(deltas), len(deltas), 1, device=pairs.device)
     upper = pairs.new_zeros(len(deltas), len(deltas)).index_put((i, j), pairs)
     return upper + upper.mT
+
+
+def frobenius_by_broadcast(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The definition in one line, as one writes it first: K² differences at once."""
+    delta = scaling * torch.bmm(lora_B, lora_A)
+    return (delta[:, None] - delta[None]).square().sum((-1, -2))
 
 
 def frobenius_by_gram(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -19,7 +19,7 @@ SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The digits ViT is pretrained once for this file, and only a little, on a third of the data."""
+    """The digits ViT is pretrained once for this file, a little and on a third of the data."""
     images, labels = tasks._load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,8 @@ def save_pretrained(model: ParticleModel, path: str | Path) -> None:
     """Write path/particle_k for every particle and path/multilora.json.
 
     Each folder is a plain PEFT adapter: peft.PeftModel.from_pretrained(base, path/particle_k)
-    gives the outputs of particle k. Every file is written whole or not at all.
+    gives the outputs of particle k. Every file is written whole or not at all. Folders of a
+    larger K that `path` held before are left; multilora.json says how many count.
     """
     path = Path(path)
     for particle in range(model.num_particles):
@@ -254,7 +256,9 @@ def _write_adapter(folder: Path, tensors: dict[str, Tensor], config: peft.LoraCo
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(config)
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        config.save_pretrained(scratch)
+        os.replace(Path(scratch) / _CONFIG, folder / _CONFIG)
     temporary = folder / f".{_WEIGHTS}.tmp"
     save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, temporary, {"format": "pt"})
     os.replace(temporary, folder / _WEIGHTS)

@@ -49,26 +49,32 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train",
-        help="train particles; without options, IBDR on handwritten digits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "train", help="train particles; without options, IBDR on handwritten digits"
     )
     train.set_defaults(run=_train)
-    train.add_argument("--task", default="digits", help="the embedded task")
-    train.add_argument("--method", default="ibdr", choices=("ibdr", "svgd", "ensemble", "single"))
-    train.add_argument("--particles", type=int, metavar="K", help="4; 5 for svgd, 1 for single")
-    train.add_argument("--rank", type=int, default=8)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--steps", type=int, default=200)
-    train.add_argument("--batch-size", type=int, default=16)
-    train.add_argument("--lr", type=float, default=3e-3)
-    train.add_argument("--weight-decay", type=float, default=0.01)
-    train.add_argument("--shots", type=int, default=20, help="examples a class (digits)")
+    default = " [%(default)s]"
+    train.add_argument("--task", default="digits", help="the embedded task" + default)
+    train.add_argument(
+        "--method",
+        default="ibdr",
+        choices=("ibdr", "svgd", "ensemble", "single"),
+        help="how the particles train" + default,
+    )
+    train.add_argument("--particles", type=int, metavar="K", help="[4; 5 for svgd, 1 for single]")
+    train.add_argument("--rank", type=int, default=8, help="of the adapters" + default)
+    train.add_argument("--seed", type=int, default=0, help="of data, particles, noise" + default)
+    train.add_argument("--steps", type=int, default=200, help="of the optimizer" + default)
+    train.add_argument("--batch-size", type=int, default=16, help="shared by all" + default)
+    train.add_argument("--lr", type=float, default=3e-3, help="of AdamW" + default)
+    train.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW" + default)
+    train.add_argument("--shots", type=int, default=20, help="examples a class (digits)" + default)
     train.add_argument("--model", help="a timm model, with --data in place of --task")
     train.add_argument(
         "--data", metavar="DIR", help="a folder of images: train/ and val/, by class"
     )
-    train.add_argument("--no-pretrained", dest="pretrained", action="store_false")
+    train.add_argument(
+        "--no-pretrained", dest="pretrained", action="store_false", help="--model starts random"
+    )
     train.add_argument("--targets", nargs="+", help="layers to adapt with --model [qkv]")
     train.add_argument(
         "--model-args",
@@ -78,16 +84,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_key_value,
         help="for timm.create_model, e.g. img_size=32",
     )
-    train.add_argument("--out", metavar="DIR", help="runs/TASK-METHOD-SEED, numbered if taken")
+    train.add_argument("--out", metavar="DIR", help="[runs/TASK-METHOD-SEED, numbered if taken]")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
-    train.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    train.add_argument("--device", default="cuda if there is one, else cpu")
+    train.add_argument(
+        "--save-every", type=int, default=50, metavar="STEPS", help="a checkpoint" + default
+    )
+    train.add_argument("--device", help="[cuda if there is one, else cpu]")
     train.add_argument(
         "--compare",
         action="store_true",
         help="single, ensemble, svgd and ibdr on the same splits, at equal settings",
     )
-    train.add_argument("--seeds", type=int, default=5, help="how many, for --compare")
+    train.add_argument("--seeds", type=int, default=5, help="how many, for --compare" + default)
 
     evaluate = commands.add_parser("evaluate", help="measure a trained run again")
     evaluate.set_defaults(run=_evaluate)
@@ -108,16 +116,14 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from multilora.training import METHODS, Settings, train
+    from multilora.training import METHODS, Settings, to_json, train
 
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    device = args.device
-    if device.startswith("cuda if"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def settings(method: str, seed: int, particles: int | None) -> Settings:
-        if particles is None or method == "single":
+        if particles is None:
             particles = {"single": 1, "svgd": 5}.get(method, 4)
         return Settings(
             task=args.task,
@@ -163,25 +169,28 @@ def _train(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else _free_folder(settings("ibdr", args.seed, None), "compare")
     rows = []
     for method in reversed(METHODS):
-        particles = args.particles or 4
+        particles = 4 if args.particles is None else args.particles
         results = [
-            run(settings(method, seed, particles), out / f"{method}-{seed}")
+            run(
+                settings(method, seed, 1 if method == "single" else particles),
+                out / f"{method}-{seed}",
+            )
             for seed in range(args.seed, args.seed + args.seeds)
         ]
         rows.append((method, results))
-    (out / "compare.json").write_text(json.dumps(dict(rows), indent=2) + "\n")
+    (out / "compare.json").write_text(to_json(dict(rows)) + "\n")
     _print_table(rows)
     print(f"mean ± standard error over {args.seeds} seeds; every run is in {out}")
     return 0
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from multilora.training import evaluate, load_run
+    from multilora.training import evaluate, load_run, to_json
 
     model, task, settings = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
     result, _, _ = evaluate(model, task)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result))
     else:
         _print_table([(settings.method, [result])])
     return 0

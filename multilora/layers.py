@@ -32,9 +32,12 @@ class ParticleLayer(nn.Module):
     def check_rows(self, x: Tensor) -> None:
         """Raise ValueError where the leading axis of x cannot be particles times batch.
 
-        A layer that is fed (tokens, batch, d), say, would mix particles without this check.
+        A layer that is fed (tokens, batch, d), say, would mix particles. What cannot be told
+        apart is an input whose first two axes are both K·B long.
         """
-        if not self.has_rows(x):
+        count = self.rows.count
+        batch_is_second = x.ndim > 2 and x.shape[0] != count and x.shape[1] == count
+        if batch_is_second or not self.has_rows(x):
             raise ValueError(
                 f"a particle layer needs an input whose leading axis is particles × batch, "
                 f"a multiple of {self._unit()} (K = {self.num_particles}); got {tuple(x.shape)}. "

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_IGNORE_INDEX = -100
+from multilora.ops.common import IGNORE_INDEX, accumulator
 
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Any) -> Tensor:
     """Every particle's class probabilities (K, B, C), in eval mode and without gradients.
 
-    x: the model's input, or a dict of its keyword arguments. An output with `.logits`
+    x: the model's input, or a mapping of its keyword arguments. An output with `.logits`
     (transformers) is unwrapped. Every module is left in the mode it was in. Probabilities are
     float32 or better.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        output = model(**x) if isinstance(x, dict) else model(x)
+        output = model(**x) if isinstance(x, Mapping) else model(x)
     finally:
         for module in training:
             module.training = True
@@ -64,7 +65,7 @@ def evaluate(
     )
 
     _check(logits, targets, combine, ood_logits)
-    valid = targets != _IGNORE_INDEX
+    valid = targets != IGNORE_INDEX
     logits, targets = _at_least_float32(logits[:, valid]), targets[valid]
     particles, examples, classes = logits.shape
     members = logits.log_softmax(-1)  # (K, N, C)
@@ -116,12 +117,13 @@ def _auroc(binary_auroc, score: Tensor, positive: Tensor) -> float:
 
 
 def _at_least_float32(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t.to(accumulator(t.dtype))
 
 
 def _log_mean(members: Tensor) -> Tensor:
     """log mean_k p_k (N, C) from log p_k (K, N, C), without leaving log space."""
-    return torch.logsumexp(members, 0) - math.log(members.shape[0])
+    # Rounding can lift a certain prediction above probability one.
+    return (torch.logsumexp(members, 0) - math.log(members.shape[0])).clamp_max(0)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -154,10 +156,10 @@ def _check(logits, targets, combine, ood_logits) -> None:
             f"evaluate needs ood_logits (K, M, C) of the same particles and classes, M >= 1; "
             f"got {tuple(ood_logits.shape)} beside {shapes}"
         )
-    valid = targets != _IGNORE_INDEX
+    valid = targets != IGNORE_INDEX
     if not valid.any():
         raise ValueError(f"evaluate needs at least one valid target; got {shapes}")
     if not ((targets >= 0) & (targets < logits.shape[-1]))[valid].all():
         raise ValueError(
-            f"evaluate needs targets in [0, {logits.shape[-1]}) or {_IGNORE_INDEX}; got {shapes}"
+            f"evaluate needs targets in [0, {logits.shape[-1]}) or {IGNORE_INDEX}; got {shapes}"
         )

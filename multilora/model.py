@@ -68,7 +68,9 @@ class ParticleModel(nn.Module):
         Every input tensor whose leading axis is the batch goes to all particles; with
         per_particle=True such a tensor is (K, B, ...), a mini-batch for each. Every output tensor
         whose leading axis is the batch comes back as (K, B, ...), inside tuples, dicts and
-        transformers' ModelOutput too; anything else comes back as the base returned it.
+        transformers' ModelOutput too; anything else comes back as the base returned it. So `.loss`
+        of a transformers model is one mean over all particles: a method makes its own from
+        logits and labels.
         """
         particles = self.num_particles
         batch = _batch_size((args, kwargs), particles if per_particle else None)
@@ -244,10 +246,11 @@ def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
         raise ValueError(f"seed needs one integer or {num_particles} of them; got {len(seeds)}")
     if not all(type(s) is int and 0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seeds must be integers in [0, 2^63); got {seeds}")
-    if len(set(seeds)) < num_particles:
+    # torch's generator reads 32 bits of them.
+    if len({s % 2**32 for s in seeds}) < num_particles:
         raise ValueError(
-            "seeds must differ: particles that start identical have identical gradients and stay "
-            f"so under every method; got {seeds}"
+            "seeds must differ, in their lower 32 bits: particles that start identical have "
+            f"identical gradients and stay so under every method; got {seeds}"
         )
     return seeds
 

@@ -58,6 +58,10 @@ class Settings:
             raise ValueError(f'the tasks are "digits", and --model with --data; got {self.task!r}')
         if self.method == "single" and self.particles != 1:
             raise ValueError(f"a single model has 1 particle; got {self.particles}")
+        if self.steps < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"steps and batch size must be at least 1; got {self.steps} and {self.batch_size}"
+            )
 
 
 def make_task(settings: Settings, report: Report = print) -> Task:
@@ -174,7 +178,9 @@ def load_run(folder: str | Path, report: Report = print) -> tuple[ParticleModel,
     folder = Path(folder)
     settings = _read_settings(folder)
     task = make_task(settings, report)
-    return load_particle_model(task.base, folder), task, settings
+    model = load_particle_model(task.base, folder)
+    _check_base(folder / _CHECKPOINT, _read_state(folder / _CHECKPOINT), model)
+    return model, task, settings
 
 
 def evaluate(
@@ -251,6 +257,7 @@ class _State:
             "parameters": trained,
             "base": _fingerprint(self.model),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         temporary = self.file.with_name(f".{self.file.name}.tmp")
         with open(temporary, "wb") as stream:
@@ -262,15 +269,8 @@ class _State:
     def load(self) -> tuple[int, list[float]]:
         if not self.file.is_file():
             return 0, []
-        try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{self.file} is damaged: {error}") from error
-        if state["base"] != _fingerprint(self.model):
-            raise ValueError(
-                f"{self.file} was trained over another base model: sums of its frozen weights are "
-                f"{state['base']}, here {_fingerprint(self.model)}"
-            )
+        state = _read_state(self.file)
+        _check_base(self.file, state, self.model)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in state["parameters"].items():
@@ -278,7 +278,27 @@ class _State:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["step"], state["step_ms"]
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
+def _check_base(file: Path, state: dict[str, Any], model: ParticleModel) -> None:
+    here = _fingerprint(model)
+    if state["base"] != here:
+        raise ValueError(
+            f"{file} was trained over another base model: sums of its frozen weights are "
+            f"{state['base']}, here {here}"
+        )
 
 
 def _fingerprint(model: ParticleModel) -> list[float]:
@@ -321,12 +341,20 @@ def _finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _write_json(file: Path, value: Any) -> None:
-    # JSON has no NaN: an undefined measure is null.
+def to_json(value: Any) -> str:
+    """JSON text; it has no NaN, so an undefined measure is null."""
+    return json.dumps(_defined(value), indent=2)
+
+
+def _defined(value: Any) -> Any:
     if isinstance(value, dict):
-        value = {
-            k: None if isinstance(v, float) and not _finite(v) else v for k, v in value.items()
-        }
+        return {key: _defined(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(v) for v in value]
+    return None if isinstance(value, float) and not _finite(value) else value
+
+
+def _write_json(file: Path, value: Any) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.write_text(to_json(value) + "\n")
     os.replace(temporary, file)

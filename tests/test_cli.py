@@ -187,17 +187,20 @@ def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
         (["--task", "nonsense", "--out", "{tmp}"], "nonsense"),
         (["--model", "vit_tiny_patch16_224", "--out", "{tmp}"], "both --model and --data"),
         (["--data", "{tmp}/none", *MODEL, "--out", "{tmp}/run"], "does not exist"),
-        (["--method", "single", "--particles", "0", "--out", "{tmp}"], None),
+        (["--method", "single", "--particles", "3", "--out", "{tmp}"], "1 particle; got 3"),
+        (["--steps", "0", "--out", "{tmp}"], "at least 1; got 0"),
     ],
 )
 def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    status = cli.main(["train", "--steps", "2", "--shots", "2", *arguments])
-    if message is None:  # "single" has one particle whatever is asked for
-        assert status == 0
-    else:
-        assert status == 1
-        assert message in capsys.readouterr().err
+    assert cli.main(["train", "--steps", "2", "--shots", "2", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_over_another_base_is_refused(run, monkeypatch, capsys):
+    monkeypatch.setitem(tasks._PRETRAINING, "steps", 3)
+    assert cli.main(["evaluate", str(run)]) == 1
+    assert "trained over another base model" in capsys.readouterr().err
 
 
 def test_other_commands_say_what_is_wrong(tmp_path, capsys):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multilora.ops.common import IGNORE_INDEX, accumulator
+
 Closure = Callable[[], tuple[Tensor, Tensor]]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -34,7 +36,8 @@ class Method:
         values. Targets of shape (...) are shared by the particles; targets (K, ...) give every
         particle its own mini-batch. −100 is ignored; losses are means over valid targets.
 
-        scale: 1/M for M accumulation steps, or a GradScaler's scale.
+        scale: 1/M for M accumulation steps; with a GradScaler, scaler.scale(torch.ones(())) on
+        the parameters' device.
 
         -> detached scalars for logging, on the parameters' device. The parameters are left as they
         were, also when the closure raises.
@@ -80,9 +83,13 @@ def stacked_parameters(model: Any) -> list[Tensor]:
     return params
 
 
-def require_different_particles(params: list[Tensor], why: str) -> None:
+def require_different_particles(model: Any, params: list[Tensor], why: str) -> None:
     """Raise where all particles are equal: their interaction then has an exactly zero gradient."""
-    if params[0].shape[0] > 1 and all(bool((p == p[:1]).all()) for p in params):
+    tensors = list(params)
+    for adapter in model.adapters() if hasattr(model, "adapters") else ():
+        # Frozen factors tell particles apart too.
+        tensors += [adapter.lora_A, adapter.lora_B]
+    if params[0].shape[0] > 1 and all(bool((t == t[:1]).all()) for t in tensors):
         raise ValueError(
             f"all {params[0].shape[0]} particles are identical, so {why} has zero gradient and "
             "they stay identical; start them from different seeds"
@@ -111,10 +118,10 @@ def call(closure: Closure, num_particles: int) -> tuple[Tensor, Tensor]:
 
 def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy of every particle (K,): logits (K, N, C), targets (N,) or (K, N)."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(accumulator(logits.dtype))
     targets = targets.expand(logits.shape[:2])
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    count = (targets != -100).sum(-1).clamp_min(1)
+    count = (targets != IGNORE_INDEX).sum(-1).clamp_min(1)
     return nll.view(targets.shape).sum(-1) / count
 
 
@@ -134,7 +141,25 @@ def particle_losses(closure: Closure, num_particles: int, loss: Loss) -> Tensor:
 def flat_gradients(total: Tensor, params: list[Tensor]) -> Tensor:
     """The gradient of a scalar as one matrix (K, P), a row a particle."""
     grads = torch.autograd.grad(total, params, allow_unused=True)
+    if any(g is None for g in grads) and _has_node(total, "CheckpointFunctionBackward"):
+        raise RuntimeError(
+            "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
+            "their gradients would be zero; checkpoint with use_reentrant=False"
+        )
     return flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)])
+
+
+def _has_node(output: Tensor, name: str) -> bool:
+    """Whether the graph of `output` holds a node of that name."""
+    found, stack = set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            if node.name() == name:
+                return True
+            found.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return False
 
 
 def flatten(tensors: list[Tensor]) -> Tensor:

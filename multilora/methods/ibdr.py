@@ -20,6 +20,7 @@ from multilora.methods.base import (
     unflatten,
 )
 from multilora.ops import gram_volume, particle_loss
+from multilora.ops.common import IGNORE_INDEX, accumulator
 
 _warned_own_batches = False
 
@@ -28,12 +29,14 @@ class IBDR(Method):
     """min over μ, σ and λ >= 0 of λρ + Σ_i max_{θ'_i} [ℓ(θ'_i) + α ℓ_div − λ ‖θ_i − θ'_i‖²]
     + β Σ_i [‖μ_i‖² + d (σ_i² − log σ_i²)],  θ_i = μ_i + σ_i ε_i.
 
+    Every particle climbs and descends its own term of the sum, ℓ_i + α ℓ_div, so the joint
+    divergence enters its gradient once (the gradient of the whole sum would hold it K times).
+
     One step: draw θ, take g_i = ∇_i [ℓ_i + α ℓ_div] at θ, climb to θ', and give μ the gradient
     that ℓ_i + α ℓ_div has at θ' (Danskin: the cost has no term in it). Two forwards and two
     backwards for all particles together. The parameters of the model are μ.
 
     alpha: α, weight of the divergence −log det(I + G/eps) (`kind` "logdet") or −det G ("det").
-        It enters every particle's objective once, whatever K is.
     ascent: "prox", θ' = θ + g/2λ, the maximiser of the linearised inner problem, ‖g_i‖ clipped at
         `clip` over all tensors of the particle; "step", θ + α₁ g (Algorithm 1 as printed); "sam",
         θ + ρ g/‖g‖.
@@ -101,7 +104,7 @@ class IBDR(Method):
         if sigma < 0 or (learn_sigma and sigma == 0):
             raise ValueError(f"sigma must be >= 0, and > 0 to be learnt; got {sigma}")
         if alpha != 0 and sigma == 0:
-            require_different_particles(self.params, "the divergence")
+            require_different_particles(model, self.params, "the divergence")
         self.alpha, self.ascent, self.clip, self.step_size = alpha, ascent, clip, step_size
         self.rho, self.lambda_bounds, self.lambda_lr = rho, (low, high), lambda_lr
         self.cost, self.beta, self.divergence = cost, beta, divergence
@@ -121,6 +124,11 @@ class IBDR(Method):
         self.noisy_size = sum(p[0].numel() for p in noisy)
 
     def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+        if self.lambda_.device != self.params[0].device:
+            raise RuntimeError(
+                f"IBDR was made for parameters on {self.lambda_.device}, and they are on "
+                f"{self.params[0].device} now; make it after moving the model"
+            )
         mu = [p.detach().clone() for p in self.params]
         try:
             noise = self._draw_noise()
@@ -204,7 +212,7 @@ class IBDR(Method):
         # (particle, problem, N, C)
         mixed = torch.where(own, logits.unsqueeze(1), before.unsqueeze(1)).flatten(1, 2)
         volume = gram_volume(mixed, targets.repeat(particles), self.eps, self.kind)
-        return volume.sum() / (targets != -100).sum().clamp_min(1)
+        return volume.sum() / (targets != IGNORE_INDEX).sum().clamp_min(1)
 
     def _draw_noise(self) -> Tensor | None:
         """ε (K, P), zero where a tensor has no noise; None where σ = 0."""
@@ -237,7 +245,7 @@ class IBDR(Method):
         if self.cost == "parameter":
             distance = climb.square().sum(1).mean()
         else:
-            dtype = torch.promote_types(before.dtype, torch.float32)
+            dtype = accumulator(before.dtype)
             change = after.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
             distance = change.square().sum(-1).mean()
         moved = self.lambda_ - self.lambda_lr * (self.rho - distance)

@@ -20,6 +20,7 @@ from multilora.methods.base import (
     unflatten,
 )
 from multilora.ops import pairwise_frobenius
+from multilora.ops.common import accumulator
 
 # The smallest 2h²: at initialisation B = 0 and all distances are zero.
 _FLOOR = 1e-12
@@ -72,7 +73,7 @@ class SVGD(Method):
         if not callable(loss) and loss != "particle":
             raise ValueError(f'loss must be "particle" or a callable; got {loss!r}')
         if gamma != 0:
-            require_different_particles(self.params, "the repulsion")
+            require_different_particles(model, self.params, "the repulsion")
         self.gamma, self.scope, self.bandwidth = gamma, scope, bandwidth
         self.drive, self.repulse, self.loss = drive, repulse, loss
         adapters = model.adapters() if hasattr(model, "adapters") else []
@@ -91,13 +92,16 @@ class SVGD(Method):
         grads = dict(zip(self.params, unflatten(grads, self.params)))
         stats = {"loss": losses.detach().mean(), "nll": losses.detach().mean()}
 
-        lora = [*self.lora_A, *self.lora_B]
+        lora = [t for t in (*self.lora_A, *self.lora_B) if t.requires_grad]
         layers = len(self.lora_A)
         distances = []
-        if lora:
+        # Relative to the first particle: equal ones are then exactly zero, and so is their force.
+        dense = [flatten(group).detach() for group in self.dense]
+        dense = [x - x[:1] for x in dense]
+        if layers:
             lora_D = pairwise_frobenius(self.lora_A, self.lora_B, self.scaling)
             distances.append(lora_D.detach())
-        distances += [_squared_distances(flatten(group).detach())[None] for group in self.dense]
+        distances += [_squared_distances(x)[None] for x in dense]
         D = torch.cat(distances)  # (layers + dense groups, K, K)
         if self.scope == "global":
             D = D.sum(0, keepdim=True).expand_as(D)
@@ -107,16 +111,15 @@ class SVGD(Method):
 
         # The force that the repulsion adds: Σ_j ∇_i k_ij, or −Σ_j ∇_j k_ji.
         force: dict[Tensor, Tensor] = {}
-        if lora and self.repulse == "own":
+        if layers and self.repulse == "own":
             # ½ Σ_ij k_ij has ∂/∂D_ij = −k_ij / 4h² and the gradient Σ_j ∇_i k_ij.
             upstream = -k[:layers] / (2 * width[:layers])
             force |= zip(lora, torch.autograd.grad(lora_D, lora, upstream.to(lora_D.dtype)))
-        elif lora:
+        elif layers:
             for layer, (A, B, s) in enumerate(zip(self.lora_A, self.lora_B, self.scaling)):
                 pull = k[layer] * (2 * s * s / width[layer])
                 force[A], force[B] = _stein_force(A.detach(), B.detach(), pull)
-        for group, kernel, w in zip(self.dense, k[layers:], width[layers:]):
-            x = flatten(group).detach()
+        for group, x, kernel, w in zip(self.dense, dense, k[layers:], width[layers:]):
             # For a kernel of the plain distance the two forms are the same vector.
             pull = (2 / w) * (kernel.to(x.dtype) @ x - kernel.sum(1, keepdim=True) * x)
             force |= zip(group, unflatten(pull.to(x.dtype), group))
@@ -161,7 +164,7 @@ def _squared_distances(x: Tensor) -> Tensor:
     norms = gram.diagonal()
     D = (norms[:, None] + norms[None] - 2 * gram).clamp_min(0)
     D.fill_diagonal_(0)
-    return D.to(torch.promote_types(x.dtype, torch.float32))
+    return D.to(accumulator(x.dtype))
 
 
 def _stein_force(A: Tensor, B: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:

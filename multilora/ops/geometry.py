@@ -6,16 +6,13 @@ import torch
 from torch import Tensor
 
 from multilora.ops._library import define, refuse_gradient, register_autograd
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from multilora.ops.common import accumulator
 
 
 def _fake_gram(lora_A, lora_B, scaling):
     particles = lora_A[0].shape[0]
     shape = (len(lora_A), particles, particles)
-    return lora_A[0].new_empty(shape, dtype=_accumulator(lora_A[0].dtype))
+    return lora_A[0].new_empty(shape, dtype=accumulator(lora_A[0].dtype))
 
 
 def _fake_backward(grad, lora_A, lora_B, scaling):

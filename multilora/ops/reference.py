@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_IGNORE_INDEX = -100
-
+from multilora.ops.common import IGNORE_INDEX, accumulator
 
 # --- lora_linear ---------------------------------------------------------------------------------
 
@@ -88,7 +87,7 @@ def lora_linear_backward(
 
 def lora_gram(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
     """T (L, K, K): T_ij = s² ⟨A_i A_jᵀ, B_iᵀ B_j⟩."""
-    return _gram64(lora_A, lora_B, scaling).to(_accumulator(lora_A[0].dtype))
+    return _gram64(lora_A, lora_B, scaling).to(accumulator(lora_A[0].dtype))
 
 
 def pairwise_frobenius(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
@@ -97,7 +96,7 @@ def pairwise_frobenius(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list
     norms = T.diagonal(dim1=-2, dim2=-1)
     D = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - T - T.mT).clamp_min_(0)
     D.diagonal(dim1=-2, dim2=-1).zero_()
-    return D.to(_accumulator(lora_A[0].dtype))
+    return D.to(accumulator(lora_A[0].dtype))
 
 
 def lora_gram_backward(
@@ -165,8 +164,8 @@ def _stack64(
 #
 # With z the logits without the target class (z_y = −∞) and e = exp(z − max z), the unit vector of
 # the masked softmax is f̃ = e/‖e‖ whatever the true logit is, so nothing underflows when p_y → 1.
-# With M = ∂v/∂G for a function v
-# of G = F̃F̃ᵀ (rows are particles), the chain through the norm and the masked softmax collapses to
+# With M = ∂v/∂G for a function v of G = F̃F̃ᵀ (rows are particles), the chain through the norm and
+# the masked softmax collapses to
 #     ∂v/∂z_i = 2 f̃_i ∘ (X_i − ⟨X_i, f̃_i⟩ f̃_i),   X = M F̃,
 # because the term that the softmax Jacobian subtracts, ⟨q_i, ∂v/∂q_i⟩, is zero.
 
@@ -253,7 +252,7 @@ def _volume(f: Tensor, targets: Tensor, eps: float, kind: str) -> tuple[Tensor, 
         core = -torch.cholesky_inverse(factor)
     if particles < classes:
         core = core - torch.diag_embed((core * gram).sum(-1))
-    valid = targets != _IGNORE_INDEX
+    valid = targets != IGNORE_INDEX
     # where, not a product: an ignored row may hold anything.
     return value.where(valid, 0), core.where(valid[:, None, None], 0).contiguous()
 
@@ -289,7 +288,7 @@ def _volume_gradient(f: Tensor, core: Tensor, grad: Tensor, offset: Tensor) -> T
 def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> f̃ (K, N, C), stats (3, K, N) = (top, ‖e‖, Σe), nll (K, N), with e = exp(z − top)."""
     valid, labels = _labels(logits, targets)
-    z = logits.to(_accumulator(logits.dtype))
+    z = logits.to(accumulator(logits.dtype))
     z_y = z.gather(-1, labels).squeeze(-1)
     z = z.scatter(-1, labels, -torch.inf)
     top = z.amax(-1, keepdim=True)
@@ -306,7 +305,7 @@ def _renormalise(logits: Tensor, targets: Tensor, stats: Tensor) -> Tensor:
     """f̃ (K, N, C) again, from the logits and their stats."""
     _, labels = _labels(logits, targets)
     top, norm, _ = stats.unsqueeze(-1)
-    z = logits.to(_accumulator(logits.dtype)) - top
+    z = logits.to(accumulator(logits.dtype)) - top
     return z.scatter_(-1, labels, -torch.inf).exp_().div_(norm)
 
 
@@ -317,28 +316,24 @@ def _zero_ignored(dz: Tensor, valid: Tensor) -> Tensor:
 
 def _labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """valid (N,) and class indices (K, N, 1) that are safe to gather with."""
-    valid = targets != _IGNORE_INDEX
+    valid = targets != IGNORE_INDEX
     labels = targets.where(valid, 0).expand(logits.shape[0], -1).unsqueeze(-1)
     return valid, labels
 
 
 def _count(targets: Tensor) -> Tensor:
-    return (targets != _IGNORE_INDEX).sum().clamp_min(1)
+    return (targets != IGNORE_INDEX).sum().clamp_min(1)
 
 
 def _check_targets(logits: Tensor, targets: Tensor) -> None:
     classes = logits.shape[-1]
-    valid = (targets == _IGNORE_INDEX) | ((targets >= 0) & (targets < classes))
+    valid = (targets == IGNORE_INDEX) | ((targets >= 0) & (targets < classes))
     if targets.is_cuda:
         # Reported at the next synchronisation: waiting for the device here would stall it.
         torch._assert_async(valid.all(), "multilora: a target is outside [0, C)")
     elif not valid.all():
         wrong = targets[~valid][0].item()
         raise ValueError(
-            f"targets must be in [0, {classes}) or {_IGNORE_INDEX}; got {wrong} for "
+            f"targets must be in [0, {classes}) or {IGNORE_INDEX}; got {wrong} for "
             f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
         )
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,29 +6,28 @@ import torch
 from torch import Tensor
 
 from multilora.ops._library import define, refuse_gradient, register_autograd
+from multilora.ops.common import accumulator
 
-IGNORE_INDEX = -100
 _KINDS = ("logdet", "det")
 _warned_two_classes = False
-
-
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _fake_saved(logits):
     particles, rows, classes = logits.shape
     side = min(particles, classes)
-    stats = logits.new_empty((3, particles, rows), dtype=_accumulator(logits))
-    return stats, logits.new_empty((rows, side, side), dtype=_accumulator(logits))
+    stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
+    return stats, logits.new_empty((rows, side, side), dtype=accumulator(logits.dtype))
 
 
 def _fake_volume(logits, targets, eps, kind):
-    return (logits.new_empty(logits.shape[1], dtype=_accumulator(logits)), *_fake_saved(logits))
+    return (
+        logits.new_empty(logits.shape[1], dtype=accumulator(logits.dtype)),
+        *_fake_saved(logits),
+    )
 
 
 def _fake_loss(logits, targets, eps, kind):
-    dtype = _accumulator(logits)
+    dtype = accumulator(logits.dtype)
     nll = logits.new_empty(logits.shape[0], dtype=dtype)
     return (nll, logits.new_empty((), dtype=dtype), *_fake_saved(logits))
 

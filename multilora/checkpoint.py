@@ -49,8 +49,8 @@ def load_particle_model(base: nn.Module, path: str | Path | Sequence[str | Path]
     by anything, which become the K particles.
 
     Raises FileNotFoundError or ValueError, naming the file and the mismatch, where a folder is
-    missing, damaged or does not fit `base`; `base` is then no longer plain if it was changed
-    already, so pass a fresh one.
+    missing, damaged or does not fit `base`. `base` may have been changed by then, so try again
+    with a fresh one.
     """
     folders, seeds = _folders(path)
     configs = [_read_config(folder / _CONFIG) for folder in folders]

@@ -181,6 +181,7 @@ class IBDR(Method):
         self, logits: Tensor, targets: Tensor, before: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Σ_i ℓ_i + α ℓ_div and what to log; `before`: the unperturbed logits, for "cross"."""
+        volumes = 1  # that `divergence` is a sum of
         if targets.ndim == 2:
             if self.loss == "ensemble":
                 raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
@@ -190,20 +191,17 @@ class IBDR(Method):
             nll, divergence = particle_loss(logits, targets, self.eps, self.kind)
             if self.divergence == "cross" and before is not None:
                 divergence = self._cross_divergence(logits, targets, before)
+                volumes = self.num_particles
         if self.loss == "ensemble":
             nll = task_loss(logits.mean(0, keepdim=True), targets) * self.num_particles
         total = nll.sum() + self.alpha * divergence
         mean_nll = nll.detach().sum() / self.num_particles
-        stats = {
-            "loss": mean_nll + self.alpha * divergence.detach() / self._divergence_terms(before),
+        mean_divergence = divergence.detach() / volumes
+        return total, {
+            "loss": mean_nll + self.alpha * mean_divergence,
             "nll": mean_nll,
-            "divergence": divergence.detach() / self._divergence_terms(before),
+            "divergence": mean_divergence,
         }
-        return total, stats
-
-    def _divergence_terms(self, before: Tensor | None) -> int:
-        """How many volumes `divergence` sums over: K of them for "cross"."""
-        return self.num_particles if self.divergence == "cross" and before is not None else 1
 
     def _cross_divergence(self, logits: Tensor, targets: Tensor, before: Tensor) -> Tensor:
         """Σ_i ℓ_div(θ'_i, θ_{−i}): problem i has particle i perturbed and the others not."""

@@ -21,6 +21,7 @@ from bench.measure import (
     OURS,
     Case,
     check,
+    clock,
     default_device,
     interleave,
     machine,
@@ -52,7 +53,8 @@ def measure_case(
     if case.yardstick:
         name, make = case.yardstick
         runs[name] = make(inputs)
-    timings = interleave(runs, device, seconds, rounds)
+    time = clock(device)
+    timings = interleave({name: time.sampler(run) for name, run in runs.items()}, seconds, rounds)
     ours = timings[OURS]
     plain = [name for name in case.peers if name != OURS]
     record["seconds"] = {name: timing.quartiles() for name, timing in timings.items()}

@@ -7,8 +7,9 @@ compute on the same numbers. There is no dropout anywhere.
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,23 +30,23 @@ Tensors = dict[str, Tensor | list[Tensor]]
 Problem = tuple[Callable[[], Tensors], Tensors, Tensors]
 
 
-def _draw(seed: int, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def drawing(seed: int, dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(*shape: int, std: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator) * std
-        return values.bfloat16().to(device, dtype)
+    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device) * std
+        return values.bfloat16().to(dtype)
 
     return draw
 
 
-def _leaf(t: Tensor) -> Tensor:
+def leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(torch.is_grad_enabled())
 
 
 def _leaves(t: Tensor) -> list[Tensor]:
     """One leaf a particle: separate tensors, as separate models have them."""
-    return [_leaf(one) for one in t]
+    return [leaf(one) for one in t]
 
 
 def _flat(tensors: Tensors) -> list[Tensor]:
@@ -72,18 +73,39 @@ def _forward_backward(make: Callable[[Any], Problem]) -> Callable[[Any], Run]:
         def run() -> Tensors:
             outputs = forward()
             grads = torch.autograd.grad(_flat(outputs), _flat(leaves), _flat(upstream))
-            remaining = iter(grads)
-            return outputs | {
-                f"d{name}": [next(remaining) for _ in t] if isinstance(t, list) else next(remaining)
-                for name, t in leaves.items()
-            }
+            return outputs | _by_leaf(leaves, grads)
 
         return run
 
     return maker
 
 
-_PASSES = {"forward": _forward, "fwd + bwd": _forward_backward}
+def _by_leaf(leaves: Tensors, grads: Sequence[Tensor]) -> Tensors:
+    """Gradients in the order of _flat(leaves) -> the gradient of every leaf by its name."""
+    remaining = iter(grads)
+    return {
+        f"d{name}": [next(remaining) for _ in t] if isinstance(t, list) else next(remaining)
+        for name, t in leaves.items()
+    }
+
+
+def _backward(make: Callable[[Any], Problem]) -> Callable[[Any], Run]:
+    """The gradients of all leaves alone, of one forward that went before."""
+
+    def maker(inputs: Any) -> Run:
+        forward, leaves, upstream = make(inputs)
+        outputs = _flat(forward())
+
+        def run() -> Tensors:
+            grads = torch.autograd.grad(outputs, _flat(leaves), _flat(upstream), retain_graph=True)
+            return _by_leaf(leaves, grads)
+
+        return run
+
+    return maker
+
+
+PASSES = {"forward": _forward, "backward": _backward, "fwd + bwd": _forward_backward}
 
 
 # --- lora_linear ---------------------------------------------------------------------------------
@@ -108,19 +130,21 @@ class LinearSize:
     particles: int = 4
     rank: int = 8
     shared: bool = False
+    masters: bool = False  # float32 factors beside half-precision rows
 
     def __str__(self) -> str:
         sizes = f"{self.d_in}→{self.d_out} K{self.particles} T{self.rows} r{self.rank}"
         return sizes + (" shared x" if self.shared else "")
 
     def inputs(self, dtype: torch.dtype, device: torch.device) -> Linear:
-        draw = _draw(0, dtype, device)
+        draw = drawing(0, dtype, device)
         d_in, d_out, k = self.d_in, self.d_out, self.particles
+        factors = torch.promote_types(dtype, torch.float32) if self.masters else dtype
         return Linear(
             draw(self.rows, d_in) if self.shared else draw(k, self.rows, d_in),
             draw(d_out, d_in, std=d_in**-0.5),
-            draw(k, self.rank, d_in, std=d_in**-0.5),
-            draw(k, d_out, self.rank, std=0.1),
+            draw(k, self.rank, d_in, std=d_in**-0.5, dtype=factors),
+            draw(k, d_out, self.rank, std=0.1, dtype=factors),
             draw(d_out, std=0.1),
             draw(k, self.rows, d_out),
         )
@@ -133,41 +157,47 @@ class LinearSize:
         return 2 * base + 3 * lora if backward else base + lora
 
 
-def _linear_stacked(function: Callable[..., Tensor], i: Linear) -> Problem:
-    x, A, B = _leaf(i.x), _leaf(i.lora_A), _leaf(i.lora_B)
+def linear_stacked(function: Callable[..., Tensor], i: Linear) -> Problem:
+    x, A, B = leaf(i.x), leaf(i.lora_A), leaf(i.lora_B)
 
     def forward() -> Tensors:
-        return {"y": function(x, i.weight, A, B, i.bias, i.scaling)}
+        factors = (A, B) if function is linear_ours else (A.to(x.dtype), B.to(x.dtype))
+        return {"y": function(x, i.weight, *factors, i.bias, i.scaling)}
 
     return forward, {"x": x, "lora_A": A, "lora_B": B}, {"y": i.dy}
 
 
-def _linear_loop(i: Linear) -> Problem:
+def linear_loop(i: Linear) -> Problem:
     As, Bs = _leaves(i.lora_A), _leaves(i.lora_B)
     shared = i.x.ndim == 2
-    x = _leaf(i.x) if shared else _leaves(i.x)
+    x = leaf(i.x) if shared else _leaves(i.x)
     xs = [x] * len(As) if shared else x
 
     def forward() -> Tensors:
-        return {"y": peers.lora_loop(xs, i.weight, As, Bs, i.bias, i.scaling)}
+        factors = ([t.to(i.x.dtype) for t in ts] for ts in (As, Bs))
+        return {"y": peers.lora_loop(xs, i.weight, *factors, i.bias, i.scaling)}
 
     return forward, {"x": x, "lora_A": As, "lora_B": Bs}, {"y": list(i.dy)}
 
 
-def _linear_ours(x: Tensor, weight: Tensor, lora_A: Tensor, *rest: Any) -> Tensor:
+def linear_ours(x: Tensor, weight: Tensor, lora_A: Tensor, *rest: Any) -> Tensor:
     if x.ndim == 2:
         x = x.expand(lora_A.shape[0], -1, -1)
     return ml.lora_linear(x, weight, lora_A, *rest)
 
 
-def _base_gemm(backward: bool, i: Linear) -> Run:
-    """The frozen layer alone on the same rows, and the product that gives dX."""
+def base_gemm(passes: str, i: Linear) -> Run:
+    """The frozen layer alone on the same rows, the product that gives dX, or both."""
     x = i.x if i.x.ndim == 2 else i.x.flatten(0, 1)
     dy = i.dy[0] if i.x.ndim == 2 else i.dy.flatten(0, 1)
 
     def run() -> Tensors:
-        y = F.linear(x, i.weight, i.bias)
-        return {"y": y, "dx": dy @ i.weight} if backward else {"y": y}
+        outputs: Tensors = {}
+        if passes != "backward":
+            outputs["y"] = F.linear(x, i.weight, i.bias)
+        if passes != "forward":
+            outputs["dx"] = dy @ i.weight
+        return outputs
 
     return run
 
@@ -180,10 +210,10 @@ def _linear_cases() -> list[Case]:
     sizes += [LinearSize(48, 144, 16 * 5), LinearSize(48, 192, 16 * 5)]
     sizes += [LinearSize(*shape, 197, shared=True) for shape in ((768, 768), (768, 2304))]
     makers = {
-        "loop": _linear_loop,
-        "baddbmm": partial(_linear_stacked, peers.lora_baddbmm),
-        "vmap": partial(_linear_stacked, peers.lora_vmap),
-        OURS: partial(_linear_stacked, _linear_ours),
+        "loop": linear_loop,
+        "baddbmm": partial(linear_stacked, peers.lora_baddbmm),
+        "vmap": partial(linear_stacked, peers.lora_vmap),
+        OURS: partial(linear_stacked, linear_ours),
     }
     return [
         Case(
@@ -191,11 +221,12 @@ def _linear_cases() -> list[Case]:
             str(size),
             size.inputs,
             {peer: wrap(make) for peer, make in makers.items()},
-            ("base GEMM", partial(_base_gemm, name != "forward")),
+            ("base GEMM", partial(base_gemm, name)),
             flops=size.flops(name != "forward"),
             half_precision=True,
         )
-        for name, wrap in _PASSES.items()
+        for name, wrap in PASSES.items()
+        if name != "backward"
         for size in sizes
     ]
 
@@ -212,7 +243,7 @@ class Geometry:
 
 
 def _geometry_inputs(layers: int, dtype: torch.dtype, device: torch.device) -> Geometry:
-    draw = _draw(1, dtype, device)
+    draw = drawing(1, dtype, device)
     return Geometry(
         [draw(8, 8, 768, std=0.02) for _ in range(layers)],
         [draw(8, 3072, 8, std=0.02) for _ in range(layers)],
@@ -220,8 +251,8 @@ def _geometry_inputs(layers: int, dtype: torch.dtype, device: torch.device) -> G
     )
 
 
-def _distances_ours(i: Geometry) -> Problem:
-    A, B = [_leaf(t) for t in i.lora_A], [_leaf(t) for t in i.lora_B]
+def distances_ours(i: Geometry) -> Problem:
+    A, B = [leaf(t) for t in i.lora_A], [leaf(t) for t in i.lora_B]
 
     def forward() -> Tensors:
         return {"D": ml.pairwise_frobenius(A, B, i.scaling)}
@@ -229,9 +260,9 @@ def _distances_ours(i: Geometry) -> Problem:
     return forward, {"lora_A": A, "lora_B": B}, {"D": i.upstream}
 
 
-def _distances_by_layer(function: Callable[..., Tensor], backward: bool, i: Geometry) -> Run:
+def distances_by_layer(function: Callable[..., Tensor], backward: bool, i: Geometry) -> Run:
     """Layer after layer, each with its backward at once: only one layer's ΔW live at a time."""
-    layers = [(_leaf(A), _leaf(B)) for A, B in zip(i.lora_A, i.lora_B)]
+    layers = [(leaf(A), leaf(B)) for A, B in zip(i.lora_A, i.lora_B)]
 
     @torch.set_grad_enabled(backward)
     def run() -> Tensors:
@@ -249,7 +280,7 @@ def _distances_by_layer(function: Callable[..., Tensor], backward: bool, i: Geom
     return run
 
 
-def _copy_factors(i: Geometry) -> Run:
+def copy_factors(i: Geometry) -> Run:
     return lambda: {"copies": [t.clone() for t in (*i.lora_A, *i.lora_B)]}
 
 
@@ -257,21 +288,21 @@ def _geometry_cases() -> list[Case]:
     layers = 12
     factors = layers * 8 * 8 * (768 + 3072)
     # The K² differences of a backward would fill tens of GB.
-    definition = {"ΔW broadcast": partial(_distances_by_layer, peers.frobenius_by_broadcast, False)}
+    definition = {"ΔW broadcast": partial(distances_by_layer, peers.frobenius_by_broadcast, False)}
     return [
         Case(
             f"pairwise_frobenius {name}",
             f"{layers} layers 768→3072 K8 r8",
             partial(_geometry_inputs, layers),
             {
+                "ΔW Gram GEMM": partial(distances_by_layer, peers.frobenius_by_gram, backward),
                 **({} if backward else definition),
-                "ΔW Gram GEMM": partial(_distances_by_layer, peers.frobenius_by_gram, backward),
                 "ΔW differences": partial(
-                    _distances_by_layer, peers.frobenius_by_differences, backward
+                    distances_by_layer, peers.frobenius_by_differences, backward
                 ),
-                OURS: _PASSES[name](_distances_ours),
+                OURS: PASSES[name](distances_ours),
             },
-            ("copy of the factors", _copy_factors),
+            ("copy of the factors", copy_factors),
             # Backward: the factors once more, and their gradients.
             traffic=factors * (3.0 if backward else 1.0),
             goals={} if backward else dict.fromkeys(("ΔW broadcast", "ΔW differences"), 100.0),
@@ -289,16 +320,16 @@ class Logits:
     targets: Tensor  # (N,)
 
 
-def _logits(
+def logits_inputs(
     particles: int, rows: int, classes: int, dtype: torch.dtype, device: torch.device
 ) -> Logits:
     targets = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(2))
-    return Logits(_draw(2, dtype, device)(particles, rows, classes), targets.to(device))
+    return Logits(drawing(2, dtype, device)(particles, rows, classes), targets.to(device))
 
 
-def _loss(function: Callable[..., tuple[Tensor, Tensor]], i: Logits) -> Problem:
+def loss_problem(function: Callable[..., tuple[Tensor, Tensor]], i: Logits) -> Problem:
     """The gradients are those of IBDR's objective, Σ_k nll_k + α · divergence."""
-    logits = _leaf(i.logits)
+    logits = leaf(i.logits)
 
     def forward() -> Tensors:
         nll, divergence = function(logits, i.targets)
@@ -309,7 +340,7 @@ def _loss(function: Callable[..., tuple[Tensor, Tensor]], i: Logits) -> Problem:
     return forward, {"logits": logits}, {"nll": upstream, "divergence": upstream[0] * 0.02}
 
 
-def _copy_logits(i: Logits) -> Run:
+def copy_logits(i: Logits) -> Run:
     return lambda: {"copy": i.logits.clone()}
 
 
@@ -318,13 +349,15 @@ def _loss_cases() -> list[Case]:
         Case(
             "particle_loss fwd + bwd",
             f"K{k} N{rows} C{classes}",
-            partial(_logits, k, rows, classes),
+            partial(logits_inputs, k, rows, classes),
             {
-                "softmax, logdet": _forward_backward(partial(_loss, peers.particle_loss)),
-                "mask, Cholesky": _forward_backward(partial(_loss, peers.particle_loss_masked)),
-                OURS: _forward_backward(partial(_loss, ml.particle_loss)),
+                "softmax, logdet": _forward_backward(partial(loss_problem, peers.particle_loss)),
+                "mask, Cholesky": _forward_backward(
+                    partial(loss_problem, peers.particle_loss_masked)
+                ),
+                OURS: _forward_backward(partial(loss_problem, ml.particle_loss)),
             },
-            ("copy of the logits", _copy_logits),
+            ("copy of the logits", copy_logits),
             # The logits once in each pass, and their gradient.
             traffic=3.0 * k * rows * classes,
             half_precision=True,
@@ -335,63 +368,127 @@ def _loss_cases() -> list[Case]:
 
 # --- whole steps ---------------------------------------------------------------------------------
 
-_VIT = {**DIGITS_MODEL, "num_classes": 5}
-_LORA = {
-    "r": 8,
-    "lora_alpha": 8,
-    "target_modules": DIGITS_TARGETS,
-    "modules_to_save": ["head"],
-}
-_BATCH = Settings().batch_size
-_SCALING = 1.0  # lora_alpha / r
+
+@dataclass(frozen=True)
+class Network:
+    """A base model, its adapters and its data.
+
+    targets: the shape of the targets of a batch.
+    spread: the standard deviation of lora_B.
+    call: (model, x) -> logits; x may be what `embed` makes of it.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    lora: dict[str, Any]
+    classes: int
+    draw: Callable[[Callable[..., Tensor], int], Tensor]
+    targets: Callable[[int], tuple[int, ...]] = lambda batch: (batch,)
+    spread: float = 0.02
+    call: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x)
+    embed: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: x
+
+    @property
+    def scaling(self) -> float:
+        return self.lora["lora_alpha"] / self.lora["r"]
 
 
 @dataclass(frozen=True)
 class Training:
     """K particles and, with the same weights, K PEFT models over one set of frozen weights."""
 
+    network: Network
+    frozen: nn.Module
     particles: ml.ParticleModel
-    models: list[nn.Module]
-    x: Tensor  # (B, 1, 8, 8)
-    y: Tensor  # (B,)
+    folder: tempfile.TemporaryDirectory
+    x: Tensor  # (B, ...)
+    y: Tensor  # (B,), or (B, L) of a language model
+
+    def models(self, autocast: bool = True) -> list[nn.Module]:
+        """autocast: PEFT's default, which keeps half-precision adapters in float32."""
+        import peft
+
+        device, dtype = self.x.device, next(self.frozen.parameters()).dtype
+        models = [
+            peft.PeftModel.from_pretrained(
+                copy.deepcopy(self.frozen, _by_id(self.frozen)),
+                f"{self.folder.name}/particle_{k}",
+                is_trainable=True,
+                autocast_adapter_dtype=autocast,
+            )
+            for k in range(self.particles.num_particles)
+        ]
+        if dtype.itemsize < 4:
+            return [model.to(device).train() for model in models]
+        return [model.to(device, dtype).train() for model in models]
 
 
-def _training(batch: int, dtype: torch.dtype, device: torch.device, num_particles=4) -> Training:
-    import peft
+def _digits_vit() -> nn.Module:
     import timm
 
-    def base() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return timm.create_model("vit_tiny_patch16_224", pretrained=False, **_VIT)
+    return timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, **DIGITS_MODEL, num_classes=5
+    )
 
-    draw = _draw(3, torch.float32, torch.device("cpu"))
-    particles = ml.get_particle_model(base(), peft.LoraConfig(**_LORA), num_particles)
+
+DIGITS = Network(
+    "digits ViT",
+    _digits_vit,
+    {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": DIGITS_TARGETS,
+        "modules_to_save": ["head"],
+    },
+    classes=5,
+    draw=lambda draw, batch: draw(batch, 1, 8, 8),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    """The base at its random weights; kept for the next case of the same network."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build()
+
+
+def _by_id(model: nn.Module) -> dict[int, nn.Parameter]:
+    """A memo for copy.deepcopy: what is in it is not copied, so the frozen weights exist once."""
+    return {id(p): p for p in model.parameters()}
+
+
+def training(
+    network: Network, num_particles: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Training:
+    import peft
+
+    base = _built(network.build)
+    draw = drawing(3, torch.float32, torch.device("cpu"))
+    particles = ml.get_particle_model(
+        copy.deepcopy(base, _by_id(base)), peft.LoraConfig(**network.lora), num_particles
+    )
     with torch.no_grad():
         for adapter in particles.adapters():
-            adapter.lora_B.copy_(draw(*adapter.lora_B.shape, std=0.02))
+            adapter.lora_B.copy_(draw(*adapter.lora_B.shape, std=network.spread))
         # Particles that predict nearly the same have a nearly singular Gram matrix, in whose
         # inverse the check would compare nothing but rounding. Each leans to a class of its own.
         for _, head in particles.heads():
             head["bias"].copy_(3 * torch.eye(*head["bias"].shape))
-    frozen = base().to(device, dtype)
-    # What is in the memo is not copied: the frozen weights exist once.
-    shared = {id(p): p for p in frozen.parameters()}
-    with tempfile.TemporaryDirectory() as folder:
-        particles.save_pretrained(folder)
-        particles = ml.load_particle_model(base().to(device, dtype), folder)
-        models = [
-            peft.PeftModel.from_pretrained(
-                copy.deepcopy(frozen, dict(shared)), f"{folder}/particle_{k}", is_trainable=True
-            ).to(device, dtype)
-            for k in range(num_particles)
-        ]
-    targets = torch.randint(5, (batch,), generator=torch.Generator().manual_seed(4))
+    folder = tempfile.TemporaryDirectory()
+    particles.save_pretrained(folder.name)
+    frozen = copy.deepcopy(base).to(device, dtype).requires_grad_(False)
+    particles = ml.load_particle_model(copy.deepcopy(frozen, _by_id(frozen)), folder.name)
+    x = network.draw(draw, batch)
+    generator = torch.Generator().manual_seed(4)
+    y = torch.randint(network.classes, network.targets(batch), generator=generator)
     return Training(
+        network,
+        frozen,
         particles.train(),
-        [model.train() for model in models],
-        draw(batch, 1, 8, 8).to(device, dtype),
-        targets.to(device),
+        folder,
+        x.to(device, dtype if x.is_floating_point() else None),
+        y.to(device),
     )
 
 
@@ -404,7 +501,9 @@ def _step(
 
     reported: the tensors whose gradients are checked; a tuple holds one a particle.
     """
-    optimizer = torch.optim.AdamW(params, lr=0.0, fused=True)
+    # capturable: the step's count lives on the GPU, so that a CUDA graph can hold it.
+    on_gpu = params[0].is_cuda
+    optimizer = torch.optim.AdamW(params, lr=0.0, fused=True, capturable=on_gpu)
 
     def run() -> Tensors:
         outputs: Tensors = {"loss": backward()["loss"]}
@@ -417,62 +516,80 @@ def _step(
     return run
 
 
-def _step_ours(method: type, i: Training) -> Run:
+def step_ours(method: type, i: Training) -> Run:
     model, algorithm = i.particles, method(i.particles)
     params = model.particle_parameters()
-    return _step(params, params, lambda: algorithm.backward(lambda: (model(i.x), i.y)))
+    call = i.network.call
+    return _step(params, params, lambda: algorithm.backward(lambda: (call(model, i.x), i.y)))
 
 
-def _step_plain(models: type, method: type, i: Training) -> Run:
+def step_plain(
+    models: type,
+    method: type,
+    i: Training,
+    autocast: bool = True,
+    distances: Callable[..., Tensor] | None = None,
+) -> Run:
+    """distances: how SVGD's are computed, where not on materialised ΔW."""
+
+    def logits(model: nn.Module, x: Tensor) -> Tensor:
+        return i.network.call(model, x).flatten(0, -2)
+
     if models is peers.VmappedModels:
-        stack = peers.VmappedModels(i.models)
+        stack = peers.VmappedModels(i.models(autocast))
         # The fused attention has no batching rule; vmap would run it particle by particle.
         for module in stack.template.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = False
         reported = stack.flat()
     else:
-        stack = peers.LoopedModels(i.models)
+        stack = peers.LoopedModels(i.models(autocast), logits)
         reported = list(zip(*stack.trainable))
     backward = {
         ml.Ensemble: peers.ensemble_backward,
-        ml.SVGD: partial(peers.svgd_backward, scaling=_SCALING),
-        ml.IBDR: peers.IBDR(i.x).backward,
+        ml.SVGD: partial(
+            peers.svgd_backward,
+            scaling=i.network.scaling,
+            adapted=len(i.particles.adapters()),
+            distances=distances,
+        ),
+        ml.IBDR: peers.IBDR(stack.flat()[0]).backward,
     }[method]
-    return _step(stack.flat(), reported, lambda: backward(stack, i.x, i.y))
+    y = i.y.flatten()
+    return _step(stack.flat(), reported, lambda: backward(stack, i.x, y))
 
 
-def _frozen_model(passes: int, i: Training) -> Run:
+def frozen_model(passes: int, i: Training) -> Run:
     """The model without adapters on K·B rows: forward and the gradient of its input, as often as
     the method needs them. A step over these rows can hardly do less."""
-    model = copy.deepcopy(i.models[0]).unload()
-    for module in model.modules():
-        module.requires_grad_(False)
-    x = _leaf(i.x.repeat(len(i.models), 1, 1, 1))
+    model = i.frozen
+    x = i.x.repeat(i.particles.num_particles, *[1] * (i.x.ndim - 1))
+    x = leaf(i.network.embed(model, x))
 
     def run() -> Tensors:
         for _ in range(passes):
-            (dx,) = torch.autograd.grad(model(x).sum(), x)
+            (dx,) = torch.autograd.grad(i.network.call(model, x).sum(), x)
         return {"dx": dx}
 
     return run
 
 
 def _step_cases() -> list[Case]:
-    sizes = [(method, _BATCH) for method in (ml.Ensemble, ml.SVGD)]
+    default = Settings().batch_size
+    sizes = [(method, default) for method in (ml.Ensemble, ml.SVGD)]
     sizes += [(ml.IBDR, batch) for batch in (8, 16, 32, 128)]
     return [
         Case(
             f"{method.__name__} step",
-            f"digits ViT K4 B{batch}",
-            partial(_training, batch),
+            f"{DIGITS.name} K4 B{batch}",
+            partial(training, DIGITS, 4, batch),
             {
-                "PEFT loop": partial(_step_plain, peers.LoopedModels, method),
-                "vmap": partial(_step_plain, peers.VmappedModels, method),
-                OURS: partial(_step_ours, method),
+                "PEFT loop": partial(step_plain, peers.LoopedModels, method),
+                "vmap": partial(step_plain, peers.VmappedModels, method),
+                OURS: partial(step_ours, method),
             },
-            ("frozen model", partial(_frozen_model, 2 if method is ml.IBDR else 1)),
-            goals={"PEFT loop": 2.0} if (method, batch) == (ml.IBDR, _BATCH) else {},
+            ("frozen model", partial(frozen_model, 2 if method is ml.IBDR else 1)),
+            goals={"PEFT loop": 2.0} if (method, batch) == (ml.IBDR, default) else {},
         )
         for method, batch in sizes
     ]

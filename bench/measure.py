@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import platform
 import random
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -23,7 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.floors import Work
+
 OURS = "multilora"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a peer is multilora, on whichever backend: "multilora (triton)"."""
+    return name.split(" (")[0] == OURS
+
+
+class Unavailable(Exception):
+    """A peer that cannot take part here; the message says why."""
+
 
 #: One repetition of a peer. What it returns is checked, not timed; a list holds one tensor a
 #: particle or a layer, and stands for the stacked tensor.
@@ -42,6 +55,11 @@ class Case:
     flops, traffic: what one repetition needs at least: operations, and numbers read and written.
     goals: peer -> how many times faster than it multilora is to be.
     half_precision: whether the case means something in bfloat16 too.
+    work: what one repetition needs at least, where a floor is known.
+    goal: at most how many times as long as the yardstick multilora is to take; 0: none is set.
+    asides: peers that are shown and not compared with, because they do another task.
+    stand_in: a smaller case that is checked, in float32, in place of this one.
+    cost: seconds that the case is expected to take on a GPU.
     """
 
     group: str
@@ -53,6 +71,11 @@ class Case:
     traffic: float = 0.0
     goals: dict[str, float] = field(default_factory=dict)
     half_precision: bool = False
+    work: Work | None = None
+    goal: float = 0.0
+    asides: frozenset[str] = frozenset()
+    stand_in: Case | None = None
+    cost: float = 4.0
 
     def __str__(self) -> str:
         return f"{self.group}, {self.name}"
@@ -78,37 +101,58 @@ def check(case: Case, runs: dict[str, Run], dtype: torch.dtype, device: torch.de
 
     multilora may err twice as much as plain PyTorch in this dtype, plus rounding: four units in
     the last place. The plain peers set that scale, so all that is asked of them is half of the
-    dtype's digits, which is also what every single element of multilora's must have.
+    dtype's digits, which is also what every single element of multilora's must have. A peer that
+    raises has failed.
     """
     make_oracle = next(iter(case.peers.values()))
-    oracle = _outputs(make_oracle(case.inputs(torch.float64, device)))
+    oracle = outputs_of(make_oracle(case.inputs(torch.float64, device)))
     eps = torch.finfo(dtype).eps
-    outputs = {name: _outputs(run) for name, run in runs.items()}
-    errors = {name: _errors(tensors, oracle, _norm) for name, tensors in outputs.items()}
-    plain = [errors[name] for name in runs if name != OURS]
-    failures = {}
-    for name in runs:
-        largest = _errors(outputs[name], oracle, _largest)
+    errors, largest, failures = {}, {}, {}
+    # One peer's outputs at a time: those of a large case fill gigabytes.
+    for name, run in runs.items():
+        try:
+            outputs = outputs_of(run, poisoned=is_ours(name))
+            errors[name] = _errors(outputs, oracle, _norm)
+            largest[name] = _errors(outputs, oracle, _largest)
+        except Exception as error:
+            failures[name] = reason(error)
+        outputs = None
+    plain = [errors[name] for name in errors if not is_ours(name) and name not in case.asides]
+    for name in errors:
         for output in oracle:
             budget = eps**0.5
-            if name == OURS:
+            if is_ours(name) and plain:
                 budget = min(2 * max(error[output] for error in plain) + 4 * eps, budget)
             # Written so that NaN fails.
-            if not (errors[name][output] <= budget and largest[output] <= eps**0.5):
+            if not (errors[name][output] <= budget and largest[name][output] <= eps**0.5):
                 failures[name] = (
                     f"{output}: error {errors[name][output]:.1e}, budget {budget:.1e}; "
-                    f"largest element {largest[output]:.1e}, budget {eps**0.5:.1e}"
+                    f"largest element {largest[name][output]:.1e}, budget {eps**0.5:.1e}"
                 )
     return Check(errors, failures)
 
 
-def _outputs(run: Run) -> dict[str, Tensor]:
-    with _poisoned_memory():
+def reason(error: BaseException) -> str:
+    """The error in one line, short enough for a record."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def outputs_of(run: Run, poisoned: bool = True) -> dict[str, Tensor]:
+    """What a repetition returns, each output as one tensor."""
+    with _poisoned_memory() if poisoned else contextlib.nullcontext():
         outputs = run()
     return {
-        name: torch.stack(list(t)).detach() if isinstance(t, (list, tuple)) else t.detach().clone()
+        name: _joined(t) if isinstance(t, (list, tuple)) else t.detach().clone()
         for name, t in outputs.items()
     }
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Particles or layers of one shape stacked; of several shapes, as one long vector."""
+    if len({t.shape for t in tensors}) == 1:
+        return torch.stack(list(tensors)).detach()
+    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def _errors(
@@ -168,62 +212,109 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def interleave(
-    runs: dict[str, Run], device: torch.device, seconds: float, rounds: int
-) -> dict[str, Timing]:
-    """Time the runs in rounds, every run once a round and in an order of its own each round.
+    samplers: dict[Any, Callable[[], float]],
+    seconds: float,
+    rounds: int,
+    limit: float = math.inf,
+) -> dict[Any, Timing]:
+    """Take samples in rounds, one of each sampler a round and in an order of its own each round.
 
-    Rounds go on for `seconds`, and for `rounds` of them at least; two calls of each go before. On
-    the CPU a sample is the mean over as many calls as take 2 ms. On a GPU it is one call between
-    two events, after the L2 cache was overwritten; what the host launches late counts.
+    Rounds go on for `seconds` and for `rounds` of them at least, but not beyond `limit` seconds
+    once there are three.
     """
-    clock = _CudaClock() if device.type == "cuda" else _CpuClock()
-    for _ in range(2):
-        for run in runs.values():
-            run()
-    calls = {name: clock.calls(run) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0).shuffle
+    samples: dict[Any, list[float]] = {name: [] for name in samplers}
+    order, shuffle = list(samplers), random.Random(0).shuffle
     gc.collect()
     gc.disable()
     try:
-        start, done = time.perf_counter(), 0
-        while done < rounds or time.perf_counter() - start < seconds:
+        start, done, spent = time.perf_counter(), 0, 0.0
+        while (done < rounds or spent < seconds) and (done < 3 or spent < limit):
             shuffle(order)
             for name in order:
-                samples[name].append(clock.sample(runs[name], calls[name]))
-            done += 1
+                samples[name].append(samplers[name]())
+            done, spent = done + 1, time.perf_counter() - start
     finally:
         gc.enable()
     return {name: Timing(values) for name, values in samples.items()}
 
 
-class _CpuClock:
-    def calls(self, run: Run) -> int:
-        return max(1, round(2e-3 / self.sample(run, 1)))
+def clock(device: torch.device) -> CpuClock | CudaClock:
+    return CudaClock() if device.type == "cuda" else CpuClock()
 
-    def sample(self, run: Run, calls: int) -> float:
+
+class CpuClock:
+    def sampler(self, run: Run) -> Callable[[], float]:
+        """A sample is the mean over as many calls as take 2 ms. Two calls go before."""
+        for _ in range(2):
+            run()
+        calls = max(1, round(2e-3 / self._sample(run, 1)))
+        return lambda: self._sample(run, calls)
+
+    def _sample(self, run: Run, calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             run()
         return (time.perf_counter() - start) / calls
 
 
-class _CudaClock:
+class CudaClock:
+    """One call between two events, after the L2 cache was overwritten."""
+
     def __init__(self):
         self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
-    def calls(self, run: Run) -> int:
-        return 1
+    def sampler(self, run: Run) -> Callable[[], float]:
+        """The call as the host launches it: what it launches late counts. Two calls go before."""
+        for _ in range(2):
+            run()
+        return lambda: self._sample(run)
 
-    def sample(self, run: Run, calls: int) -> float:
+    def replay_sampler(self, graph: torch.cuda.CUDAGraph) -> Callable[[], float]:
+        """The kernels alone: the device is kept busy until the host has launched the graph."""
+        graph.replay()
+        torch.cuda.synchronize()
+        launched = time.perf_counter()
+        graph.replay()
+        launched = time.perf_counter() - launched
+        torch.cuda.synchronize()
+        # In cycles of about half a nanosecond.
+        delay = round((2 * launched + 5e-5) * 2e9)
+        return lambda: self._sample(graph.replay, delay)
+
+    def _sample(self, call: Callable[[], Any], delay: int = 0) -> float:
+        """delay: cycles that the device is to spin; 0: it waits for the host."""
         self.cache.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        if delay:
+            torch.cuda._sleep(delay)
+        else:
+            torch.cuda.synchronize()
         start.record()
-        run()
+        call()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e-3
+
+
+def capture(
+    run: Run, pool: Any, stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor | list[Tensor]]]:
+    """One repetition as a CUDA graph, and its outputs, which every replay writes again.
+
+    `stream` is the current one: a backward runs where its forward ran, and both must be captured.
+    Raises where the run waits for the device, before anything is captured: a capture that breaks
+    off leaves PyTorch's allocator and random numbers in doubt.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
+        outputs = run()
+    return graph, outputs
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -267,14 +358,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What a number depends on, without anything that names the host or its folders."""
     from multilora.ops import dispatch
 
-    names = ("multilora", "torch", "triton", "peft", "timm", "numpy")
+    names = ("multilora", "torch", "triton", "peft", "timm", "transformers", "numpy")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "backend": dispatch.current_backend(device.type),
+        "backend": dispatch.current_backend(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
     }

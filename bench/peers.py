@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,63 @@ def lora_vmap(
     return torch.func.vmap(one, in_dims=(None if x.ndim == 2 else 0, 0, 0))(x, lora_A, lora_B)
 
 
+def lora_addmm(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, scaling: float
+) -> Tensor:
+    """Shrink, expand into y together with the bias, and a base GEMM that accumulates into it."""
+    shrunk = torch.bmm(x, lora_A.mT)
+    y = torch.baddbmm(bias.expand(len(x), 1, -1), shrunk, lora_B.mT, alpha=scaling).flatten(0, 1)
+    # In place on a view, autograd would copy the gradient.
+    add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+    return add(y, x.flatten(0, 1), weight.mT).unflatten(0, x.shape[:2])
+
+
+class SwitchedAdapters:
+    """PEFT: one linear layer with K adapters, of which one is active at a time.
+
+    autocast: PEFT's default, autocast_adapter_dtype=True: half-precision adapters are kept in
+    float32, and x is cast to it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor,
+        scaling: float,
+        autocast: bool,
+    ):
+        import peft
+
+        d_out, d_in = weight.shape
+        linear = nn.utils.skip_init(nn.Linear, d_in, d_out, device=weight.device)
+        linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        rank = lora_A.shape[1]
+        config = peft.LoraConfig(r=rank, lora_alpha=rank * scaling, target_modules=["0"])
+        kept = {"autocast_adapter_dtype": autocast}
+        self.names = [f"particle_{k}" for k in range(len(lora_A))]
+        self.model = peft.get_peft_model(nn.Sequential(linear), config, self.names[0], **kept)
+        for name in self.names[1:]:
+            self.model.add_adapter(name, config, **kept)
+        layer = self.model.base_model.model[0]
+        self.factors = [(layer.lora_A[n].weight, layer.lora_B[n].weight) for n in self.names]
+        with torch.no_grad():
+            for (A, B), new_A, new_B in zip(self.factors, lora_A, lora_B):
+                A.copy_(new_A)
+                B.copy_(new_B)
+
+    def forward(self, particle: int, x: Tensor) -> Tensor:
+        self.model.set_adapter(self.names[particle])
+        return self.model(x)
+
+
+def merge(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """W + ΔW_k of every particle (K, d_out, d_in), rounded to the weight's dtype."""
+    delta = scaling * torch.bmm(lora_B.float(), lora_A.float())
+    return (weight.float() + delta).to(weight.dtype)
+
+
 # --- geometry ------------------------------------------------------------------------------------
 
 
@@ -82,6 +139,16 @@ def frobenius_by_gram(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The same from every ΔW once: one GEMM of the flattened ΔW with themselves."""
     delta = scaling * torch.bmm(lora_B, lora_A).flatten(1)
     gram = delta @ delta.mT
+    norms = gram.diagonal()
+    return norms[:, None] + norms[None] - 2 * gram
+
+
+def frobenius_by_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The same without any ΔW: ⟨B_iA_i, B_jA_j⟩ = ⟨A_iA_jᵀ, B_iᵀB_j⟩, from two small products."""
+    particles, rank, _ = lora_A.shape
+    A, B = lora_A.flatten(0, 1), lora_B.mT.flatten(0, 1)
+    blocks = ((A @ A.mT) * (B @ B.mT)).view(particles, rank, particles, rank)
+    gram = scaling**2 * blocks.sum((1, 3))
     norms = gram.diagonal()
     return norms[:, None] + norms[None] - 2 * gram
 
@@ -133,13 +200,18 @@ def _cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
 class LoopedModels(nn.Module):
     """K PEFT models over one set of frozen weights, run one after the other."""
 
-    def __init__(self, models: Sequence[nn.Module]):
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        call: Callable[[nn.Module, Tensor], Tensor] = lambda model, x: model(x),
+    ):
         super().__init__()
         self.models = nn.ModuleList(models)
+        self.call = call
         self.trainable = [[p for p in m.parameters() if p.requires_grad] for m in models]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([model(x) for model in self.models])
+        return torch.stack([self.call(model, x) for model in self.models])
 
     def flat(self) -> list[Tensor]:
         """The tensors to train, particle by particle."""
@@ -196,7 +268,7 @@ def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]
         # Nothing joins the models, so each has its backward before the next one's forward.
         losses = []
         for model in models.models:
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(models.call(model, x).float(), y)
             loss.backward()
             losses.append(loss.detach())
         return {"loss": torch.stack(losses).mean()}
@@ -212,7 +284,8 @@ class IBDR:
     alpha, clip, rho, lambda_lr, lambda_bounds = 0.02, 0.15, 0.03, 1e-2, (0.5, 5.0)
 
     def __init__(self, like: Tensor):
-        self.lambda_ = like.new_tensor(3.0)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.lambda_ = torch.full((), 3.0, dtype=dtype, device=like.device)
 
     def backward(self, models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         params = models.flat()
@@ -222,7 +295,7 @@ class IBDR:
         grads = models.stack(grads)
         norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (K,)
         step = (self.clip / norm).clamp_max(1) / (2 * self.lambda_)
-        climb = [g * step.view(-1, *[1] * (g.ndim - 1)) for g in grads]
+        climb = [(g * step.view(-1, *[1] * (g.ndim - 1))).to(g.dtype) for g in grads]
         with torch.no_grad():
             torch._foreach_add_(params, models.unstack(climb))
         nll, divergence = particle_loss(models(x), y)
@@ -236,36 +309,64 @@ class IBDR:
 
 
 def svgd_backward(
-    models: Models, x: Tensor, y: Tensor, scaling: float, gamma: float = 0.01
+    models: Models,
+    x: Tensor,
+    y: Tensor,
+    scaling: float,
+    adapted: int,
+    gamma: float = 0.01,
+    distances: Callable[[Tensor, Tensor, float], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """`multilora.SVGD` at its defaults, in plain PyTorch: a kernel a layer, on materialised ΔW.
+    """`multilora.SVGD` at its defaults, in plain PyTorch.
 
-    The tensors of a particle are (lora_A, lora_B) of every layer, then the head's.
+    The tensors of a particle are (lora_A, lora_B) of the adapted layers, then the head's.
     """
     stats = ensemble_backward(models, x, y)
     params = models.flat()
-    stacked = models.stack(params)
-    layers = len(stacked) // 2 - 1
-    pairs = [stacked[2 * i : 2 * i + 2] for i in range(layers)]
-    weights = [scaling * torch.bmm(B, A).flatten(1) for A, B in pairs]
-    weights.append(torch.cat([t.flatten(1) for t in stacked[2 * layers :]], 1))
-    particles = weights[0].shape[0]
-    i, j = torch.triu_indices(particles, particles, 1, device=x.device)
+    grads = models.stack([p.grad for p in params])
+    stacked = models.stack([p.detach() for p in params])
+    direction = svgd_direction(stacked, grads, scaling, adapted, gamma, distances)
+    for p, d in zip(params, models.unstack(direction)):
+        p.grad = d.to(p.dtype)
+    return stats
+
+
+def svgd_direction(
+    stacked: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scaling: float,
+    adapted: int,
+    gamma: float = 0.01,
+    distances: Callable[[Tensor, Tensor, float], Tensor] | None = None,
+) -> list[Tensor]:
+    """A kernel a layer and one for the head; on materialised ΔW unless `distances` is given."""
+    stacked = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stacked]
+    stacked = [t.detach().requires_grad_() for t in stacked]
+    groups = [stacked[2 * i : 2 * i + 2] for i in range(adapted)]
+    groups += [head] if (head := stacked[2 * adapted :]) else []
+    particles = len(stacked[0])
+    i, j = torch.triu_indices(particles, particles, 1, device=stacked[0].device)
     total, driven = 0, []
-    for group, weight in enumerate(weights):
-        distance = (weight[:, None] - weight[None]).square().sum(-1)  # (K, K)
+    for index, group in enumerate(groups):
+        if index < adapted and distances is not None:
+            distance = distances(*group, scaling)
+        elif index < adapted:
+            lora_A, lora_B = group
+            distance = _squared_distances(scaling * torch.bmm(lora_B, lora_A).flatten(1))
+        else:
+            distance = _squared_distances(torch.cat([t.flatten(1) for t in group], 1))
         width = distance.detach()[i, j].quantile(0.5) / math.log(particles + 1)
         kernel = torch.exp(-distance / width)
         # Its gradient is Σ_j ∇_i k_ij: every pair is in the sum twice.
         total = total + 0.5 * kernel.sum()
-        tensors = 2 if group < layers else len(stacked) - 2 * layers
-        driven += [kernel.detach().mean(1)] * tensors
-    repulsion = models.stack(torch.autograd.grad(total, params))
-    grads = models.stack([p.grad for p in params])
-    direction = [
+        driven += [kernel.detach().mean(1)] * len(group)
+    repulsion = torch.autograd.grad(total, stacked)
+    return [
         grad * weight.view(-1, *[1] * (grad.ndim - 1)) + (gamma / particles) * force
         for grad, force, weight in zip(grads, repulsion, driven)
     ]
-    for p, d in zip(params, models.unstack(direction)):
-        p.grad = d
-    return stats
+
+
+def _squared_distances(weight: Tensor) -> Tensor:
+    """(K, P) -> (K, K)"""
+    return (weight[:, None] - weight[None]).square().sum(-1)

@@ -35,10 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"multilora: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(
-            f"multilora: {error}; the image tasks need the extra: pip install 'multilora[vision]'",
-            file=sys.stderr,
+        wanted = (
+            "the kernels need the package triton"
+            if error.name == "triton"
+            else "the image tasks need the extra: pip install 'multilora[vision]'"
         )
+        print(f"multilora: {error}; {wanted}", file=sys.stderr)
         return 1
 
 
@@ -107,6 +109,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("dir", metavar="DIR")
     export.add_argument("out", metavar="OUT")
     export.add_argument("--soup", default="exact", choices=("exact", "svd"))
+
+    kernels = commands.add_parser(
+        "kernels",
+        help="compile every Triton kernel, without a GPU, and show its machine code's needs",
+    )
+    kernels.add_argument(
+        "--target", choices=("sm_80", "sm_90"), default="sm_90", help="the chip" + default
+    )
+    kernels.add_argument("--out", type=Path, metavar="FILE", help="write a JSON record")
+    kernels.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT")
+    kernels.set_defaults(run=_kernels)
 
     info = commands.add_parser("info", help="versions, devices and backends")
     info.set_defaults(run=_info)
@@ -205,6 +218,33 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(args: argparse.Namespace) -> int:
+    from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
+    from multilora.ops.triton.problems import problems
+
+    chip, limit = TARGETS[args.target]
+    chosen = [problem for problem in problems() if args.only in str(problem)]
+    if not chosen:
+        raise ValueError(f"no problem has {args.only!r} in its name")
+    reports, failures = [], 0
+    print(f"{'kernel':<28}registers spills  shared  wgmma  mma  bulk  first problem, configuration")
+    for report in compile_all(chip, chosen):
+        print(
+            f"{report.kernel.strip('_').removesuffix('_kernel'):<28}{report.registers:9}"
+            f"{report.spills:7}{report.shared:8}{report.wgmma:7}{report.mma:5}"
+            f"{report.bulk_copies:6}  {report.problem}, {report.configuration}"
+        )
+        reason = report.failure(limit)
+        if reason is not None:
+            failures += 1
+            print(f"  FAILED: {reason}")
+        reports.append(report)
+    print(f"{len(reports)} codes for {len(chosen)} problems on {args.target}, {failures} failed")
+    if args.out is not None:
+        args.out.write_text(to_json(args.target, reports))
+    return 1 if failures else 0
+
+
 def _info(args: argparse.Namespace) -> int:
     import platform
     from importlib import metadata
@@ -229,8 +269,47 @@ def _info(args: argparse.Namespace) -> int:
     for name in dispatch.BACKENDS:
         reason = dispatch.missing_reason(name)
         print(f"  {name}: {'available' if reason is None else f'missing: {reason}'}")
-    print(f"used by default: {dispatch.current_backend('cpu')}")
+    print(f"used by default: {dispatch.current_backend()}")
+    _print_kernels()
+    _print_records()
     return 0
+
+
+def _print_kernels() -> None:
+    """Whether the Triton kernels have run on a GPU, and are ahead."""
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return
+    from multilora.ops.triton import configs
+
+    measured = [entry for entry in configs.table().values() if entry["record"] is not None]
+    if not measured:
+        print("Triton kernels: experimental, never run on a GPU; none is a default")
+    for capability in sorted({entry["capability"] for entry in measured}):
+        here = [entry for entry in measured if entry["capability"] == capability]
+        ahead = sum(entry["ahead"] for entry in here)
+        print(
+            f"Triton kernels on sm_{capability}: measured at {len(here)} sizes, ahead of the "
+            f"reference and the default at {ahead}"
+        )
+
+
+def _print_records() -> None:
+    """The newest record of every device: what was measured there, and how much of it was wrong."""
+    folder = Path(__file__).parent.parent / "bench" / "results"
+    records = {}
+    for file in folder.glob("*.json"):
+        record = json.loads(file.read_text())
+        device, date = record["machine"]["device"], record["machine"]["date"]
+        records[device] = max(records.get(device, ("",)), (date, file.stem, record["cases"]))
+    if not records:
+        print("measured: an installed package has no records; the repository's bench/results/ does")
+    for device, (date, name, cases) in sorted(records.items()):
+        wrong = sum(1 for case in cases if case["failures"])
+        print(
+            f"measured: {device}, {date[:10]} ({name}): {len(cases)} cases, {wrong} with a failure"
+        )
 
 
 class _Progress:

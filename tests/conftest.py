@@ -1,11 +1,31 @@
 """Fixtures for all tests: seeded random numbers, every backend, poisoned memory."""
 
+# ruff: noqa: E402
+import os
+
+# The operators' tests also run on a GPU, with MULTILORA_TEST_DEVICE=cuda; the rest is for the CPU.
+DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
+# Before Triton is imported: on the CPU its kernels run in its interpreter.
+os.environ["TRITON_INTERPRET"] = "1" if DEVICE == "cpu" else "0"
+
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import multilora as ml
 from multilora.ops.dispatch import available_backends
 
+if not hasattr(InterpreterBuilder, "get_bf16"):
+    # The interpreter keeps bfloat16 as its bits and cannot make a constant of it.
+    def get_bf16(self, value):
+        bits = np.array([value], dtype=np.float32).view(np.uint32) >> 16
+        return TensorHandle(bits.astype(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.get_bf16 = get_bf16
+
+torch.set_default_device(DEVICE)
 # The tests' problems are tiny, and pytest-xdist has a process for every core.
 torch.set_num_threads(1)
 

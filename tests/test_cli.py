@@ -237,7 +237,9 @@ def test_info_lists_backends_and_versions(capsys):
     text = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in text
     assert "reference: available" in text
-    assert "triton: missing:" in text
+    assert "triton: available" in text  # in the interpreter, as all tests
+    assert "cuda: missing:" in text
+    assert "Triton kernels: experimental" in text
 
 
 def test_a_model_without_qkv_names_its_layers():

@@ -73,25 +73,25 @@ def test_the_choice_holds_in_other_threads(fake_backend):
     # CUDA's backward runs on a thread of autograd's own.
     seen = []
     with ml.use_backend("fake"):
-        thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend("cpu")))
+        thread = threading.Thread(target=lambda: seen.append(dispatch.current_backend()))
         thread.start()
         thread.join()
     assert seen == ["fake"]
 
 
 def test_nesting_restores(fake_backend):
-    default = dispatch.current_backend("cpu")
+    default = dispatch.current_backend()
     with ml.use_backend("fake"):
         with ml.use_backend("reference"):
-            assert dispatch.current_backend("cpu") == "reference"
-        assert dispatch.current_backend("cpu") == "fake"
+            assert dispatch.current_backend() == "reference"
+        assert dispatch.current_backend() == "fake"
         with pytest.raises(ZeroDivisionError), ml.use_backend("reference"):
             raise ZeroDivisionError
-        assert dispatch.current_backend("cpu") == "fake"
+        assert dispatch.current_backend() == "fake"
         with pytest.raises(ml.BackendUnavailableError), ml.use_backend("nonsense"):
             pass
-        assert dispatch.current_backend("cpu") == "fake"
-    assert dispatch.current_backend("cpu") == default
+        assert dispatch.current_backend() == "fake"
+    assert dispatch.current_backend() == default
 
 
 def test_unknown_backend():
@@ -132,7 +132,7 @@ def test_environment_names_a_backend_and_imports_stay_few():
 import sys, multilora
 from multilora.ops import dispatch
 heavy = {"transformers", "timm", "peft", "matplotlib", "accelerate", "torchmetrics", "sklearn"}
-print(dispatch.current_backend("cpu"), sorted(heavy & sys.modules.keys()))
+print(dispatch.current_backend(), sorted(heavy & sys.modules.keys()))
 """
     done = python(program, MULTILORA_BACKEND="reference")
     assert done.returncode == 0, done.stderr

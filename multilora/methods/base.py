@@ -138,15 +138,20 @@ def particle_losses(closure: Closure, num_particles: int, loss: Loss) -> Tensor:
     return values
 
 
-def flat_gradients(total: Tensor, params: list[Tensor]) -> Tensor:
-    """The gradient of a scalar as one matrix (K, P), a row a particle."""
+def gradients(total: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """The gradient of a scalar in every parameter, zeros where it does not depend on it."""
     grads = torch.autograd.grad(total, params, allow_unused=True)
     if any(g is None for g in grads) and _has_node(total, "CheckpointFunctionBackward"):
         raise RuntimeError(
             "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
             "their gradients would be zero; checkpoint with use_reentrant=False"
         )
-    return flatten([torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)])
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+
+
+def flat_gradients(total: Tensor, params: list[Tensor]) -> Tensor:
+    """The same as one matrix (K, P), a row a particle."""
+    return flatten(gradients(total, params))
 
 
 def _has_node(output: Tensor, name: str) -> bool:

@@ -13,13 +13,13 @@ from multilora.methods.base import (
     Loss,
     Method,
     accumulate,
-    flat_gradients,
     flatten,
+    gradients,
     particle_losses,
     require_different_particles,
     unflatten,
 )
-from multilora.ops import pairwise_frobenius
+from multilora.ops import pairwise_frobenius, svgd_update
 from multilora.ops.common import accumulator
 
 # The smallest 2h²: at initialisation B = 0 and all distances are zero.
@@ -88,19 +88,18 @@ class SVGD(Method):
 
     def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
         losses = particle_losses(closure, self.num_particles, self.loss)
-        grads = flat_gradients(losses.sum() * scale, self.params)
-        grads = dict(zip(self.params, unflatten(grads, self.params)))
+        grads = dict(zip(self.params, gradients(losses.sum() * scale, self.params)))
         stats = {"loss": losses.detach().mean(), "nll": losses.detach().mean()}
 
-        lora = [t for t in (*self.lora_A, *self.lora_B) if t.requires_grad]
-        layers = len(self.lora_A)
+        lora_A = [t.detach() for t in self.lora_A]
+        lora_B = [t.detach() for t in self.lora_B]
+        layers = len(lora_A)
         distances = []
         # Relative to the first particle: equal ones are then exactly zero, and so is their force.
         dense = [flatten(group).detach() for group in self.dense]
         dense = [x - x[:1] for x in dense]
         if layers:
-            lora_D = pairwise_frobenius(self.lora_A, self.lora_B, self.scaling)
-            distances.append(lora_D.detach())
+            distances.append(pairwise_frobenius(lora_A, lora_B, self.scaling))
         distances += [_squared_distances(x)[None] for x in dense]
         D = torch.cat(distances)  # (layers + dense groups, K, K)
         if self.scope == "global":
@@ -108,17 +107,28 @@ class SVGD(Method):
         width = self._two_h_squared(D)  # (groups, 1, 1)
         k = torch.exp(-D / width)
         weight = k / self.num_particles
+        # (groups, K, K), or (groups, K) where each particle moves by its own gradient only.
+        mix = weight if self.drive == "mix" else weight.sum(-1)
+        repulsion = scale * self.gamma / self.num_particles
 
+        direction: dict[Tensor, Tensor] = {}
         # The force that the repulsion adds: Σ_j ∇_i k_ij, or −Σ_j ∇_j k_ji.
         force: dict[Tensor, Tensor] = {}
         if layers and self.repulse == "own":
             # ½ Σ_ij k_ij has ∂/∂D_ij = −k_ij / 4h² and the gradient Σ_j ∇_i k_ij.
-            upstream = -k[:layers] / (2 * width[:layers])
-            force |= zip(lora, torch.autograd.grad(lora_D, lora, upstream.to(lora_D.dtype)))
+            upstream = -k[:layers].double() / (2 * width[:layers]) * repulsion
+            # Frozen factors have no gradient; their direction is dropped.
+            grad_A = [grads[t] if t in grads else torch.zeros_like(t) for t in self.lora_A]
+            grad_B = [grads[t] if t in grads else torch.zeros_like(t) for t in self.lora_B]
+            update = svgd_update(
+                grad_A, grad_B, mix[:layers], upstream, lora_A, lora_B, self.scaling
+            )
+            direction |= zip((*self.lora_A, *self.lora_B), (*update[0], *update[1]))
         elif layers:
-            for layer, (A, B, s) in enumerate(zip(self.lora_A, self.lora_B, self.scaling)):
+            for layer, (A, B, s) in enumerate(zip(lora_A, lora_B, self.scaling)):
                 pull = k[layer] * (2 * s * s / width[layer])
-                force[A], force[B] = _stein_force(A.detach(), B.detach(), pull)
+                forces = _stein_force(A, B, pull)
+                force |= zip((self.lora_A[layer], self.lora_B[layer]), forces)
         for group, x, kernel, w in zip(self.dense, dense, k[layers:], width[layers:]):
             # For a kernel of the plain distance the two forms are the same vector.
             pull = (2 / w) * (kernel.to(x.dtype) @ x - kernel.sum(1, keepdim=True) * x)
@@ -127,15 +137,11 @@ class SVGD(Method):
         of_group = {p: layer for layer, p in enumerate(self.lora_A)}
         of_group |= {p: layer for layer, p in enumerate(self.lora_B)}
         of_group |= {p: layers + i for i, group in enumerate(self.dense) for p in group}
-        direction = []
         for p in self.params:
-            w = weight[of_group[p]].to(p.dtype)
-            if self.drive == "own":
-                driven = grads[p] * w.sum(1).view(-1, *[1] * (p.ndim - 1))
-            else:
-                driven = (w @ grads[p].flatten(1)).view(p.shape)
-            direction.append(driven + force[p] * (scale * self.gamma / self.num_particles))
-        accumulate(self.params, direction)
+            if p not in direction:
+                driven = _mixed(mix[of_group[p]].to(p.dtype), grads[p])
+                direction[p] = driven + force[p] * repulsion
+        accumulate(self.params, [direction[p] for p in self.params])
         self.step += 1
 
         off = ~torch.eye(self.num_particles, dtype=torch.bool, device=k.device)
@@ -155,6 +161,13 @@ class SVGD(Method):
         # quantile, not median: of an even number of pairs it takes the middle, not the lower one.
         median = D[:, i, j].quantile(0.5, dim=-1)
         return (median / math.log(particles + 1)).clamp_min(_FLOOR)[:, None, None]
+
+
+def _mixed(mix: Tensor, grad: Tensor) -> Tensor:
+    """Σ_j mix_ij grad_j for grad (K, ...); mix (K,) is a diagonal."""
+    if mix.ndim == 1:
+        return grad * mix.view(-1, *[1] * (grad.ndim - 1))
+    return (mix @ grad.flatten(1)).view(grad.shape)
 
 
 def _squared_distances(x: Tensor) -> Tensor:

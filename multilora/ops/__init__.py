@@ -3,6 +3,7 @@
 from multilora.ops.dispatch import BackendUnavailableError, use_backend
 from multilora.ops.geometry import lora_gram, pairwise_frobenius
 from multilora.ops.lora_linear import lora_linear
+from multilora.ops.svgd import svgd_update
 from multilora.ops.volume import gram_volume, particle_loss
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "lora_linear",
     "pairwise_frobenius",
     "particle_loss",
+    "svgd_update",
     "use_backend",
 ]

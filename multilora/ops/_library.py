@@ -28,8 +28,8 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
     name = schema.split("(", 1)[0]
 
     def route(*args):
-        device = _first_tensor(args).device.type
-        kernel = dispatch.kernel(name, device)
+        kernel = dispatch.kernel(name, args)
+        device = dispatch.first_tensor(args).device.type
         if autocast_dtype(device) is None:
             return kernel(*args)
         # The public function has chosen the dtypes; autocast must not touch the inside.
@@ -54,12 +54,3 @@ def refuse_gradient(op: Any):
         raise NotImplementedError(f"second derivatives of {op} are not implemented")
 
     torch.library.register_autograd(op, refuse, lib=_lib)
-
-
-def _first_tensor(args) -> torch.Tensor:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg
-        if isinstance(arg, list) and arg and isinstance(arg[0], torch.Tensor):
-            return arg[0]
-    raise AssertionError("an operator without a tensor argument")

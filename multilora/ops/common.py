@@ -1,6 +1,7 @@
 """What every backend and caller agrees on."""
 
 import torch
+from torch import Tensor
 
 #: The target that is left out, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
@@ -9,3 +10,18 @@ IGNORE_INDEX = -100
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that losses and geometry are computed and returned in: float32 or better."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def check_targets(logits: Tensor, targets: Tensor) -> None:
+    """Raise ValueError for a target outside [0, C) other than IGNORE_INDEX."""
+    classes = logits.shape[-1]
+    valid = (targets == IGNORE_INDEX) | ((targets >= 0) & (targets < classes))
+    if targets.is_cuda:
+        # Reported at the next synchronisation: waiting for the device here would stall it.
+        torch._assert_async(valid.all(), "multilora: a target is outside [0, C)")
+    elif not valid.all():
+        wrong = targets[~valid][0].item()
+        raise ValueError(
+            f"targets must be in [0, {classes}) or {IGNORE_INDEX}; got {wrong} for "
+            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+        )

@@ -47,12 +47,16 @@ def _gram_backward(ctx, grad):
     return grads[:layers], grads[layers:], None
 
 
-def _distance_backward(ctx, grad):
-    # D_ij = T_ii + T_jj − 2 T_ij. In float64: the diagonal must cancel the rest of its row when
-    # two particles are nearly equal.
+def gram_gradient(grad: Tensor) -> Tensor:
+    """dL/dT from grad = dL/dD (L, K, K), where D_ij = T_ii + T_jj − 2 T_ij."""
+    # In float64: the diagonal must cancel the rest of its row when two particles are nearly equal.
     grad = grad.double()
     on_diagonal = grad.sum(-1) + grad.sum(-2)
-    return _gram_backward(ctx, torch.diag_embed(on_diagonal) - 2 * grad)
+    return torch.diag_embed(on_diagonal) - 2 * grad
+
+
+def _distance_backward(ctx, grad):
+    return _gram_backward(ctx, gram_gradient(grad))
 
 
 register_autograd(_gram_op, _gram_backward, _setup_context)
@@ -99,11 +103,12 @@ def _call(op, name, lora_A, lora_B, scaling) -> Tensor:
     lora_A, lora_B = list(lora_A), list(lora_B)
     scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * len(lora_A)
     scales = [float(s) for s in scales]
-    _check(name, lora_A, lora_B, scales)
+    check_factors(name, lora_A, lora_B, scales)
     return op(lora_A, lora_B, scales)
 
 
-def _check(name, lora_A, lora_B, scaling) -> None:
+def check_factors(name, lora_A, lora_B, scaling) -> None:
+    """Raise where the factors of all layers do not fit together."""
     if not lora_A or not len(lora_A) == len(lora_B) == len(scaling):
         raise ValueError(
             f"{name} needs as many lora_A as lora_B and scalings, and at least one; "

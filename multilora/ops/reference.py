@@ -5,12 +5,13 @@ Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.ops.common import IGNORE_INDEX, accumulator
+from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets
 
 # --- lora_linear ---------------------------------------------------------------------------------
 
@@ -103,8 +104,17 @@ def lora_gram_backward(
     grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
 ) -> list[Tensor]:
     """dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), U = s² (grad + gradᵀ)."""
+    grads: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    for i, like, gradient in _gradients64(grad, lora_A, lora_B, scaling):
+        grads[i] = gradient.to(like.dtype, memory_format=torch.contiguous_format)
+    return grads
+
+
+def _gradients64(
+    grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every factor's place among all lora_A and lora_B, the factor and its gradient in float64."""
     layers = len(scaling)
-    grads: list[Tensor] = [torch.empty(0)] * (2 * layers)
     scales = grad.new_tensor(scaling, dtype=torch.float64).square()
     U = (grad + grad.mT).double() * scales[:, None, None]
     for members in _same_shape(lora_A, lora_B):
@@ -116,10 +126,8 @@ def lora_gram_backward(
         for layer, a, b in zip(members, dA, dB):
             like_a, like_b = lora_A[layer], lora_B[layer]
             particles, d_out, _ = like_b.shape
-            grads[layer] = a.view(like_a.shape).to(like_a.dtype)
-            b = b.view(particles, rank, d_out).mT
-            grads[layers + layer] = b.to(like_b.dtype, memory_format=torch.contiguous_format)
-    return grads
+            yield layer, like_a, a.view(like_a.shape)
+            yield layers + layer, like_b, b.view(particles, rank, d_out).mT
 
 
 def _gram64(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
@@ -174,7 +182,7 @@ def gram_volume(
     logits: Tensor, targets: Tensor, eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> value (N,), stats (3, K, N), core (N, m, m)."""
-    _check_targets(logits, targets)
+    check_targets(logits, targets)
     f, stats, _ = _normalise(logits, targets)
     value, core = _volume(f, targets, eps, kind)
     return value, stats, core
@@ -192,13 +200,13 @@ def gram_volume_backward(
 
 def particle_loss(
     logits: Tensor, targets: Tensor, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> nll (K,), divergence (), stats (3, K, N), core (N, m, m)."""
-    _check_targets(logits, targets)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> nll (K,), divergence (), stats (3, K, N), core (N, m, m), count ()."""
+    check_targets(logits, targets)
     f, stats, nll = _normalise(logits, targets)
     value, core = _volume(f, targets, eps, kind)
-    count = _count(targets)
-    return nll.sum(-1) / count, value.sum() / count, stats, core
+    count = (targets != IGNORE_INDEX).sum().clamp_min(1).to(value.dtype)
+    return nll.sum(-1) / count, value.sum() / count, stats, core, count
 
 
 def particle_loss_backward(
@@ -208,6 +216,7 @@ def particle_loss_backward(
     targets: Tensor,
     stats: Tensor,
     core: Tensor,
+    count: Tensor,
 ) -> Tensor:
     """grad_nll (K,), grad_divergence () -> the gradient of the logits (K, N, C)."""
     valid, labels = _labels(logits, targets)
@@ -215,7 +224,6 @@ def particle_loss_backward(
     f = _renormalise(logits, targets, stats)
     # e_y = exp(z_y − top); it may overflow, and p_y is then 1 and the rest of the softmax 0.
     e_y = torch.exp(logits.gather(-1, labels).squeeze(-1).to(f.dtype) - top)
-    count = _count(targets)
     weight = (grad_nll[:, None] / count).expand(f.shape[:2])
     # The softmax is f̃ · ‖e‖/(Σe + e_y) off the target, and p_y − 1 = −Σe/(Σe + e_y) on it.
     offset = (weight * norm / (rest + e_y)).where(valid, 0)
@@ -321,19 +329,25 @@ def _labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return valid, labels
 
 
-def _count(targets: Tensor) -> Tensor:
-    return (targets != IGNORE_INDEX).sum().clamp_min(1)
+# --- svgd update ---------------------------------------------------------------------------------
 
 
-def _check_targets(logits: Tensor, targets: Tensor) -> None:
-    classes = logits.shape[-1]
-    valid = (targets == IGNORE_INDEX) | ((targets >= 0) & (targets < classes))
-    if targets.is_cuda:
-        # Reported at the next synchronisation: waiting for the device here would stall it.
-        torch._assert_async(valid.all(), "multilora: a target is outside [0, C)")
-    elif not valid.all():
-        wrong = targets[~valid][0].item()
-        raise ValueError(
-            f"targets must be in [0, {classes}) or {IGNORE_INDEX}; got {wrong} for "
-            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-        )
+def svgd_update(
+    grad_A: list[Tensor],
+    grad_B: list[Tensor],
+    mix: Tensor,
+    upstream: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+) -> list[Tensor]:
+    """Σ_j mix_ij grad_j + the gradient of ⟨upstream, T⟩; mix (L, K) is a diagonal."""
+    out: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    grads = [*grad_A, *grad_B]
+    mix = mix.double()
+    for i, like, gradient in _gradients64(upstream, lora_A, lora_B, scaling):
+        weight, grad = mix[i % len(scaling)], grads[i].double().flatten(1)
+        mixed = weight @ grad if mix.ndim == 3 else weight[:, None] * grad
+        total = mixed.view(like.shape) + gradient
+        out[i] = total.to(like.dtype, memory_format=torch.contiguous_format)
+    return out

@@ -29,20 +29,21 @@ def _fake_volume(logits, targets, eps, kind):
 def _fake_loss(logits, targets, eps, kind):
     dtype = accumulator(logits.dtype)
     nll = logits.new_empty(logits.shape[0], dtype=dtype)
-    return (nll, logits.new_empty((), dtype=dtype), *_fake_saved(logits))
+    return (nll, nll.new_empty(()), *_fake_saved(logits), nll.new_empty(()))
 
 
 def _fake_volume_backward(grad, logits, targets, stats, core):
     return logits.new_empty(logits.shape)
 
 
-def _fake_loss_backward(grad_nll, grad_divergence, logits, targets, stats, core):
+def _fake_loss_backward(grad_nll, grad_divergence, logits, targets, stats, core, count):
     return logits.new_empty(logits.shape)
 
 
 # Saved for the backward of both: stats (3, K, N), per row the largest logit z without the target's,
 # and norm and sum of exp(z − largest); core (N, m, m) with m = min(K, C), the matrix that turns
-# the normalised predictions into their gradient (reference.py).
+# the normalised predictions into their gradient (reference.py). particle_loss saves count () too:
+# the number of valid targets, or 1, as a float.
 _volume_op = define(
     "gram_volume(Tensor logits, Tensor targets, float eps, str kind) -> (Tensor, Tensor, Tensor)",
     _fake_volume,
@@ -54,28 +55,29 @@ _volume_backward_op = define(
 )
 _loss_op = define(
     "particle_loss(Tensor logits, Tensor targets, float eps, str kind)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
 )
 _loss_backward_op = define(
     "particle_loss_backward(Tensor grad_nll, Tensor grad_divergence, Tensor logits,"
-    " Tensor targets, Tensor stats, Tensor core) -> Tensor",
+    " Tensor targets, Tensor stats, Tensor core, Tensor count) -> Tensor",
     _fake_loss_backward,
 )
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, _, _ = inputs
-    stats, core = output[-2:]
-    ctx.mark_non_differentiable(stats, core)
-    ctx.save_for_backward(logits, targets, stats, core)
+    # What follows the public outputs: one of gram_volume, two of particle_loss.
+    saved = output[1:] if len(output) == 3 else output[2:]
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(logits, targets, *saved)
 
 
 def _volume_backward(ctx, grad, _stats, _core):
     return _volume_backward_op(grad, *ctx.saved_tensors), None, None, None
 
 
-def _loss_backward(ctx, grad_nll, grad_divergence, _stats, _core):
+def _loss_backward(ctx, grad_nll, grad_divergence, _stats, _core, _count):
     return _loss_backward_op(grad_nll, grad_divergence, *ctx.saved_tensors), None, None, None
 
 
@@ -118,8 +120,7 @@ def particle_loss(
     Errors, eps and kind as in `gram_volume`.
     """
     _check("particle_loss", logits, targets, eps, kind)
-    nll, divergence, _, _ = _loss_op(logits, targets, float(eps), kind)
-    return nll, divergence
+    return _loss_op(logits, targets, float(eps), kind)[:2]
 
 
 def _check(name, logits, targets, eps, kind) -> None:

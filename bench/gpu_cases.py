@@ -1,0 +1,523 @@
+"""What is compared on a GPU: bfloat16 rows, float32 factors, shapes of ViT-B and 7B decoders.
+
+The most important cases come first: `bench.gpu` leaves out the last ones when its time is over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import multilora as ml
+from bench import cases, floors, peers
+from bench.cases import PASSES, Geometry, Linear, LinearSize, Network, Tensors
+from bench.measure import OURS, Case, Run, Unavailable
+from multilora.ops.dispatch import available_backends
+
+
+def gpu_cases(backends: Sequence[str] | None = None, tiny: bool = False) -> list[Case]:
+    """backends: of multilora, each a peer of its own; by default all that run here.
+
+    tiny: the same cases at sizes for a smoke test on a CPU.
+    """
+    backends = available_backends() if backends is None else backends
+    main = [*_linear_sizes(4, 16, tiny), *_llm_sizes(tiny)]
+    eight = _linear_sizes(8, 8, tiny)
+    shared = [replace(size, shared=True) for size in main[:2]]
+    steps = _step_cases(backends, tiny)
+    return [
+        *(_linear_case(size, "fwd + bwd", backends) for size in main),
+        *(_linear_case(size, "forward", backends) for size in main),
+        *_loss_cases("fwd + bwd", backends, tiny),
+        *_geometry_cases(backends, tiny),
+        *steps[:3],
+        *_compiled_cases(main, backends, tiny),
+        *(_linear_case(size, "backward", backends) for size in main),
+        *(_linear_case(size, p, backends) for size in eight for p in ("fwd + bwd", "forward")),
+        *(_linear_case(size, p, backends) for size in shared for p in ("fwd + bwd", "forward")),
+        *_loss_cases("forward", backends, tiny),
+        *steps[3:],
+        *(_linear_case(size, "backward", backends) for size in eight),
+        *_third_party_cases(main, backends),
+    ]
+
+
+def _ours(backends: Sequence[str], make: Callable[[Any], Run]) -> dict[str, Callable[[Any], Run]]:
+    return {f"{OURS} ({backend})": partial(_on, backend, make) for backend in backends}
+
+
+def _on(backend: str, make: Callable[[Any], Run], inputs: Any) -> Run:
+    """Forward and backward on one backend: the choice is made when an operator is called."""
+    with ml.use_backend(backend):
+        run = make(inputs)
+
+    def chosen() -> Tensors:
+        with ml.use_backend(backend):
+            return run()
+
+    return chosen
+
+
+# --- lora_linear ---------------------------------------------------------------------------------
+
+#: At most this many times the base GEMM on the same rows: forward, forward and backward.
+_GOALS = {
+    (768, 768): (1.11, 1.37),
+    (768, 2304): (1.11, 1.26),
+    (768, 3072): (1.11, 1.24),
+    (3072, 768): (1.09, 1.24),
+    (4096, 4096): (1.05, 1.08),
+    (4096, 11008): (1.04, 1.07),
+    (11008, 4096): (1.05, 1.08),
+}
+
+
+def _linear_sizes(particles: int, rank: int, tiny: bool) -> list[LinearSize]:
+    """64 images of 224×224 a particle at the widths of ViT-B."""
+    if tiny:
+        return [LinearSize(64, 96, 33, particles, rank, masters=True)]
+    widths = ((768, 768), (768, 2304), (768, 3072), (3072, 768))
+    return [LinearSize(*w, 64 * 197, particles, rank, masters=True) for w in widths]
+
+
+def _llm_sizes(tiny: bool) -> list[LinearSize]:
+    if tiny:
+        return [LinearSize(128, 64, 32, 4, 16, masters=True)]
+    widths = ((4096, 4096), (4096, 11008), (11008, 4096))
+    return [LinearSize(*w, 4096, 4, 16, masters=True) for w in widths]
+
+
+def _linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
+    wrap = PASSES[passes]
+    stacked = {"baddbmm": peers.lora_baddbmm, "vmap": peers.lora_vmap}
+    if not size.shared:
+        stacked["addmm"] = peers.lora_addmm
+    makers = {"naive loop": wrap(cases.linear_loop)}
+    makers |= {
+        name: wrap(partial(cases.linear_stacked, function)) for name, function in stacked.items()
+    }
+    if passes != "backward":
+        # Its active adapter is the only one that can be differentiated: no backward of a forward
+        # of all adapters.
+        for autocast in (True, False):
+            name = f"PEFT autocast_adapter_dtype={autocast}"
+            makers[name] = partial(_linear_peft, passes, autocast)
+    if passes == "forward":
+        makers["merged"] = _linear_merged
+    makers |= _ours(backends, wrap(partial(cases.linear_stacked, cases.linear_ours)))
+    shape = (size.d_in, size.d_out, size.rows, size.particles, size.rank, size.shared)
+    forward, both = _GOALS.get((size.d_in, size.d_out), (0.0, 0.0))
+    return Case(
+        f"lora_linear {passes}",
+        str(size),
+        size.inputs,
+        makers,
+        ("base GEMM", partial(cases.base_gemm, passes)),
+        half_precision=True,
+        work=floors.lora_linear(*shape, passes),
+        goal=0.0 if size.shared else {"forward": forward, "fwd + bwd": both}.get(passes, 0.0),
+        # It is inference only: bfloat16 rounds a small ΔW away.
+        asides=frozenset({"merged"}),
+        cost=8.0 if size.d_in * size.d_out >= 4096**2 else 4.0,
+    )
+
+
+def _linear_peft(passes: str, autocast: bool, i: Linear) -> Run:
+    """Adapter after adapter, each with its backward at once."""
+    model = peers.SwitchedAdapters(i.weight, i.lora_A, i.lora_B, i.bias, i.scaling, autocast)
+    backward = passes != "forward"
+    xs = [i.x] * len(i.lora_A) if i.x.ndim == 2 else list(i.x)
+    xs = [x.detach().requires_grad_(backward) for x in xs]
+
+    @torch.set_grad_enabled(backward)
+    def run() -> Tensors:
+        ys, grads = [], []
+        for k, (x, dy) in enumerate(zip(xs, i.dy)):
+            y = model.forward(k, x)
+            if backward:
+                grads.append(torch.autograd.grad(y, (x, *model.factors[k]), dy))
+            ys.append(y.detach())
+        if not backward:
+            return {"y": ys}
+        dx, dA, dB = (list(g) for g in zip(*grads))
+        outputs: Tensors = {"y": ys, "dx": dx, "dlora_A": dA, "dlora_B": dB}
+        if i.x.ndim == 2:
+            outputs["dx"] = torch.stack(dx).sum(0)
+        return outputs
+
+    return run
+
+
+def _linear_merged(i: Linear) -> Run:
+    weights = peers.merge(i.weight, i.lora_A, i.lora_B, i.scaling)  # (K, d_out, d_in)
+
+    @torch.no_grad()
+    def run() -> Tensors:
+        if i.x.ndim == 2:
+            y = F.linear(i.x, weights.flatten(0, 1), i.bias.repeat(len(weights)))
+            return {"y": y.unflatten(1, weights.shape[:2]).transpose(0, 1)}
+        return {"y": torch.baddbmm(i.bias.expand(len(weights), 1, -1), i.x, weights.mT)}
+
+    return run
+
+
+def _compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: bool) -> list[Case]:
+    """The best plain forms under torch.compile; apart, because compiling them takes long."""
+    wrap = PASSES["fwd + bwd"]
+    linear = partial(cases.linear_stacked, torch.compile(peers.lora_baddbmm, dynamic=False))
+    loss = partial(cases.loss_problem, torch.compile(peers.particle_loss_masked, dynamic=False))
+    chosen = [(_linear_case(size, "fwd + bwd", backends), linear) for size in sizes[1::3]]
+    chosen += [(case, loss) for case in _loss_cases("fwd + bwd", backends, tiny)[:4:3]]
+    return [
+        replace(
+            case,
+            name=f"{case.name}, torch.compile",
+            peers={**case.peers, "compiled": wrap(make)},
+            cost=40.0,
+        )
+        for case, make in chosen
+    ]
+
+
+def _third_party_cases(sizes: Sequence[LinearSize], backends: Sequence[str]) -> list[Case]:
+    """Libraries that change PyTorch or transformers when they are imported: after all others."""
+    others = {"unsloth matmul_lora": _linear_unsloth, "quack gemm_add": _linear_quack}
+    found = []
+    for size in sizes[1::3]:
+        case = _linear_case(size, "forward", backends)
+        name = f"{case.name}, other libraries"
+        found.append(replace(case, name=name, peers={**case.peers, **others}))
+    return found
+
+
+def _import(package: str, module: str) -> Any:
+    if importlib.util.find_spec(package) is None:
+        raise Unavailable(f"{package} is not installed")
+    return importlib.import_module(module)
+
+
+def _linear_unsloth(i: Linear) -> Run:
+    matmul_lora = _import("unsloth", "unsloth.kernels.utils").matmul_lora
+
+    @torch.no_grad()
+    def run() -> Tensors:
+        factors = zip(i.x, i.lora_A, i.lora_B)
+        return {
+            "y": [matmul_lora(x, i.weight, None, A, B, i.scaling) + i.bias for x, A, B in factors]
+        }
+
+    return run
+
+
+def _linear_quack(i: Linear) -> Run:
+    gemm_add = _import("quack", "quack.gemm_interface").gemm_add
+
+    @torch.no_grad()
+    def run() -> Tensors:
+        A, B = i.lora_A.to(i.x.dtype), i.lora_B.to(i.x.dtype)
+        shrunk = torch.bmm(i.x, A.mT)
+        y = torch.baddbmm(i.bias.expand(len(A), 1, -1), shrunk, B.mT, alpha=i.scaling)
+        y = gemm_add(i.x.flatten(0, 1), i.weight.mT, y.flatten(0, 1))
+        return {"y": y.unflatten(0, i.x.shape[:2])}
+
+    return run
+
+
+# --- particle loss -------------------------------------------------------------------------------
+
+
+def _loss_cases(passes: str, backends: Sequence[str], tiny: bool) -> list[Case]:
+    sizes = ((4, 1024, 100), (8, 256, 10), (4, 64, 32000), (4, 1024, 32000), (4, 64, 152000))
+    if tiny:
+        sizes = ((4, 16, 10), (4, 4, 100))
+    wrap = PASSES[passes]
+    found = []
+    for k, rows, classes in sizes:
+        functions = {"softmax, logdet": peers.particle_loss, "mask, Cholesky": _masked}
+        makers = {name: wrap(partial(cases.loss_problem, f)) for name, f in functions.items()}
+        makers |= _ours(backends, wrap(partial(cases.loss_problem, ml.particle_loss)))
+        found.append(
+            Case(
+                f"particle_loss {passes}",
+                f"K{k} N{rows} C{classes}",
+                partial(cases.logits_inputs, k, rows, classes),
+                makers,
+                ("copy of the logits", cases.copy_logits),
+                half_precision=True,
+                work=floors.particle_loss(k, rows, classes, passes),
+            )
+        )
+    return found
+
+
+_masked = peers.particle_loss_masked
+
+
+# --- geometry and SVGD's update ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The adapted linears of a model: (d_in, d_out) of each."""
+
+    name: str
+    widths: tuple[tuple[int, int], ...]
+    particles: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, {len(self.widths)} linears K{self.particles} r{self.rank}"
+
+    def inputs(self, dtype: torch.dtype, device: torch.device) -> Geometry:
+        draw = cases.drawing(1, dtype, device)
+        k, r = self.particles, self.rank
+        return Geometry(
+            [draw(k, r, d_in, std=0.02) for d_in, _ in self.widths],
+            [draw(k, d_out, r, std=0.02) for _, d_out in self.widths],
+            draw(len(self.widths), k, k),
+        )
+
+
+def _models(tiny: bool) -> list[Layers]:
+    if tiny:
+        return [Layers("tiny", ((16, 24), (24, 16), (16, 24)), 4, 4)]
+    vit = 4 * ((768, 768),) + ((768, 3072), (3072, 768))
+    decoder = 4 * ((4096, 4096),) + 2 * ((4096, 11008),) + ((11008, 4096),)
+    return [
+        Layers("ViT-B", 12 * vit, 8, 8),
+        Layers("7B decoder", 32 * decoder, 8, 16),
+        Layers("a block of a 7B decoder", decoder, 8, 16),
+    ]
+
+
+def _geometry_cases(backends: Sequence[str], tiny: bool) -> list[Case]:
+    found = []
+    for layers in _models(tiny):
+        for passes in ("forward", "fwd + bwd"):
+            plain = {"factor products": peers.frobenius_by_factors}
+            # The ΔW of a whole 7B decoder take seconds a call.
+            if len(layers.widths) < 100:
+                plain = {"ΔW Gram GEMM": peers.frobenius_by_gram, **plain}
+            makers = {
+                name: partial(cases.distances_by_layer, function, passes != "forward")
+                for name, function in plain.items()
+            }
+            makers |= _ours(backends, PASSES[passes](cases.distances_ours))
+            found.append(
+                Case(
+                    f"pairwise_frobenius {passes}",
+                    str(layers),
+                    layers.inputs,
+                    makers,
+                    ("copy of the factors", cases.copy_factors),
+                    work=floors.pairwise_frobenius(
+                        layers.widths, layers.particles, layers.rank, passes
+                    ),
+                    cost=10.0,
+                )
+            )
+        found.append(
+            Case(
+                "SVGD update",
+                str(layers),
+                partial(_update_inputs, layers),
+                {
+                    "factor products": _update_plain,
+                    **_ours(backends, _update_ours),
+                },
+                ("copy of the factors", lambda i: cases.copy_factors(i.geometry)),
+                work=floors.svgd_update(layers.widths, layers.particles, layers.rank),
+                cost=10.0,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Update:
+    geometry: Geometry
+    grads: list[Tensor]  # of lora_A and lora_B, layer by layer
+
+    def stacked(self) -> list[Tensor]:
+        pairs = zip(self.geometry.lora_A, self.geometry.lora_B)
+        return [t for pair in pairs for t in pair]
+
+
+def _update_inputs(layers: Layers, dtype: torch.dtype, device: torch.device) -> Update:
+    geometry = layers.inputs(dtype, device)
+    draw = cases.drawing(5, dtype, device)
+    pairs = zip(geometry.lora_A, geometry.lora_B)
+    return Update(geometry, [draw(*t.shape, std=1e-3) for pair in pairs for t in pair])
+
+
+class _Given(torch.autograd.Function):
+    """A loss (K,) with given gradients: what is timed is the method, not a model."""
+
+    @staticmethod
+    def forward(ctx, grads, *params):
+        ctx.grads = grads
+        return params[0].new_zeros(params[0].shape[0])
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None, *ctx.grads)
+
+
+def _update_ours(i: Update) -> Run:
+    params = [t.detach().requires_grad_() for t in i.stacked()]
+    adapters = [
+        SimpleNamespace(lora_A=A, lora_B=B, scaling=i.geometry.scaling)
+        for A, B in zip(params[::2], params[1::2])
+    ]
+    model = SimpleNamespace(
+        particle_parameters=lambda: params, adapters=lambda: adapters, heads=lambda: []
+    )
+    method = ml.SVGD(model, loss=lambda *_: _Given.apply(i.grads, *params))
+
+    def run() -> Tensors:
+        for p in params:
+            p.grad = None
+        method.backward(lambda: (None, None))
+        return {"direction": [p.grad for p in params]}
+
+    return run
+
+
+def _update_plain(i: Update) -> Run:
+    stacked, scaling = i.stacked(), i.geometry.scaling
+    distances = peers.frobenius_by_factors
+    adapted = len(stacked) // 2
+
+    def run() -> Tensors:
+        return {
+            "direction": peers.svgd_direction(
+                stacked, i.grads, scaling, adapted, distances=distances
+            )
+        }
+
+    return run
+
+
+# --- whole steps ---------------------------------------------------------------------------------
+
+
+def _vit(tiny: bool, rank: int) -> Network:
+    def build() -> nn.Module:
+        import timm
+
+        name = "vit_tiny_patch16_224" if tiny else "vit_base_patch16_224"
+        small = {"img_size": 32, "depth": 1} if tiny else {}
+        return timm.create_model(name, pretrained=False, num_classes=10, **small)
+
+    pixels = 32 if tiny else 224
+    targets = ["qkv", "attn.proj", "fc1", "fc2"]
+    return Network(
+        "ViT-B/16",
+        build,
+        {"r": rank, "lora_alpha": rank, "target_modules": targets, "modules_to_save": ["head"]},
+        classes=10,
+        draw=lambda draw, batch: draw(batch, 3, pixels, pixels),
+    )
+
+
+def _tokens(length: int, classes: int) -> dict[str, Callable[..., Any]]:
+    """Sequences of `length` tokens."""
+    return {
+        "draw": lambda draw, batch: (draw(batch, length).abs() * classes / 8).long() % classes,
+        "targets": lambda batch: (batch, length),
+    }
+
+
+def _llama(tiny: bool, length: int, layers: int = 1) -> Network:
+
+    def build() -> nn.Module:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        width = 32 if tiny else 4096
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=64 if tiny else 11008,
+            num_attention_heads=4 if tiny else 32,
+            num_hidden_layers=layers,
+            vocab_size=classes,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+
+    def call(model: Any, x: Tensor) -> Tensor:
+        name = "inputs_embeds" if x.is_floating_point() else "input_ids"
+        return model(**{name: x}).logits
+
+    classes = 64 if tiny else 32000
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    return Network(
+        f"Llama 7B, {layers} layer",
+        build,
+        {"r": 16, "lora_alpha": 16, "target_modules": targets},
+        classes=classes,
+        **_tokens(length, classes),
+        # Without heads of their own, the particles differ by their adapters only.
+        spread=0.5,
+        call=call,
+        embed=lambda model, x: model.get_input_embeddings()(x),
+    )
+
+
+def _step_cases(backends: Sequence[str], tiny: bool) -> list[Case]:
+    images = 2 if tiny else 64
+    vit4 = _vit(tiny, 16)
+    vit8 = replace(vit4, lora={**vit4.lora, "r": 8, "lora_alpha": 8})
+    llama = _llama(tiny, length=8 if tiny else 2048)
+    short = replace(llama, **_tokens(8 if tiny else 32, llama.classes))
+    problems = [
+        (ml.IBDR, vit4, vit4, 4, images),
+        (ml.SVGD, vit4, vit4, 4, images),
+        (ml.IBDR, llama, short, 4, 2),
+        (ml.SVGD, llama, short, 4, 2),
+        (ml.IBDR, vit8, vit8, 8, images),
+        (ml.SVGD, vit8, vit8, 8, images),
+    ]
+    return [_step_case(*problem, backends) for problem in problems]
+
+
+def _step_case(
+    method: type,
+    network: Network,
+    small: Network,
+    particles: int,
+    batch: int,
+    backends: Sequence[str],
+) -> Case:
+    plain = partial(cases.step_plain, peers.LoopedModels, method)
+    distances = peers.frobenius_by_factors
+    makers: dict[str, Callable[[Any], Run]] = {
+        "PEFT loop": partial(plain, distances=distances),
+        "PEFT loop, autocast_adapter_dtype=False": partial(
+            plain, autocast=False, distances=distances
+        ),
+    }
+    if network.name.startswith("ViT") and particles == 4:
+        makers["vmap"] = partial(cases.step_plain, peers.VmappedModels, method, distances=distances)
+    makers |= _ours(backends, partial(cases.step_ours, method))
+    case = Case(
+        f"{method.__name__} step",
+        f"{network.name} K{particles} B{batch}",
+        partial(cases.training, network, particles, batch),
+        makers,
+        ("frozen model", partial(cases.frozen_model, 2 if method is ml.IBDR else 1)),
+        half_precision=True,
+        cost=45.0,
+    )
+    stand_in = replace(
+        case, inputs=partial(cases.training, small, particles, 2), half_precision=False
+    )
+    return replace(case, stand_in=stand_in)

@@ -1,0 +1,152 @@
+"""Every Triton kernel compiled to machine code without a GPU, and what the code looks like.
+
+Host functions run as they are, on meta tensors; each launch becomes a compilation. What is
+compiled is therefore what would run. For a process of its own: Triton's driver is replaced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from multilora.ops.triton import common
+from multilora.ops.triton.common import A100, H200, Chip
+from multilora.ops.triton.problems import Problem
+
+#: What `multilora kernels --target` knows: the chip, and the bytes of shared memory that one
+#: thread block can have on it (CUDA programming guide, technical specifications).
+TARGETS: dict[str, tuple[Chip, int]] = {
+    "sm_80": (A100, 163 * 1024),
+    "sm_90": (H200, 227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """One code of a kernel, as ptxas and nvdisasm see it.
+
+    problem: the first that needs it. spills: bytes that are stored to local memory. wgmma, mma:
+    instructions of the tensor cores (a warp group's, a warp's). bulk_copies: tensor copies into and
+    out of shared memory by the copy engine. serialized: ptxas has put a wait behind every wgmma.
+    """
+
+    kernel: str
+    problem: str
+    configuration: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    mma: int
+    bulk_copies: int
+    serialized: bool
+
+    def failure(self, shared_limit: int) -> str | None:
+        """Why this code must not ship, or None."""
+        if self.spills:
+            return f"spills {self.spills} bytes"
+        if self.shared > shared_limit:
+            return f"needs {self.shared} bytes of shared memory, the chip has {shared_limit}"
+        if self.serialized:
+            return "its wgmma instructions are serialised"
+        return None
+
+
+class _Driver:
+    """Triton's view of a GPU that is not there."""
+
+    def __init__(self, chip: Chip):
+        self.chip = chip
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.chip.capability, 32)
+
+    def get_current_device(self) -> int:
+        # Triton keeps its compiled kernels apart by device.
+        return self.chip.capability
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
+    """Compile every launch of the problems for `chip`; one report for each different code.
+
+    Raises RuntimeError in Triton's interpreter, which compiles nothing.
+    """
+    if common.INTERPRETED.value:
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter does not compile; unset it")
+    reports: dict[str, Report] = {}
+
+    def compile_launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **meta)
+        if compiled.hash not in reports:
+            reports[compiled.hash] = _report(kernel.__name__, str(problem), meta, compiled)
+
+    driver.set_active(_Driver(chip))
+    common.compile_only(chip, compile_launch)
+    try:
+        for problem in problems:
+            known = len(reports)
+            problem.run()
+            yield from list(reports.values())[known:]
+    finally:
+        common.compile_only(None, None)
+
+
+def to_json(target: str, reports: Iterable[Report]) -> str:
+    """The reports as a record, with the compiler that they depend on."""
+    record = {
+        "target": target,
+        "triton": triton.__version__,
+        "ptxas": _tool("ptxas", "--version").strip().splitlines()[-1],
+        "kernels": [dataclasses.asdict(report) for report in reports],
+    }
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+
+
+def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(compiled.asm["ptx"])
+        cubin.write_bytes(compiled.asm["cubin"])
+        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        said = _tool("ptxas", f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
+        code = _tool("nvdisasm", str(cubin))
+    stored = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return Report(
+        name,
+        problem,
+        " ".join(f"{key}={value}" for key, value in meta.items() if value not in ("", None)),
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        spills=max(map(int, stored.groups())),
+        shared=compiled.metadata.shared,
+        wgmma=_count(code, "HGMMA"),
+        mma=_count(code, "HMMA") + _count(code, "DMMA"),
+        bulk_copies=_count(code, "UTMALDG") + _count(code, "UTMASTG"),
+        serialized="serialized" in said,
+    )
+
+
+def _count(code: str, instruction: str) -> int:
+    return len(re.findall(rf"\b{instruction}\b", code))
+
+
+def _tool(name: str, *args: str) -> str:
+    """What one of the CUDA tools inside the triton package prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([str(path), *args], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr

@@ -1,0 +1,312 @@
+"""The Triton backend beyond the operators' own tests: sizes, paths, repeatability, the choice of
+configurations, what is the default, and the machine code."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import oracles
+import pytest
+import torch
+from oracles import double_gradients, gradients, relative_error
+
+import multilora as ml
+from multilora.ops import dispatch
+from multilora.ops.triton import configs, is_proven
+from multilora.ops.triton.common import A100, H200, Chip
+
+CHIPS = [A100, H200, Chip(75, 40), Chip(89, 128), Chip(103, 160), Chip(121, 48)]
+
+
+@pytest.fixture(autouse=True)
+def triton(poison):
+    with ml.use_backend("triton"):
+        yield
+
+
+def problem(K, T, d_in, d_out, rank, dtype=torch.float32, shared=False):
+    x = torch.randn(1 if shared else K, T, d_in).to(dtype)
+    weight = (torch.randn(d_out, d_in) * d_in**-0.5).to(dtype)
+    lora_A = torch.randn(K, rank, d_in) * d_in**-0.5
+    lora_B = torch.randn(K, d_out, rank) * rank**-0.5
+    return x, weight, lora_A, lora_B, torch.randn(d_out).to(dtype)
+
+
+def everything(x, weight, lora_A, lora_B, bias, upstream=None):
+    """y and the gradients of x, lora_A, lora_B."""
+    leaves = [t.detach().requires_grad_() for t in (x, lora_A, lora_B)]
+    y = ml.lora_linear(leaves[0], weight, leaves[1], leaves[2], bias, 0.7)
+    upstream = torch.randn_like(y) if upstream is None else upstream
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+def check_against_oracle(tensors, tolerance):
+    x, weight, lora_A, lora_B, bias = tensors
+
+    def of(function):
+        return lambda x, A, B: function(x, weight, A, B, bias, 0.7)
+
+    y = ml.lora_linear(*tensors, 0.7)
+    assert relative_error(y, oracles.lora_linear(*tensors, 0.7)) < tolerance
+    upstream = torch.randn_like(y)
+    got = gradients(of(ml.lora_linear), [x, lora_A, lora_B], upstream)
+    expected = double_gradients(of(oracles.lora_linear), [x, lora_A, lora_B], upstream)
+    for value, oracle in zip(got, expected):
+        assert relative_error(value, oracle) < tolerance
+
+
+# float32 as in test_lora_linear. float16: x, W and their products' factors are exact there; S, dS,
+# the cast factors and the result are rounded, at 5e-4 each.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 17, 32, 33, 64, 80])
+def test_ranks(rank, dtype, shared):
+    # More rows than a block, and columns that are on 16-byte boundaries or not.
+    for d_in, d_out in ((40, 72), (41, 67)):
+        check_against_oracle(problem(2, 133, d_in, d_out, rank, dtype, shared), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("K", range(1, 9))
+def test_particles(K, dtype, shared):
+    check_against_oracle(problem(K, 37, 24, 40, 5, dtype, shared), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("path", ["shrink inside", "shrink first", "accumulate"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_paths(path, dtype, monkeypatch):
+    rule = configs.lora_gemm
+
+    def forced(*args):
+        config = rule(*args)
+        # The kernel of the backward does not shrink inside.
+        usable = path != "shrink inside" or args[-1] is not True
+        return dataclasses.replace(config, path=path) if usable else config
+
+    monkeypatch.setattr(configs, "lora_gemm", forced)
+    # Tiles beside and above each other, a long loop, and more than one partial sum.
+    sizes = (300, 200, 520) if dtype == torch.float16 else (70, 40, 72)
+    tensors = problem(3, *sizes, 6, dtype)
+    check_against_oracle(tensors, TOLERANCE[dtype])
+    check_against_oracle([*tensors[:-1], None], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_repeats_bit_for_bit(shared):
+    tensors = problem(3, 300, 40, 72, 5, torch.float16, shared)
+    upstream = torch.randn(3, 300, 72).half()
+    first, second = everything(*tensors, upstream), everything(*tensors, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("d_in, d_out", [(40, 72), (41, 67)])
+def test_a_broken_particle_does_not_spread(d_in, d_out):
+    tensors = problem(3, 150, d_in, d_out, 5)
+    upstream = torch.randn(3, 150, d_out)
+    right = everything(*tensors, upstream)
+    for broken in (tensors[0], tensors[2], tensors[3], upstream):
+        before = broken[1].clone()
+        broken[1] = torch.nan
+        for value, expected in zip(everything(*tensors, upstream), right):
+            assert torch.equal(value[0], expected[0]) and torch.equal(value[2], expected[2])
+        broken[1] = before
+
+
+def test_only_what_is_needed(monkeypatch):
+    kernels = []
+    from multilora.ops.triton import common
+
+    module = sys.modules["multilora.ops.triton.lora_linear"]
+
+    def spy(kernel, grid, *args, **meta):
+        kernels.append(kernel.__name__.removeprefix("_lora_linear_").removesuffix("_kernel"))
+        common.launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(module, "launch", spy)
+    x, weight, lora_A, lora_B, _ = problem(2, 5, 8, 8, 2)
+    y, shrunk = torch.ops.multilora.lora_linear(x, weight, lora_A, lora_B, None, 1.0)
+    expected = {
+        (True, True, True): ["pass", "reduce", "pass", "reduce", "gemm"],
+        (False, True, True): ["pass", "reduce", "pass", "reduce"],
+        (True, False, False): ["pass", "gemm"],
+        (False, True, False): ["pass", "pass", "reduce"],
+        (False, False, True): ["pass", "reduce"],
+        (False, False, False): [],
+    }
+    for needs, launched in expected.items():
+        kernels.clear()
+        grads = torch.ops.multilora.lora_linear_backward(
+            y, x, weight, lora_A, lora_B, shrunk, 1.0, list(needs)
+        )
+        assert kernels == launched, needs
+        assert [g.numel() > 0 for g in grads] == list(needs)
+
+
+# --- configurations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chip", CHIPS, ids=str)
+def test_there_is_a_configuration_for_everything(chip):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    for dtype in dtypes:
+        for rows, rank, width in ((1, 1, 1), (7, 100, 13), (10**9, 64, 2**20)):
+            for shared in ("", "out", "in"):
+                for backward in (False, True):
+                    config = configs.lora_gemm(
+                        3, rows, width, width, rank, dtype, chip, shared, backward
+                    )
+                    inside = config.path == "shrink inside"
+                    assert not inside or (rank <= config.block_r and not shared and not backward)
+            for shrink, outer in ((True, True), (True, False), (False, True)):
+                config = configs.lora_pass(3, rows, width, rank, dtype, chip, shrink, outer)
+                assert config.rows_each % config.block_m == 0 and config.rows_each > 0
+        for K in (1, 2, 3, 8, 31, 32):
+            assert configs.geometry(K, (1, 64), (3, 10**6, 5, 7), dtype, chip)
+            for C in (2, 3, 33, 152_000):
+                for backward in (False, True):
+                    assert configs.volume(K, 10**6, C, dtype, False, chip, backward).block_k >= K
+
+
+def test_the_table_is_of_this_version():
+    entries = json.loads(configs.TABLE.read_text())
+    assert entries and len(configs.table()) == len(entries)
+    for entry in entries:
+        rule = getattr(configs, entry["op"])
+        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["sizes"].items()}
+        chip = {80: A100, 90: H200}[entry["capability"]]
+        question = {**sizes, "dtype": getattr(torch, entry["dtype"]), "chip": chip}
+        config = rule(**question)
+        assert dataclasses.asdict(config) == entry["config"]
+        if entry["record"] is None:
+            # Not measured: it must say what the rule says, and cannot make a kernel the default.
+            assert config == rule.__wrapped__.__wrapped__(**question)
+            assert entry["us"] is None and entry["ahead"] is False
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A table in which one size of lora_linear's forward was measured, and was ahead."""
+    sizes = {"particles": 4, "rows": 1000, "depth": 768, "cols": 768, "rank": 16}
+    sizes |= {"shared": "", "backward": False}
+    key = configs._key("lora_gemm", H200, torch.bfloat16, **sizes)
+    entry = {"config": {"group": 3}, "record": "a record", "ahead": True}
+    monkeypatch.setattr(configs, "table", lambda: {key: entry})
+    configs.lora_gemm.cache_clear()
+    configs.is_proven.cache_clear()
+    yield entry
+    configs.lora_gemm.cache_clear()
+    configs.is_proven.cache_clear()
+
+
+def test_the_table_goes_before_the_rule(measured):
+    def group(rows, dtype=torch.bfloat16, chip=H200, **others):
+        return configs.lora_gemm(4, rows, 768, 768, 16, dtype, chip, **others).group
+
+    # All row counts up to the same power of two.
+    assert group(1000) == group(1024) == group(513) == 3
+    assert 3 not in (group(512), group(1025), group(1000, torch.float16), group(1000, chip=A100))
+    assert 3 not in (group(1000, backward=True), group(1000, shared="out"))
+
+
+def test_proven_near_what_was_measured_only(measured):
+    def proven(particles, rows, depth, cols, rank, *others, dtype=torch.bfloat16, chip=H200):
+        arguments = (particles, rows, depth, cols, rank, dtype, chip, *others)
+        return configs.is_proven(configs.lora_gemm, arguments)
+
+    assert proven(4, 1000, 768, 768, 16) and proven(8, 600, 1024, 512, 8)
+    assert not proven(4, 5000, 768, 768, 16) and not proven(4, 1000, 4096, 768, 16)
+    assert not proven(4, 0, 768, 768, 16) and not proven(4, 1000, 768, 768, 16, "out")
+    assert not proven(4, 1000, 768, 768, 16, dtype=torch.float16)
+    assert not proven(4, 1000, 768, 768, 16, chip=A100)
+    configs.is_proven.cache_clear()
+    measured["record"] = None
+    assert not proven(4, 1000, 768, 768, 16)
+
+
+def test_nothing_is_the_default_without_a_record(monkeypatch):
+    # Every operator, and its backward, with the arguments that it really gets.
+    asked = []
+    kernel = dispatch.kernel
+
+    def spy(op, args):
+        asked.append(op)
+        assert not is_proven(op, args)
+        return kernel(op, args)
+
+    monkeypatch.setattr(dispatch, "kernel", spy)
+    x, weight, lora_A, lora_B, bias = problem(3, 5, 8, 8, 2)
+    leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    logits, targets = torch.randn(3, 5, 4, requires_grad=True), torch.randint(4, (5,))
+    loss = ml.lora_linear(leaves[0], weight, leaves[1], leaves[2], bias).sum()
+    loss = loss + ml.lora_gram(lora_A, lora_B).sum() + ml.pairwise_frobenius(lora_A, lora_B).sum()
+    loss = loss + ml.gram_volume(logits, targets).sum() + ml.particle_loss(logits, targets)[1]
+    loss.backward()
+    assert len(set(asked)) == 9
+
+
+@pytest.mark.parametrize("proven", [False, True])
+def test_what_is_proven_is_the_default_on_a_gpu(proven, monkeypatch):
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
+    monkeypatch.setattr(dispatch, "_requested", None)
+    monkeypatch.setattr("multilora.ops.triton.is_proven", lambda op, args: proven)
+    assert dispatch.backend_of("lora_gram", ()) == ("triton" if proven else "reference")
+    with ml.use_backend("reference"):
+        assert dispatch.backend_of("lora_gram", ()) == "reference"
+
+
+def test_cpu_tensors_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
+    with pytest.raises(ml.BackendUnavailableError, match=r"lora_gram.*CPU.*GPU"):
+        ml.lora_gram(torch.randn(2, 1, 3), torch.randn(2, 3, 1))
+
+
+# --- machine code --------------------------------------------------------------------------------
+
+
+def compile_kernels(*args, **environment):
+    """multilora kernels in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", "import sys; from multilora.cli import main; sys.exit(main())"]
+        + ["kernels", *args],
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_gemm_uses_tensor_cores_and_the_copy_engine(tmp_path):
+    name = "lora_linear 768→768 K4 T12608 r16 bfloat16"
+    done = compile_kernels("--target", "sm_90", "--only", name, "--out", str(tmp_path / "k.json"))
+    assert done.returncode == 0, done.stderr
+    kernels = json.loads((tmp_path / "k.json").read_text())["kernels"]
+    gemms = [k for k in kernels if k["kernel"] == "_lora_linear_gemm_kernel"]
+    assert len(gemms) == 2  # y and dX
+    for gemm in gemms:
+        assert gemm["wgmma"] >= 5 and gemm["bulk_copies"] >= 3
+        assert gemm["spills"] == 0 and not gemm["serialized"]
+
+
+def test_bad_code_is_refused():
+    from multilora.ops.triton.inspect import TARGETS, Report
+
+    good = Report("k", "p", "c", 100, 0, 1000, 4, 0, 4, False)
+    assert good.failure(TARGETS["sm_90"][1]) is None
+    assert "spills 8 bytes" in dataclasses.replace(good, spills=8).failure(10**6)
+    assert "the chip has 999" in good.failure(999)
+    assert "serialised" in dataclasses.replace(good, serialized=True).failure(10**6)
+
+
+def test_kernels_command_says_what_is_wrong():
+    done = compile_kernels(TRITON_INTERPRET="1")
+    assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr
+    done = compile_kernels("--only", "nonsense")
+    assert done.returncode == 1 and "nonsense" in done.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -181,7 +182,48 @@ def test_floor_of_a_small_layer():
     assert floors.floor(floors.Work(79.0, 8.6), floors.Ceilings(79.0, 4.3, 1.0)) == 2.0
 
 
+def test_prediction():
+    """On two processors, of which the busier one has two of three programs."""
+    least, ceilings = floors.Work(79.0, 4.3), floors.Ceilings(79.0, 4.3, 1.0)
+    products = floors.Launch("", least, floors.Work(3 * 79.0, 4.3), 3)
+    assert floors.predict(products, ceilings, 2) == pytest.approx(4.0 + floors.LAUNCH)
+    memory = floors.Launch("", least, floors.Work(0.0, 2 * 4.3), 1)
+    assert floors.predict(memory, ceilings, 2) == pytest.approx(4.0 + floors.LAUNCH)
+
+
+def test_launches_of_a_small_layer():
+    """One tile of the forward: padded to its blocks, with the cast of lora_A before it."""
+    pytest.importorskip("triton")
+    from multilora.ops.triton import common, configs
+
+    cast, gemm = floors.launches(floors.lora_linear(64, 64, 64, 1, 8, False, "forward").calls)
+    assert cast.does.bytes == 64 * 8 * (4 + 2)
+    config = configs.lora_gemm(1, 64, 64, 64, 8, torch.bfloat16, common.H200)
+    m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
+    assert (k, gemm.programs) == (64, 1)
+    assert gemm.does.flops == 2 * m * (n * (64 + r) + 64 * r)
+    assert gemm.least.flops == 2 * 64 * (64 * 64 + 2 * 64 * 8)
+    assert gemm.does.bytes == 2 * (4 * 64 * 64 - 64 * 64 + 64 + 2 * 64 * 8) + 4 * 64 * 8
+
+
+def test_every_kernel_has_a_floor():
+    """And no kernel does less than it has to."""
+    pytest.importorskip("triton")
+    from multilora.ops import triton as backend
+
+    found = [one for _, work in floors.problems() for one in floors.launches(work.calls)]
+    sources = [file.read_text() for file in Path(backend.__file__).parent.glob("*.py")]
+    kernels = {
+        name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.M)
+    }
+    assert {one.name.split()[0] for one in found if one.name.startswith("_")} == kernels
+    for one in found:
+        assert one.does.bytes >= one.least.bytes, one
+        assert floors.predict(one) >= floors.floor(one.least) + floors.LAUNCH, one
+
+
 def test_page_of_floors():
-    """FLOORS.md holds what `python -m bench.floors` prints."""
+    """FLOORS.md ends with what `python -m bench.floors` prints."""
+    pytest.importorskip("triton")
     page = Path(floors.__file__).with_name("FLOORS.md").read_text()
-    assert page.endswith(f"\n{floors.table()}\n")
+    assert page.endswith(f"\n{floors.page()}\n")

@@ -68,6 +68,12 @@ def _lora_gemm(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
         [{"block_m": m, "block_n": n, "warps": warps} for m, n, warps in tiles],
         [{"block_k": k, "stages": s} for k, s in ((64, 2), (64, 3), (64, 4), (32, 4), (32, 5))],
         [{"group": group} for group in (4, 16)],
+        [{"flatten": True}],
+        # Two smaller programs on a processor, where their shared memory fits.
+        [
+            {"block_m": 128, "block_n": 128, "warps": 4, "stages": stages, "programs": 2}
+            for stages in (2, 3)
+        ],
     ]
 
 

@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from multilora.ops import dispatch
 
+#: What kind of device the tests compute on.
+DEVICE = torch.get_default_device().type
+
 
 def delta_weights(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """ΔW_k = s B_k A_k: (K, d_out, d_in)."""
@@ -85,7 +88,7 @@ def _everything(function, tensors: list[Tensor]) -> list[Tensor]:
     """The outputs and, for a fixed random upstream gradient, the gradients of all inputs."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     outputs = _tensors(function(*tensors))
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     upstream = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
     leaves = [t for t in tensors if t.requires_grad]
     return outputs + list(torch.autograd.grad(outputs, leaves, upstream, materialize_grads=True))

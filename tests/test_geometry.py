@@ -191,7 +191,7 @@ def test_autocast_does_not_touch_it(function, oracle):
     lora_A, lora_B = factors(4, 13, 17, 3)
 
     def under_autocast(A, B):
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        with torch.autocast(oracles.DEVICE, torch.bfloat16):
             return function(A, B)
 
     assert torch.equal(under_autocast(lora_A, lora_B), function(lora_A, lora_B))

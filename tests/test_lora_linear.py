@@ -167,7 +167,7 @@ def surrounded(x, weight, lora_A, lora_B, bias):
 
 
 def under_autocast(x, weight, lora_A, lora_B, bias):
-    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+    with torch.autocast(oracles.DEVICE, torch.bfloat16):
         return ml.lora_linear(x, weight, lora_A, lora_B, bias, 0.5)
 
 
@@ -206,7 +206,7 @@ def test_autocast(master_dtype):
     lora_A, lora_B = lora_A.to(master_dtype), lora_B.to(master_dtype)
 
     def run(x, A, B):
-        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        with torch.autocast(oracles.DEVICE, torch.bfloat16):
             return ml.lora_linear(x, weight, A, B, bias, 0.5)
 
     def by_hand(x, A, B):
@@ -227,7 +227,7 @@ def test_autocast(master_dtype):
 
 def test_autocast_leaves_float64_alone():
     args = problem(dtype=torch.float64)
-    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+    with torch.autocast(oracles.DEVICE, torch.bfloat16):
         y = ml.lora_linear(*args)
     assert relative_error(y, oracles.lora_linear(*args)) < 1e-14
 

@@ -271,11 +271,13 @@ def test_cpu_tensors_without_the_interpreter(monkeypatch):
 # --- machine code --------------------------------------------------------------------------------
 
 
+_MAIN = "import sys; from multilora.cli import main; sys.exit(main())"
+
+
 def compile_kernels(*args, **environment):
     """multilora kernels in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "import sys; from multilora.cli import main; sys.exit(main())"]
-        + ["kernels", *args],
+        [sys.executable, "-c", _MAIN, "kernels", *args],
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},
         capture_output=True,
         text=True,

@@ -366,7 +366,7 @@ def test_compile(function, compiler, dynamic):
 
 def test_autocast_does_not_touch_it():
     logits, targets = problem(4, 9, 7)
-    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+    with torch.autocast(oracles.DEVICE, torch.bfloat16):
         value = ml.gram_volume(logits, targets)
         nll, divergence = ml.particle_loss(logits, targets)
     assert torch.equal(value, ml.gram_volume(logits, targets))
@@ -458,7 +458,7 @@ functions = pytest.mark.parametrize("function", [ml.gram_volume, ml.particle_los
 @functions
 @pytest.mark.parametrize("wrong", [5, -1, -99, 1000])
 @pytest.mark.skipif(
-    torch.get_default_device().type != "cpu",
+    oracles.DEVICE != "cpu",
     reason="a GPU reports it at the next synchronisation, and does no work after that",
 )
 def test_targets_out_of_range(function, wrong):

@@ -61,11 +61,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first tensor; an empty grid does nothing."""
     if 0 in grid:
         return
+    # The default of Triton 3.6; later versions ask for a decision.
+    meta["enable_fp_fusion"] = True
     if _launcher is not None:
         _launcher(kernel, grid, args, meta)
         return
     device = _device(args)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device, whatever device the tensors are on.
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)

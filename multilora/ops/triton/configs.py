@@ -103,7 +103,10 @@ def power_of_two(value: int) -> int:
 @dataclass(frozen=True)
 class LoraGemm:
     """path: "shrink inside" the GEMM's loop, "shrink first" by a pass of its own, or "accumulate":
-    shrink and expand first, then the vendor's GEMM adds to y. block_r: depth of a low-rank step."""
+    shrink and expand first, then the vendor's GEMM adds to y. block_r: depth of a low-rank step.
+    programs: how many share a processor, so that one's end overlaps another's loop. flatten: the
+    loop over tiles and the loop over the depth as one, which loads the next tile's first blocks
+    early, but which ptxas 13 answers with serialised products."""
 
     path: str
     block_m: int
@@ -113,6 +116,8 @@ class LoraGemm:
     group: int
     warps: int
     stages: int
+    programs: int = 1
+    flatten: bool = False
 
 
 @in_table
@@ -145,7 +150,8 @@ def lora_gemm(
         path = path if path == "accumulate" else "shrink first"
         return LoraGemm(path, 64, 64, 32, block_r, 8, 8, 2)
     if chip.capability < 90:
-        return LoraGemm(path, 128, 128, 32, 64 if rank > 32 and not shared else block_r, 8, 8, 3)
+        n, r = (64, 64) if rank > 32 else (128, block_r)
+        return LoraGemm(path, 128, n, 32, r, 8, 8, 3)
     # The wide tile fills the shared memory with ranks up to 16, and where all particles share an
     # accumulator it has to live twice.
     if shared or rank > 16:
@@ -232,7 +238,8 @@ def geometry(
         chunk //= 2
     # Eight warps for float64: with four, the operands of two sides do not fit in registers.
     double = dtype == torch.float64
-    return Geometry(block, 16 if double else 32, chunk, 8 if double else 4, block, 16, 64, 4, 3)
+    block_d = 16 if double or block == 16 else 32
+    return Geometry(block, block_d, chunk, 8 if double else 4, block, 16, 64, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ class GeometryTrace:
 
 def geometry_trace(particles: int, rank: int) -> GeometryTrace:
     block_j, block_b = power_of_two(particles), power_of_two(rank)
-    block_a = max(1, min(block_b, 2048 // (block_j * block_b)))
+    block_a = max(1, min(block_b, 1024 // (block_j * block_b)))
     return GeometryTrace(block_j, block_a, block_b, 8 if block_j * block_b > 2048 else 4)
 
 
@@ -298,7 +305,8 @@ def volume(
         each = min(1024 // block_k, max(16, width))
     else:
         # One load of 16 bytes at most: the classes of two loads would belong to two threads.
-        each = min(32 // block_k, 16 // dtype.itemsize if aligned else 8)
+        unaligned = 8 if chip.capability >= 90 else 4
+        each = min(32 // block_k, 16 // dtype.itemsize if aligned else unaligned)
         # Few examples of few classes: rather more programs than more work for each thread.
         while each > 1 and examples * width < threads * each * chip.processors:
             each //= 2

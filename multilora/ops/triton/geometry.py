@@ -438,7 +438,7 @@ def _applied(
     return outs
 
 
-_WEIGH_BLOCK = 512
+_WEIGH_BLOCK = 256
 
 
 def _gram_partials(

@@ -18,6 +18,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
 from triton.runtime import driver
 
 from multilora.ops.triton import common
@@ -110,7 +111,7 @@ def to_json(target: str, reports: Iterable[Report]) -> str:
     record = {
         "target": target,
         "triton": triton.__version__,
-        "ptxas": _tool("ptxas", "--version").strip().splitlines()[-1],
+        "ptxas": get_ptxas_version(TARGETS[target][0].capability).strip().splitlines()[-1],
         "kernels": [dataclasses.asdict(report) for report in reports],
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -122,8 +123,9 @@ def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Rep
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
         target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
-        said = _tool("ptxas", f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
-        code = _tool("nvdisasm", str(cubin))
+        ptxas = get_ptxas(int(target[3:5])).path
+        said = _run(ptxas, f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, str(cubin))
     stored = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Report(
         name,
@@ -143,10 +145,9 @@ def _count(code: str, instruction: str) -> int:
     return len(re.findall(rf"\b{instruction}\b", code))
 
 
-def _tool(name: str, *args: str) -> str:
-    """What one of the CUDA tools inside the triton package prints."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    done = subprocess.run([str(path), *args], capture_output=True, text=True)
+def _run(*command: str) -> str:
+    """What a tool prints."""
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr

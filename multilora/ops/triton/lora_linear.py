@@ -146,6 +146,7 @@ def _lora_linear_gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Y_k = X_k Wᵀ + bias + S_k (s·Q_k)ᵀ for all particles k, persistently.
@@ -158,9 +159,7 @@ def _lora_linear_gemm_kernel(
     strips_each = tl.cdiv(rows, BLOCK_M)
     strips = particles * strips_each if SHARED == "" else strips_each
     tiles_n = tl.cdiv(cols, BLOCK_N)
-    # Flattened, the loop also loads the next tile's first blocks during this tile's end. Without
-    # the second product that form makes ptxas serialise the products; with it, the plain one does.
-    for tile in tl.range(tl.program_id(0), strips * tiles_n, tl.num_programs(0), flatten=SHRINK):
+    for tile in tl.range(tl.program_id(0), strips * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # GROUP strips share the columns of W that are in L2.
         group = tile // (GROUP * tiles_n) * GROUP
         height = min(strips - group, GROUP)
@@ -170,8 +169,8 @@ def _lora_linear_gemm_kernel(
         row = strip % strips_each * BLOCK_M
         col = n * BLOCK_N
 
-        # Asked for before the long loop, so that they are here when it ends. The flattened loop has
-        # no registers left for that.
+        # Asked for before the long loop, so that they are here when it ends. Where the loop shrinks
+        # too, it needs these registers.
         if SHARED == "" and not SHRINK:
             s = _load_block(None, s_ptr, k, row, 0, rows, rank, False, BLOCK_M, BLOCK_R)
             q = _load_expander(
@@ -466,7 +465,7 @@ def _gemm(
     strips = (1 if shared else particles) * cdiv(rows, m)
     launch(
         _lora_linear_gemm_kernel,
-        (min(chip(x.device).processors, strips * cdiv(cols, n)),),
+        (min(config.programs * chip(x.device).processors, strips * cdiv(cols, n)),),
         _descriptor(described, x, m, k),
         _descriptor(described, weight, *((k, n) if w_depth_first else (n, k))),
         _descriptor(described, shrinker, r, k),
@@ -496,6 +495,7 @@ def _gemm(
         BLOCK_K=k,
         BLOCK_R=r,
         GROUP=config.group,
+        FLATTEN=config.flatten,
         PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,

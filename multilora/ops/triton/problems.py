@@ -50,6 +50,9 @@ def problems() -> Iterator[Problem]:
         yield _linear(4, VIT_ROWS, 768, 768, rank, torch.bfloat16)
     # Rows that the copy engine cannot take, and more than one low-rank step.
     yield _linear(3, 250, 588, 767, 80, torch.bfloat16)
+    # Triton compiles arguments that are 1 in.
+    yield _linear(1, 1, 16, 16, 1, torch.bfloat16)
+    yield _linear(2, 1, 1, 1, 1, torch.bfloat16, shared=True)
     for dtype in (torch.float16, torch.float32, torch.float64):
         for shared in (False, True):
             yield _linear(4, VIT_ROWS, 768, 768, 16, dtype, shared)
@@ -60,6 +63,7 @@ def problems() -> Iterator[Problem]:
     yield _geometry("odd sizes", [(77, 130), (1, 3)], 5, 3, torch.float32)
     yield _geometry("many particles", [(512, 2048)], 20, 4, torch.float32)
     yield _geometry("small", [(48, 144)], 2, 2, torch.float64)
+    yield _geometry("smallest", [(1, 1)], 1, 1, torch.float32)
 
     for sizes in LOGITS:
         for dtype in _ALL:
@@ -67,6 +71,8 @@ def problems() -> Iterator[Problem]:
     for sizes in ((32, 512, 100), (16, 33, 7), (2, 100, 1000), (5, 7, 3)):
         yield _loss(*sizes, torch.float32)
     yield _loss(3, 20, 30, torch.float64)
+    yield _loss(1, 1, 2, torch.float32)
+    yield _loss(1, 1, 3, torch.bfloat16)
 
 
 def _linear(

@@ -425,10 +425,16 @@ def _volume_backward(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
     return Work(bytes=moved, flops32=least), scalar + core, grid[0] * grid[1]
 
 
+def _pointer_table(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
+    work = Work(0.0, 8.0 * len(a.pointers))
+    return work, work, grid[0]
+
+
 _COSTS: dict[str, Callable[[Any, tuple[int, ...], Calls], _Cost]] = {
     "_lora_linear_gemm_kernel": _gemm,
     "_lora_linear_pass_kernel": _pass,
     "_lora_linear_reduce_kernel": _reduce,
+    "_pointer_table_kernel": _pointer_table,
     "_lora_gram_partial_kernel": _gram_partial,
     "_lora_gram_trace_kernel": _gram_trace,
     "_lora_gram_weigh_kernel": _gram_weigh,

@@ -60,20 +60,18 @@ Question = tuple[str, tuple[tuple[str, Any], ...]]
 
 def _lora_gemm(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
     # In the loop only the forward can shrink, and only rows of its own particle.
-    paths = ["shrink first", "accumulate"]
-    paths += [] if asked["shared"] or asked["backward"] else ["shrink inside"]
+    own = not asked["shared"]
+    paths = ["shrink first"] + ["accumulate"] * own
+    paths += ["shrink inside"] * (own and not asked["backward"])
     tiles = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4))
     return [
         [{"path": path} for path in paths],
         [{"block_m": m, "block_n": n, "warps": warps} for m, n, warps in tiles],
         [{"block_k": k, "stages": s} for k, s in ((64, 2), (64, 3), (64, 4), (32, 4), (32, 5))],
         [{"group": group} for group in (4, 16)],
-        [{"flatten": True}],
-        # Two smaller programs on a processor, where their shared memory fits.
-        [
-            {"block_m": 128, "block_n": 128, "warps": 4, "stages": stages, "programs": 2}
-            for stages in (2, 3)
-        ],
+        [{"flatten": True}] if config.path == "shrink inside" else [],
+        # Two smaller programs on a processor: what fits into its shared memory.
+        [{"block_m": 128, "block_n": 128, "warps": 4, "stages": 2, "programs": 2}],
     ]
 
 
@@ -233,9 +231,9 @@ class Tuner:
             return interleave({"": sampler}, 0.0, 20, limit=1.0)[""].median
 
     def _entry(
-        self, question: Question, config: Any, seconds: float, reference: float
+        self, question: Question, config: Any, seconds: float, ahead: bool
     ) -> dict[str, Any]:
-        us, ahead = round(seconds * 1e6, 2), seconds < reference
+        us = round(seconds * 1e6, 2)
         return _entry(question, config) | {"record": self.record, "us": us, "ahead": ahead}
 
 

@@ -19,7 +19,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
+def define(schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> Any:
     """Register the operator `multilora::<schema>` and return its overload.
 
     One CompositeExplicitAutograd kernel serves every device: it asks `dispatch` for the
@@ -36,7 +36,7 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
         with torch.autocast(device, enabled=False):
             return kernel(*args)
 
-    _lib.define(schema)
+    _lib.define(schema, tags=tags)
     torch.library.impl(f"multilora::{name}", "CompositeExplicitAutograd", route, lib=_lib)
     torch.library.register_fake(f"multilora::{name}", fake, lib=_lib)
     return getattr(torch.ops.multilora, name).default

@@ -19,11 +19,17 @@ def _fake_backward(grad, lora_A, lora_B, scaling):
     return [t.new_empty(t.shape) for t in (*lora_A, *lora_B)]
 
 
+# A kernel may keep a table of the sizes on the device from its first call on, which the graphs that
+# torch.compile captures do not allow.
+TAGS = (torch.Tag.cudagraph_unsafe,)
+
 _gram_op = define(
-    "lora_gram(Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor", _fake_gram
+    "lora_gram(Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor", _fake_gram, TAGS
 )
 _distance_op = define(
-    "pairwise_frobenius(Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor", _fake_gram
+    "pairwise_frobenius(Tensor[] lora_A, Tensor[] lora_B, float[] scaling) -> Tensor",
+    _fake_gram,
+    TAGS,
 )
 # The gradients of all lora_A, then of all lora_B, given grad = dL/dT (L, K, K). Both operators
 # share it: D is linear in T.
@@ -31,6 +37,7 @@ _backward_op = define(
     "lora_gram_backward(Tensor grad, Tensor[] lora_A, Tensor[] lora_B, float[] scaling)"
     " -> Tensor[]",
     _fake_backward,
+    TAGS,
 )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from multilora.ops._library import define, refuse_gradient
-from multilora.ops.geometry import check_factors, gram_gradient
+from multilora.ops.geometry import TAGS, check_factors, gram_gradient
 
 
 def _fake(grad_A, grad_B, mix, upstream, lora_A, lora_B, scaling):
@@ -17,6 +17,7 @@ _op = define(
     "svgd_update(Tensor[] grad_A, Tensor[] grad_B, Tensor mix, Tensor upstream, Tensor[] lora_A,"
     " Tensor[] lora_B, float[] scaling) -> Tensor[]",
     _fake,
+    TAGS,
 )
 refuse_gradient(_op)
 

@@ -23,6 +23,11 @@ class Chip:
     capability: int
     processors: int
 
+    @property
+    def is_hopper_sized(self) -> bool:
+        """Whether a block can have more than 200 KB of shared memory: data-centre chips."""
+        return 90 <= self.capability < 120
+
 
 #: The chips that `multilora kernels` compiles for, and the one that the interpreter plays: with
 #: two processors, so that small tests run persistent loops more than once.
@@ -90,9 +95,10 @@ def cdiv(a: int, b: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """The `PRECISION` of products of `dtype`: TF32 for float32 only where PyTorch takes it too."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    if chosen == "none":
+        chosen = torch.backends.fp32_precision
+    return "tf32" if dtype == torch.float32 and chosen == "tf32" else "ieee"
 
 
 @triton.constexpr_function

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,35 +63,11 @@ def _key(op: str, chip: Chip, dtype: torch.dtype, **sizes: Any) -> tuple[Any, ..
 @functools.lru_cache(maxsize=4096)
 def is_proven(rule: Rule, arguments: tuple[Any, ...]) -> bool:
     """Whether a record says that the kernel that `rule` configures is right and ahead of the
-    reference for these arguments, or for the nearest that the table has.
-
-    Near is within a factor of two in every size; flags must be equal.
-    """
-    op, question = rule.__name__, inspect.signature(rule).bind(*arguments)
+    reference for these arguments: for just these, but for rows and examples as in the table."""
+    question = inspect.signature(rule).bind(*arguments)
     question.apply_defaults()
-    asked = _key(op, **question.arguments)
-    wanted = dict(asked[3:])
-    nearest, verdict = math.inf, False
-    for key, entry in table().items():
-        if key[:3] != asked[:3] or entry["record"] is None:
-            continue
-        distance = _distance(wanted, dict(key[3:]))
-        if distance < nearest:
-            nearest, verdict = distance, entry["ahead"]
-    return verdict
-
-
-def _distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """The sum of |log2| ratios of the sizes; infinite where two are not near."""
-    total = 0.0
-    for name, value in a.items():
-        if value == b[name]:
-            continue
-        if type(value) is not int or 0 in (value, b[name]):
-            return math.inf
-        ratio = abs(math.log2(value / b[name]))
-        total += ratio if ratio <= 1 else math.inf
-    return total
+    entry = table().get(_key(rule.__name__, **question.arguments))
+    return entry is not None and entry["record"] is not None and entry["ahead"]
 
 
 def power_of_two(value: int) -> int:
@@ -133,11 +108,13 @@ def lora_gemm(
     backward: bool = False,
 ) -> LoraGemm:
     """For y (K, rows, cols) from x (K, rows, depth); `shared` as in the kernel."""
-    if dtype == torch.float64:
-        return LoraGemm("shrink first", 32, 32, 16, 16, 8, 4, 2)
-    if dtype == torch.float32:
-        # Full float32 products go through plain registers, and there are not enough for more.
-        return LoraGemm("shrink first", 64, 32, 16, 16, 8, 4, 2)
+    if dtype.itemsize > 2:
+        # Full float32 products go through plain registers, and there are not enough for more; the
+        # vendor's GEMM does better.
+        path = "shrink first" if shared else "accumulate"
+        m = 64 if dtype == torch.float32 else 32
+        stages = 3 if chip.is_hopper_sized else 2
+        return LoraGemm(path, m, 32, 16, 16, 8, 4, stages, programs=3)
     block_r = 16 if rank <= 16 else 32
     # A second product costs 16/block_n of the first one's time, a pass of its own reads x again.
     inside = not shared and not backward and rank <= block_r and cols < 2900
@@ -149,7 +126,7 @@ def lora_gemm(
         # Rows that are not on 16-byte boundaries are loaded through registers.
         path = path if path == "accumulate" else "shrink first"
         return LoraGemm(path, 64, 64, 32, block_r, 8, 8, 2)
-    if chip.capability < 90:
+    if not chip.is_hopper_sized:
         n, r = (64, 64) if rank > 32 else (128, block_r)
         return LoraGemm(path, 128, n, 32, r, 8, 8, 3)
     # The wide tile fills the shared memory with ranks up to 16, and where all particles share an
@@ -187,12 +164,13 @@ def lora_pass(
     if dtype.itemsize > 2:
         m, n, warps, stages = 32, 128 // dtype.itemsize, 4, 2
         r = min(r, 32 if dtype == torch.float32 else 16)
-    elif chip.capability < 90 or width % 8:
+    elif not chip.is_hopper_sized or width % 8:
         m, n, warps, stages = 64, 64, 8, 3 if width % 8 == 0 else 2
     elif shrink and outer:
         # A partial sum is as wide as g: the more rows in each, the less they cost.
+        # With two stages two programs share a processor.
         tall = columns <= 32 and members * rows >= 256 * chip.processors
-        m, n, warps, stages = 256 if tall else 128, 64, 8, 3
+        m, n, warps, stages = 256 if tall else 128, 64, 8, 2
     else:
         m, n, warps, stages = (128, 64, 4, 4) if shrink else (128, 128, 4, 3)
     if shrink:
@@ -201,6 +179,15 @@ def lora_pass(
     programs = members * cdiv(width, n) * cdiv(columns, r)
     chunks = min(cdiv(rows, m), cdiv(4 * chip.processors, programs))
     return LoraPass(m, n, r, cdiv(cdiv(rows, m), chunks) * m, warps, stages)
+
+
+def lora_pass_together(
+    members: int, rows: int, width: int, rank: int, dtype: torch.dtype, chip: Chip
+) -> bool:
+    """Whether one pass over g (members, rows, width) gives both thin products: its partial sums,
+    written and read once, must not be more than half of g's bytes."""
+    config = lora_pass(members, rows, width, rank, dtype, chip, True, True)
+    return 2 * max(4, dtype.itemsize) * rank <= config.block_m * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -239,7 +226,9 @@ def geometry(
     # Eight warps for float64: with four, the operands of two sides do not fit in registers.
     double = dtype == torch.float64
     block_d = 16 if double or block == 16 else 32
-    return Geometry(block, block_d, chunk, 8 if double else 4, block, 16, 64, 4, 3)
+    # Other chips have no tensor cores for float64, and keep its products in registers.
+    apply_block_d = 64 if chip.capability in (80, 90, 100, 103) else 32
+    return Geometry(block, block_d, chunk, 8 if double else 4, block, 16, apply_block_d, 4, 3)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ An item is one factor of one layer: all lora_A, then all lora_B. A unit is what 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -326,6 +325,14 @@ def _lora_gram_apply_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _pointer_table_kernel(table, pointers):
+    """table[i] = pointers[i]. They come by value: there is no copy to wait for, and a captured
+    graph keeps them."""
+    for i in tl.static_range(len(pointers)):
+        tl.store(table + i, pointers[i])
+
+
 def lora_gram(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
     return _traced(lora_A, lora_B, scaling, distance=False)
 
@@ -439,6 +446,8 @@ def _applied(
 
 
 _WEIGH_BLOCK = 256
+# The pointers that one launch writes: its parameters may have 4 KB.
+_POINTERS = 256
 
 
 def _gram_partials(
@@ -497,7 +506,7 @@ def _plan_of(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -
     return _plan(first.shape[0], sizes, tuple(scaling), first.dtype, chip(first.device))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _plan(particles, sizes, scaling, dtype, chip) -> _Plan:
     ranks = tuple(rank for rank, _, _ in sizes)
     widths = tuple(d_in for _, d_in, _ in sizes) + tuple(d_out for _, _, d_out in sizes)
@@ -536,67 +545,27 @@ def _vector(plan: _Plan, tensors: list[Tensor]) -> int:
     return plan.vector if all(t.data_ptr() % 16 == 0 for t in tensors) else 1
 
 
+@functools.cache
 def _on_device(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def build() -> Tensor:
-        scales = torch.tensor(plan.scaling, dtype=torch.float64).view(torch.int64)
-        return torch.cat([torch.tensor(plan.values), scales])
-
+    """The plan's tables; copied once for the sizes of a model, and kept, as captured graphs read
+    them."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "multilora: call the operator once with these shapes before it is captured in a CUDA "
+            "graph: its table of sizes has to be copied to the device first"
+        )
     layers = len(plan.scaling)
-    # The plan itself is the key: there is one of each content for as long as it is in use.
+    scales = torch.tensor(plan.scaling, dtype=torch.float64, device="cpu").view(torch.int64)
+    values = torch.cat([torch.tensor(plan.values, device="cpu"), scales]).to(device)
     parts = [2 * layers * _FIELDS.value, plan.partial_units, plan.apply_units, layers]
-    items, partial, apply, scales = _device_table(plan, build, device).split(parts)
+    items, partial, apply, scales = values.split(parts)
     return items, partial, apply, scales.view(torch.float64)
 
 
 def _pointer_table(tensors: list[Tensor]) -> Tensor:
-    pointers = tuple(t.data_ptr() for t in tensors)
-    return _device_table(pointers, lambda: torch.tensor(pointers), tensors[0].device)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table on a device, the host's copy of it, and where the copy between them was ordered."""
-
-    host: Tensor
-    device: Tensor
-    stream: torch.cuda.Stream
-    copied: torch.cuda.Event
-
-
-# The tables by their key, the one used last at the end; and all that captured CUDA graphs read,
-# which stay: a graph repeats its copies, from the host's memory, at every replay.
-_tables: dict[tuple, _Table] = {}
-_captured: list[Tensor] = []
-_TABLES = 64
-
-
-def _device_table(key: object, build: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """build() (int64) on the device; copied once for a key, without waiting for the device."""
-    if device.type != "cuda":
-        return build().to(device)
-    key = (key, device)
-    table = _tables.pop(key, None)
-    if torch.cuda.is_current_stream_capturing():
-        # Capturing starts with an idle device, so tables from before are complete.
-        if table is None:
-            # Its content appears at replay only, so that no other call may find it. Not pinned:
-            # looking for free pinned memory asks the device, which a capture forbids.
-            host = build()
-            _captured.append(host)
-            on_device = host.to(device, non_blocking=True)
-        else:
-            _tables[key] = table
-            on_device = table.device
-        _captured.append(on_device)
-        return on_device
-    stream = torch.cuda.current_stream(device)
-    if table is None:
-        host = build().pin_memory()
-        table = _Table(host, host.to(device, non_blocking=True), stream, stream.record_event())
-    elif stream != table.stream:
-        stream.wait_event(table.copied)
-        table.device.record_stream(stream)
-    _tables[key] = table
-    while len(_tables) > _TABLES:
-        _tables.pop(next(iter(_tables)), None)
-    return table.device
+    """The tensors' addresses, on their device."""
+    table = tensors[0].new_empty(len(tensors), dtype=torch.int64)
+    for first in range(0, len(tensors), _POINTERS):
+        some = tuple(t.data_ptr() for t in tensors[first : first + _POINTERS])
+        launch(_pointer_table_kernel, (1,), table[first:], some, num_warps=1)
+    return table

@@ -2,7 +2,8 @@
 
 Dims: K particles, T rows, r rank. The GEMM runs over the virtual concatenation [X | S]·[W | sB]ᵀ:
 the low-rank product is one more step of depth r on the same accumulator, so y is written once and
-never read. dX = [dY | dS]·[W ; A] is the same kernel with W in the other operand order.
+never read. dX = [dY | dS]·[W ; A] is the same kernel with W in the other operand order. Where the
+vendor's GEMM gains more than that, it accumulates onto the low-rank product instead.
 
 Tiles never straddle particles: descriptors have the particle axis apart, so rows past T are zeros
 when read and are dropped when written.
@@ -295,6 +296,10 @@ def _lora_linear_pass_kernel(
         row, col = chunk * BLOCK_M, 0
         steps = tl.cdiv(width, BLOCK_N)
         shrunk = tl.zeros((BLOCK_M, BLOCK_R), ACC)
+        if OUTER:
+            # The rows stay the same.
+            s_rows = s_ptr + s_start + tl.cast(row, tl.int64) * rank
+            s = tl.load(s_rows + i * rank + s_column, mask=(i < rows - row) & valid, other=0.0)
     else:
         blocks = tl.cdiv(width, BLOCK_N)
         chunk = tl.program_id(0) // blocks
@@ -315,13 +320,13 @@ def _lora_linear_pass_kernel(
             f = tl.load(at + d * f_stride_d + f_column, mask=mask, other=0.0)
             shrunk = dot(g, (tl.cast(f, ACC) * SCALING).to(dtype), shrunk, PRECISION)
         if OUTER:
-            at = s_ptr + s_start + tl.cast(row, tl.int64) * rank
-            s = tl.load(at + i * rank + s_column, mask=(i < rows - row) & valid, other=0.0)
             if SHRINK:
                 outer = dot(g.T, s, tl.zeros((BLOCK_N, BLOCK_R), ACC), PRECISION)
                 at = partial_ptr + tl.cast(col, tl.int64) * rank
                 tl.store(at + d * rank + o_column, outer, mask=(d < width - col) & valid)
             else:
+                at = s_ptr + s_start + tl.cast(row, tl.int64) * rank
+                s = tl.load(at + i * rank + s_column, mask=(i < rows - row) & valid, other=0.0)
                 outer = dot(g.T, s, outer, PRECISION)
                 row += BLOCK_M
     if SHRINK:
@@ -344,15 +349,18 @@ def _lora_linear_reduce_kernel(
     stride_d,
     stride_r,
     SCALING: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """s · the sum over the chunks, always in the same order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for chunk in range(chunks):
-        total += tl.load(
-            partial_ptr + tl.cast(chunk, tl.int64) * elements + i, mask=i < elements, other=0.0
-        )
+    # Several at a time, so that their loads are under way together.
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)[:, None]
+        at = partial_ptr + chunk.to(tl.int64) * elements + i[None, :]
+        some = tl.load(at, mask=(chunk < chunks) & (i < elements)[None, :], other=0.0)
+        total += tl.sum(some, 0)
     k, d, j = i // (width * rank), i // rank % width, i % rank
     offset = k * stride_k + d * stride_d + j * stride_r
     tl.store(out_ptr + offset, (total * SCALING).to(out_ptr.dtype.element_ty), mask=i < elements)
@@ -375,6 +383,7 @@ def lora_linear(
     config = configs.lora_gemm(
         particles, rows, d_in, d_out, rank, x.dtype, chip(x.device), "out" if shared else ""
     )
+    x = x.contiguous()
     y = x.new_empty(particles, rows, d_out)
     shrunk = x.new_empty(particles, rows, rank)
     if config.path != "shrink inside":
@@ -408,11 +417,16 @@ def lora_linear_backward(
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     if not any(needs):
         return dx, dA, dB
-    # One pass over dY: dS = s·dY·B and dB = s·dYᵀ·S.
+    x, grad = x.contiguous(), grad.contiguous()
+    # dS = s·dY·B and dB = s·dYᵀ·S: one pass over dY, where the partial sums do not cost another.
     d_shrunk = x.new_empty(shrunk.shape) if needs_x or needs_A else None
-    partial = _pass(
-        grad, lora_B, d_shrunk, shrunk if needs_B else None, particles, rank, scaling
-    )  # fmt: skip
+    wanted = shrunk if needs_B else None
+    together = configs.lora_pass_together(particles, rows, d_out, rank, x.dtype, chip(x.device))
+    if d_shrunk is not None and needs_B and not together:
+        _pass(grad, lora_B, d_shrunk, None, particles, rank, scaling)
+        partial = _pass(grad, None, None, wanted, particles, rank, scaling)
+    else:
+        partial = _pass(grad, lora_B, d_shrunk, wanted, particles, rank, scaling)
     if needs_B:
         dB = lora_B.new_empty(lora_B.shape)
         _reduce(partial, dB, scaling)
@@ -459,7 +473,7 @@ def _gemm(
     shared = "" if x.shape[0] == y.shape[0] == particles else "in" if y.shape[0] == 1 else "out"
     shrink = config.path == "shrink inside"
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    x, weight = x.contiguous(), weight.contiguous().unsqueeze(0)
+    weight = weight.contiguous().unsqueeze(0)
     shrinker = shrinker.to(x.dtype).contiguous() if shrink else None
     described = _describable(x, weight, shrinker, y)
     strips = (1 if shared else particles) * cdiv(rows, m)
@@ -550,7 +564,6 @@ def _pass(
         chunks = cdiv(rows, config.rows_each)
         programs = chunks * cdiv(width, n)
     partial = None
-    g = g.contiguous()
     described = _describable(g)
     if outer:
         partial = g.new_empty(chunks, particles, width, rank, dtype=accumulator(g.dtype))
@@ -599,6 +612,7 @@ def _reduce(partial: Tensor, out: Tensor, scaling: float) -> None:
         elements,
         *out.stride(),
         SCALING=scaling,
+        CHUNKS=16,
         BLOCK=block,
         num_warps=4,
     )
@@ -616,4 +630,6 @@ def _descriptor(described: bool, t: Tensor | None, height: int, width: int) -> A
     """A contiguous (K, rows, cols) in blocks (height, width) of one k at a time."""
     if t is None or not described:
         return None
-    return TensorDescriptor.from_tensor(t, [1, height, width])
+    # Not t.stride(): an axis of length one may have any.
+    _, rows, cols = t.shape
+    return TensorDescriptor(t, list(t.shape), [rows * cols, cols, 1], [1, height, width])

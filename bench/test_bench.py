@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import floors, gpu, memory
+from bench import floors, gpu, memory, tune
 from bench.cases import CASES
 from bench.gpu_cases import gpu_cases
 from bench.measure import Case, Run, Unavailable, check, default_device, peak_memory
@@ -150,7 +150,6 @@ def test_summary_of_tests():
 
 
 def test_tuning_changes_an_answer():
-    tune = pytest.importorskip("bench.tune", exc_type=ImportError)
     from multilora.ops.triton import common, configs
 
     rule, asked = configs.lora_gemm, {}
@@ -165,7 +164,6 @@ def test_tuning_changes_an_answer():
 
 
 def test_tuning_replaces_an_entry():
-    tune = pytest.importorskip("bench.tune", exc_type=ImportError)
     keys = {"op": "lora_gemm", "capability": 90, "dtype": "bfloat16"}
     one, other = ({**keys, "sizes": {"rows": rows}, "us": 2.0} for rows in (1, 2))
     faster = {**one, "us": 1.0}
@@ -193,7 +191,6 @@ def test_prediction():
 
 def test_launches_of_a_small_layer():
     """One tile of the forward: padded to its blocks, with the cast of lora_A before it."""
-    pytest.importorskip("triton")
     from multilora.ops.triton import common, configs
 
     cast, gemm = floors.launches(floors.lora_linear(64, 64, 64, 1, 8, False, "forward").calls)
@@ -208,7 +205,6 @@ def test_launches_of_a_small_layer():
 
 def test_every_kernel_has_a_floor():
     """And no kernel does less than it has to."""
-    pytest.importorskip("triton")
     from multilora.ops import triton as backend
 
     found = [one for _, work in floors.problems() for one in floors.launches(work.calls)]
@@ -224,6 +220,5 @@ def test_every_kernel_has_a_floor():
 
 def test_page_of_floors():
     """FLOORS.md ends with what `python -m bench.floors` prints."""
-    pytest.importorskip("triton")
     page = Path(floors.__file__).with_name("FLOORS.md").read_text()
     assert page.endswith(f"\n{floors.page()}\n")

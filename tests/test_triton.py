@@ -17,7 +17,7 @@ from test_lora_linear import SHAPES
 
 import multilora as ml
 from multilora.ops import dispatch
-from multilora.ops.triton import configs, is_proven
+from multilora.ops.triton import common, configs, is_proven, lora_gemm, lora_pass
 from multilora.ops.triton.common import A100, H200, Chip, precision
 
 CHIPS = [A100, H200, Chip(75, 40), Chip(89, 128), Chip(103, 160), Chip(121, 48)]
@@ -179,15 +179,13 @@ def test_a_broken_particle_does_not_spread(d_in, d_out):
 
 def test_only_what_is_needed(own_gemm, monkeypatch):
     kernels = []
-    from multilora.ops.triton import common
-
-    module = sys.modules["multilora.ops.triton.lora_linear"]
 
     def spy(kernel, grid, *args, **meta):
         kernels.append(kernel.__name__.removeprefix("_lora_linear_").removesuffix("_kernel"))
         common.launch(kernel, grid, *args, **meta)
 
-    monkeypatch.setattr(module, "launch", spy)
+    for module in (lora_gemm, lora_pass):
+        monkeypatch.setattr(module, "launch", spy)
     x, weight, lora_A, lora_B, _ = problem(2, 5, 8, 8, 2)
     y, shrunk = torch.ops.multilora.lora_linear(x, weight, lora_A, lora_B, None, 1.0)
     expected = {

@@ -73,6 +73,16 @@ def _load_logits(
 
 
 @triton.jit
+def _own_chunks(C, CHUNK: tl.constexpr):
+    """This program's part of the classes: its first chunk, the one behind its last, its end."""
+    chunks = tl.cdiv(C, CHUNK)
+    each = tl.cdiv(chunks, tl.num_programs(1))
+    first = tl.program_id(1) * each
+    last = tl.minimum(first + each, chunks)
+    return first, last, tl.minimum(last * CHUNK, C)
+
+
+@triton.jit
 def _on_target(y, chunk, LANES: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr):
     """Whether a class of the chunk is its example's target: (1, V, N, LANES)."""
     classes, _ = _places(chunk, 0, 0, y, LANES, V, ALIGNED, 1)
@@ -256,14 +266,10 @@ def _volume_forward_kernel(
     y, valid = _labels(targets_ptr, examples, N, C)
     tl.device_assert(valid | (y == _IGNORED), "multilora: a target is outside [0, C)")
 
-    chunks = tl.cdiv(C, LANES * V)
-    each = tl.cdiv(chunks, tl.num_programs(1))
-    first = tl.program_id(1) * each
+    first, last, end = _own_chunks(C, LANES * V)
     top = tl.full([BLOCK_K, BLOCK_N, LANES], -float("inf"), ACC)
     rest = tl.zeros([BLOCK_K, BLOCK_N, LANES], ACC)
     gram = tl.zeros([BLOCK_K, BLOCK_K, BLOCK_N, LANES], GRAM)
-    last = tl.minimum(first + each, chunks)
-    end = tl.minimum(last * (LANES * V), C)
     ahead = _load_logits(
         logits_ptr, stride_k, stride_n, examples, valid, first, end, K, LANES, V, ALIGNED, BLOCK_K
     )
@@ -417,11 +423,7 @@ def _volume_backward_kernel(
     mask = (i < side) & (j < side) & valid[None, None, :]
     core = tl.load(core_ptr + squares, mask=mask, other=0.0) * slope[None, None, :]
 
-    chunks = tl.cdiv(C, LANES * V)
-    each = tl.cdiv(chunks, tl.num_programs(1))
-    first = tl.program_id(1) * each
-    last = tl.minimum(first + each, chunks)
-    end = tl.minimum(last * (LANES * V), C)
+    first, last, end = _own_chunks(C, LANES * V)
     ahead = _load_logits(
         logits_ptr, stride_k, stride_n, examples, valid, first, end, K, LANES, V, ALIGNED, BLOCK_K
     )

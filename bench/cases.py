@@ -108,6 +108,23 @@ def _backward(make: Callable[[Any], Problem]) -> Callable[[Any], Run]:
 PASSES = {"forward": _forward, "backward": _backward, "fwd + bwd": _forward_backward}
 
 
+def on_backend(backend: str, make: Callable[[Any], Run], inputs: Any) -> Run:
+    """Forward and backward on one backend: the choice is made when an operator is called."""
+    with ml.use_backend(backend):
+        run = make(inputs)
+
+    def chosen() -> Tensors:
+        with ml.use_backend(backend):
+            return run()
+
+    return chosen
+
+
+def _ours(make: Callable[[Any], Run]) -> dict[str, Callable[[Any], Run]]:
+    """multilora as it is by default, beside its reference backend, which is plain PyTorch."""
+    return {"reference backend": partial(on_backend, "reference", make), OURS: make}
+
+
 # --- lora_linear ---------------------------------------------------------------------------------
 
 
@@ -242,12 +259,14 @@ class Geometry:
     scaling: float = 2.0
 
 
-def _geometry_inputs(layers: int, dtype: torch.dtype, device: torch.device) -> Geometry:
+def _geometry_inputs(
+    widths: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Geometry:
     draw = drawing(1, dtype, device)
     return Geometry(
-        [draw(8, 8, 768, std=0.02) for _ in range(layers)],
-        [draw(8, 3072, 8, std=0.02) for _ in range(layers)],
-        draw(layers, 8, 8),
+        [draw(8, 8, d_in, std=0.02) for d_in, _ in widths],
+        [draw(8, d_out, 8, std=0.02) for _, d_out in widths],
+        draw(len(widths), 8, 8),
     )
 
 
@@ -285,30 +304,46 @@ def copy_factors(i: Geometry) -> Run:
 
 
 def _geometry_cases() -> list[Case]:
-    layers = 12
-    factors = layers * 8 * 8 * (768 + 3072)
-    # The K² differences of a backward would fill tens of GB.
-    definition = {"ΔW broadcast": partial(distances_by_layer, peers.frobenius_by_broadcast, False)}
-    return [
-        Case(
-            f"pairwise_frobenius {name}",
-            f"{layers} layers 768→3072 K8 r8",
-            partial(_geometry_inputs, layers),
-            {
-                "ΔW Gram GEMM": partial(distances_by_layer, peers.frobenius_by_gram, backward),
-                **({} if backward else definition),
-                "ΔW differences": partial(
-                    distances_by_layer, peers.frobenius_by_differences, backward
-                ),
-                OURS: PASSES[name](distances_ours),
-            },
-            ("copy of the factors", copy_factors),
-            # Backward: the factors once more, and their gradients.
-            traffic=factors * (3.0 if backward else 1.0),
-            goals={} if backward else dict.fromkeys(("ΔW broadcast", "ΔW differences"), 100.0),
-        )
-        for name, backward in (("forward", False), ("fwd + bwd", True))
-    ]
+    # The definition takes seconds for 12 layers, and the K² differences of its backward tens of GB.
+    # In the blocks' linears of a ViT-B, the reference is plain enough.
+    few = ((768, 3072),) * 12
+    many = ((768, 2304), (768, 768), (768, 3072), (3072, 768)) * 12
+    found = []
+    for passes, backward in (("forward", False), ("fwd + bwd", True)):
+        ours = _ours(PASSES[passes](distances_ours))
+        materialised = {
+            "ΔW Gram GEMM": partial(distances_by_layer, peers.frobenius_by_gram, backward),
+            "ΔW differences": partial(distances_by_layer, peers.frobenius_by_differences, backward),
+        }
+        goals = {}
+        if not backward:
+            broadcast = partial(distances_by_layer, peers.frobenius_by_broadcast, False)
+            materialised["ΔW broadcast"] = broadcast
+            goals = dict.fromkeys(("ΔW broadcast", "ΔW differences"), 100.0)
+        found.append(_geometry_case(passes, "768→3072", few, {**materialised, **ours}, goals))
+        goals = {"reference backend": 2.0} if backward else {}
+        found.append(_geometry_case(passes, "of a ViT-B", many, ours, goals))
+    return found
+
+
+def _geometry_case(
+    passes: str,
+    name: str,
+    widths: Sequence[tuple[int, int]],
+    makers: dict[str, Callable[[Any], Run]],
+    goals: dict[str, float],
+) -> Case:
+    factors = 8 * 8 * sum(d_in + d_out for d_in, d_out in widths)
+    return Case(
+        f"pairwise_frobenius {passes}",
+        f"{len(widths)} layers {name} K8 r8",
+        partial(_geometry_inputs, widths),
+        makers,
+        ("copy of the factors", copy_factors),
+        # Backward: the factors once more, and their gradients.
+        traffic=factors * (1.0 if passes == "forward" else 3.0),
+        goals=goals,
+    )
 
 
 # --- particle loss -------------------------------------------------------------------------------
@@ -355,14 +390,19 @@ def _loss_cases() -> list[Case]:
                 "mask, Cholesky": _forward_backward(
                     partial(loss_problem, peers.particle_loss_masked)
                 ),
-                OURS: _forward_backward(partial(loss_problem, ml.particle_loss)),
+                **_ours(_forward_backward(partial(loss_problem, ml.particle_loss))),
             },
             ("copy of the logits", copy_logits),
             # The logits once in each pass, and their gradient.
             traffic=3.0 * k * rows * classes,
             half_precision=True,
+            goals={"reference backend": goal},
         )
-        for k, rows, classes in ((4, 1024, 100), (4, 64, 32000), (8, 256, 10))
+        for k, rows, classes, goal in (
+            (4, 1024, 100, 5.0),
+            (4, 64, 32000, 2.0),
+            (8, 256, 10, 1.0),
+        )
     ]
 
 
@@ -586,7 +626,7 @@ def _step_cases() -> list[Case]:
             {
                 "PEFT loop": partial(step_plain, peers.LoopedModels, method),
                 "vmap": partial(step_plain, peers.VmappedModels, method),
-                OURS: partial(step_ours, method),
+                **_ours(partial(step_ours, method)),
             },
             ("frozen model", partial(frozen_model, 2 if method is ml.IBDR else 1)),
             goals={"PEFT loop": 2.0} if (method, batch) == (ml.IBDR, default) else {},

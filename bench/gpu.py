@@ -101,13 +101,14 @@ class Worker:
 
     def _jobs(self, crashes: list[dict]) -> Iterator[tuple[str, float, Callable[[], Any]]]:
         yield "ceilings", 0.0, self._measure_ceilings
-        for job, function in check_jobs().items():
+        for job, function in check_jobs(self.device).items():
             crash = next((c for c in crashes if c["job"] == job), None)
             if crash is None:
                 yield job, 10.0, lambda function=function: function(self.device, self.tiny)
             else:
                 yield job, 0.0, lambda crash=crash: {"failures": {"": crash["why"]}}
-        for case in gpu_cases(tiny=self.tiny):
+        backends = available_backends(self.device.type)
+        for case in gpu_cases(backends, self.tiny):
             # By operator: a kernel that broke the process once is not called again. A process that
             # broke outside the peers would do so again.
             without = {
@@ -151,12 +152,12 @@ class Worker:
             raise BrokenDevice(reason(error)) from broken
 
 
-def check_jobs() -> dict[str, Callable[[torch.device, bool], dict[str, Any]]]:
+def check_jobs(device: torch.device) -> dict[str, Callable[[torch.device, bool], dict[str, Any]]]:
     """Every check on every backend of multilora that runs here."""
     return {
         f"check: {name} ({backend})": partial(function, backend)
         for name, function in checks.CHECKS.items()
-        for backend in available_backends()
+        for backend in available_backends(device.type)
     }
 
 
@@ -527,7 +528,7 @@ class Run:
             "kind": "gpu" if args.device.type == "cuda" else "smoke",
             "tiny": args.tiny,
             "machine": machine(args.device),
-            "backends": available_backends(),
+            "backends": available_backends(args.device.type),
             "tests": None,
             "ceilings": None,
             "checks": {},
@@ -544,8 +545,8 @@ class Run:
                 "memory_bytes": properties.total_memory,
                 "cuda": torch.version.cuda,
             }
-        self.jobs = ["ceilings", *check_jobs()]
-        self.jobs += [str(case) for case in gpu_cases(tiny=args.tiny)]
+        self.jobs = ["ceilings", *check_jobs(args.device)]
+        self.jobs += [str(case) for case in gpu_cases(self.record["backends"], args.tiny)]
         self.seen = 0
 
     def run(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import multilora as ml
 from bench import cases, floors, peers
 from bench.cases import PASSES, Geometry, Linear, LinearSize, Network, Tensors
-from bench.measure import OURS, Case, Run, Unavailable
+from bench.measure import OURS, Case, Run, Unavailable, default_device
 from multilora.ops.dispatch import available_backends
 
 
@@ -29,7 +29,8 @@ def gpu_cases(backends: Sequence[str] | None = None, tiny: bool = False) -> list
 
     tiny: the same cases at sizes for a smoke test on a CPU.
     """
-    backends = available_backends() if backends is None else backends
+    if backends is None:
+        backends = available_backends(default_device().type)
     main = [*_linear_sizes(4, 16, tiny), *_llm_sizes(tiny)]
     eight = _linear_sizes(8, 8, tiny)
     shared = [replace(size, shared=True) for size in main[:2]]
@@ -52,19 +53,7 @@ def gpu_cases(backends: Sequence[str] | None = None, tiny: bool = False) -> list
 
 
 def _ours(backends: Sequence[str], make: Callable[[Any], Run]) -> dict[str, Callable[[Any], Run]]:
-    return {f"{OURS} ({backend})": partial(_on, backend, make) for backend in backends}
-
-
-def _on(backend: str, make: Callable[[Any], Run], inputs: Any) -> Run:
-    """Forward and backward on one backend: the choice is made when an operator is called."""
-    with ml.use_backend(backend):
-        run = make(inputs)
-
-    def chosen() -> Tensors:
-        with ml.use_backend(backend):
-            return run()
-
-    return chosen
+    return {f"{OURS} ({backend})": partial(cases.on_backend, backend, make) for backend in backends}
 
 
 # --- lora_linear ---------------------------------------------------------------------------------

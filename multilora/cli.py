@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +114,13 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser(
         "kernels",
-        help="compile every Triton kernel, without a GPU, and show its machine code's needs",
+        help="what the machine code of every GPU kernel needs, without a GPU",
     )
     kernels.add_argument(
         "--target", choices=("sm_80", "sm_90"), default="sm_90", help="the chip" + default
     )
     kernels.add_argument("--out", type=Path, metavar="FILE", help="write a JSON record")
-    kernels.add_argument("--only", default="", metavar="TEXT", help="problems whose name has TEXT")
+    kernels.add_argument("--only", default="", metavar="TEXT", help="only names with TEXT")
     kernels.set_defaults(run=_kernels)
 
     info = commands.add_parser("info", help="versions, devices and backends")
@@ -219,16 +221,26 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
+    from itertools import chain
+
+    from triton import knobs
+
+    from multilora.ops.machine_code import native_reports
     from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
     from multilora.ops.triton.problems import problems
 
     chip, limit = TARGETS[args.target]
+    try:
+        native = list(native_reports(args.target, knobs.nvidia.cuobjdump.path, args.only))
+    except FileNotFoundError as missing:
+        native = []
+        print(f"no CUDA C++ kernels: {missing}")
     chosen = [problem for problem in problems() if args.only in str(problem)]
-    if not chosen:
-        raise ValueError(f"no problem has {args.only!r} in its name")
+    if not chosen and not native:
+        raise ValueError(f"no problem and no kernel has {args.only!r} in its name")
     reports, failures = [], 0
     print(f"{'kernel':<28}registers spills  shared  wgmma  mma  bulk  first problem, configuration")
-    for report in compile_all(chip, chosen):
+    for report in chain(native, compile_all(chip, chosen)):
         print(
             f"{report.kernel.strip('_').removesuffix('_kernel'):<28}{report.registers:9}"
             f"{report.spills:7}{report.shared:8}{report.wgmma:7}{report.mma:5}"
@@ -239,7 +251,10 @@ def _kernels(args: argparse.Namespace) -> int:
             failures += 1
             print(f"  FAILED: {reason}")
         reports.append(report)
-    print(f"{len(reports)} codes for {len(chosen)} problems on {args.target}, {failures} failed")
+    print(
+        f"{len(native)} CUDA C++ codes and {len(reports) - len(native)} Triton codes for "
+        f"{len(chosen)} problems on {args.target}, {failures} failed"
+    )
     if args.out is not None:
         args.out.write_text(to_json(args.target, reports))
     return 1 if failures else 0
@@ -269,14 +284,35 @@ def _info(args: argparse.Namespace) -> int:
     for name in dispatch.BACKENDS:
         reason = dispatch.missing_reason(name)
         print(f"  {name}: {'available' if reason is None else f'missing: {reason}'}")
-    print(f"used by default: {dispatch.current_backend()}")
+    for module in ("_C", "_C_cuda"):
+        print(f"multilora.{module}: {_built(module)}")
+    print(f"used by default: {_default(dispatch)}")
     _print_kernels()
+    print("CUDA C++ kernels: experimental, never run on a GPU; none is a default")
     _print_records()
     return 0
 
 
+def _built(module: str) -> str:
+    """How a native module was built."""
+    try:
+        native = import_module(f"multilora.{module}")
+    except ImportError as error:
+        return f"missing ({error})"
+    about = ", ".join(native.build_info().values())
+    return f"{about}, level {native.level()}" if module == "_C" else about
+
+
+def _default(dispatch: Any) -> str:
+    """What runs on each kind of device where no backend is asked for."""
+    if os.environ.get("MULTILORA_BACKEND"):
+        return f"{dispatch.current_backend()} (MULTILORA_BACKEND)"
+    native = dispatch.missing_reason("cpu") is None
+    return f"{'cpu' if native else 'reference'} on a CPU, reference on a GPU"
+
+
 def _print_kernels() -> None:
-    """Whether the Triton kernels have run on a GPU, and are ahead."""
+    """Whether the GPU kernels have run on a GPU, and are ahead."""
     from importlib.util import find_spec
 
     if find_spec("triton") is None:

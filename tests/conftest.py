@@ -8,11 +8,21 @@ DEVICE = os.environ.get("MULTILORA_TEST_DEVICE", "cpu")
 # Before Triton is imported: on the CPU its kernels run in its interpreter.
 os.environ["TRITON_INTERPRET"] = "1" if DEVICE == "cpu" else "0"
 
+from pathlib import Path
+
+import emulated
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+# Another build of the CPU kernels, such as one with sanitizers.
+if "MULTILORA_TEST_C" in os.environ:
+    emulated.load("multilora._C", Path(os.environ["MULTILORA_TEST_C"]))
+if DEVICE == "cpu":
+    # Backend "cuda" is then the emulation of its kernels.
+    emulated.load("multilora._C_cuda", emulated.build())
 
 import multilora as ml
 from multilora.ops.dispatch import available_backends
@@ -51,7 +61,7 @@ def poison():
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
-@pytest.fixture(params=available_backends())
+@pytest.fixture(params=available_backends(DEVICE))
 def backend(request, poison):
     """Run the test once on every backend that this machine has, in poisoned memory."""
     with ml.use_backend(request.param):

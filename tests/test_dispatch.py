@@ -122,8 +122,9 @@ def test_known_backends_are_available_or_say_why():
         reason = dispatch.missing_reason(name)
         assert (name in available) == (reason is None)
         if reason is not None:
-            with pytest.raises(ml.BackendUnavailableError, match=reason), ml.use_backend(name):
+            with pytest.raises(ml.BackendUnavailableError) as error, ml.use_backend(name):
                 pass
+            assert reason in str(error.value)
 
 
 def test_environment_names_a_backend_and_imports_stay_few():

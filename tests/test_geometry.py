@@ -100,6 +100,22 @@ def test_layers_of_any_shape(function, oracle):
 
 
 @both
+def test_more_layers_than_fit_in_one_launch(backend, function, oracle):
+    # What CUDA's launches know of the layers has 4 KB, enough for 56 of them in the last stage.
+    layers = 58 if backend == "cuda" else 8
+    lora_A, lora_B = zip(*(factors(2, 3 + layer % 5, 4, 1) for layer in range(layers)))
+    value = function(lora_A, lora_B, 0.5)
+    expected = torch.stack([oracle(A, B, 0.5) for A, B in zip(lora_A, lora_B)])
+    assert relative_error(value, expected) < FP32
+    upstream = torch.randn_like(value)
+    got = gradients(lambda *f: function(f[:layers], f[layers:], 0.5), [*lora_A, *lora_B], upstream)
+    for layer, factor in enumerate(zip(lora_A, lora_B)):
+        wanted = double_gradients(lambda A, B: oracle(A, B, 0.5), factor, upstream[layer])
+        for g, e in zip((got[layer], got[layers + layer]), wanted):
+            assert relative_error(g, e) < FP32
+
+
+@both
 def test_non_contiguous_views(function, oracle):
     lora_A, lora_B = factors(4, 7, 11, 3)
     A = lora_A.mT.contiguous().mT
@@ -139,6 +155,20 @@ def test_nearly_equal_particles(gap):
     wanted = double_gradients(oracles.pairwise_frobenius, [lora_A, lora_B], upstream)
     for g, e in zip(got, wanted):
         assert relative_error(g, e) < 0.01
+
+
+@both
+def test_particles_of_unequal_norms(function, oracle):
+    # A gradient that has to do with the small particle alone keeps its digits beside the large one.
+    lora_A, lora_B = factors(4, 37, 29, 8)
+    for factor in (lora_A, lora_B):
+        factor *= torch.tensor([1.0, 1e-5, 1e3, 1.0])[:, None, None]
+    upstream = 1 - torch.eye(4)
+    got = gradients(function, [lora_A, lora_B], upstream)
+    wanted = double_gradients(oracle, [lora_A, lora_B], upstream)
+    for g, e in zip(got, wanted):
+        for particle in range(4):
+            assert relative_error(g[particle], e[particle]) < FP32
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])

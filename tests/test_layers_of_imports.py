@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "ops.common"],
+    ["_version", "_C", "_C_cuda", "ops.common", "ops.native", "ops.machine_code"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops"],
     ["layers"],
@@ -32,7 +32,9 @@ def name_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-NAMES = {name_of(file) for file in MODULES}
+# The native modules, and the package that may import each.
+NATIVE = {"cpu": "_C", "cuda": "_C_cuda"}
+NAMES = {name_of(file) for file in MODULES} | {*NATIVE.values()}
 
 
 def layer_of(name: str) -> int:
@@ -107,6 +109,8 @@ def test_operators_import_torch_and_nothing_else(file):
         allowed = top == "torch" or top in sys.stdlib_module_names
         # Nothing imports the kernels before a backend is chosen.
         allowed |= top == "triton" and name_of(file).startswith("ops.triton")
+        package = name_of(file).removeprefix("ops.").split(".")[0]
+        allowed |= imported == f"multilora.{NATIVE.get(package)}"
         assert allowed or imported.startswith("multilora.ops"), imported
 
 

@@ -20,8 +20,12 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
         # Reported at the next synchronisation: waiting for the device here would stall it.
         torch._assert_async(valid.all(), "multilora: a target is outside [0, C)")
     elif not valid.all():
-        wrong = targets[~valid][0].item()
-        raise ValueError(
-            f"targets must be in [0, {classes}) or {IGNORE_INDEX}; got {wrong} for "
-            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-        )
+        raise wrong_target(logits, targets, int((~valid).int().argmax()))
+
+
+def wrong_target(logits: Tensor, targets: Tensor, place: int) -> ValueError:
+    """The error that the target at `place` is."""
+    return ValueError(
+        f"targets must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}; got "
+        f"{targets[place].item()} for logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+    )

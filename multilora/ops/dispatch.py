@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 #: Every backend that multilora knows by name, and the module that holds its kernels.
-#: None: this version has no such kernels.
-BACKENDS: dict[str, str | None] = {
+BACKENDS = {
     "reference": "multilora.ops.reference",
-    "cpu": None,
+    "cpu": "multilora.ops.cpu",
     "triton": "multilora.ops.triton",
-    "cuda": None,
+    "cuda": "multilora.ops.cuda",
 }
+
+#: The environment variable that names the CPU kernels' instruction set: scalar, avx2 or avx512.
+#: Where it is not set, they take the best that the CPU has.
+CPU_LEVEL = "MULTILORA_CPU_LEVEL"
 
 # A plain global, not a context variable: CUDA's backward runs on autograd's own thread.
 _requested: str | None = os.environ.get("MULTILORA_BACKEND") or None
@@ -32,10 +35,21 @@ def missing_reason(name: str) -> str | None:
     """Why backend `name` cannot be used, or None where it can."""
     if name not in BACKENDS:
         return f"there is no backend of that name; the names are {', '.join(BACKENDS)}"
-    if BACKENDS[name] is None:
-        return "this version of multilora has no kernels for it"
-    if name == "triton":
-        return _missing_triton()
+    check = {"cpu": _missing_cpu, "triton": _missing_triton, "cuda": _missing_cuda}.get(name)
+    return check() if check else None
+
+
+@functools.cache
+def _missing_cpu() -> str | None:
+    reason = _missing_module("multilora._C", "a C++ compiler", "cpu")
+    if reason is not None:
+        return reason
+    native = importlib.import_module("multilora._C")
+    level, levels = os.environ.get(CPU_LEVEL), native.supported_levels()
+    if level:
+        if level not in levels:
+            return f"{CPU_LEVEL} asks for {level!r}, and this CPU has {', '.join(levels)}"
+        native.set_level(level)
     return None
 
 
@@ -50,10 +64,43 @@ def _missing_triton() -> str | None:
             "PyTorch sees no GPU (with TRITON_INTERPRET=1 in the environment from the start, the "
             "kernels run on the CPU, slowly, for tests)"
         )
+    return _too_old()
+
+
+@functools.cache
+def _missing_cuda() -> str | None:
+    reason = _missing_module("multilora._C_cuda", "nvcc", "cuda")
+    if reason is not None or _emulated():
+        return reason
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return _too_old()
+
+
+def _missing_module(module: str, tool: str, build: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError:
+        return (
+            f"the module {module} is not there: multilora was installed without {tool}, or with "
+            f"MULTILORA_BUILD set against it (MULTILORA_BUILD={build} pip install says what is "
+            "missing)"
+        )
+    except ImportError as error:
+        return f"the module {module} does not load: {error}"
+    return None
+
+
+def _too_old() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the kernels need compute capability 8.0 or newer; this GPU has {major}.{minor}"
     return None
+
+
+def _emulated() -> bool:
+    """Whether the CUDA kernels are those of the tests, which run on the CPU."""
+    return importlib.import_module("multilora._C_cuda").emulated
 
 
 @functools.cache
@@ -63,9 +110,10 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def available_backends() -> list[str]:
-    """The backends that can be asked for here, by name."""
-    return [name for name in BACKENDS if missing_reason(name) is None]
+def available_backends(device: str | None = None) -> list[str]:
+    """The backends that can be asked for here, by name; for tensors on `device` ("cpu", "cuda")."""
+    names = [name for name in BACKENDS if missing_reason(name) is None]
+    return [name for name in names if device is None or _runs_on(name, device)]
 
 
 def _require(name: str) -> None:
@@ -107,21 +155,38 @@ def current_backend() -> str:
 def backend_of(op: str, args: tuple[Any, ...]) -> str:
     """The name of the backend that computes operator `op` for these arguments now."""
     name, device = current_backend(), first_tensor(args).device.type
-    if name == "triton" and device == "cpu" and not _interpreting():
+    if _requested is None:
+        return _default_backend(op, args, device)
+    if not _runs_on(name, device):
+        here, there = ("the CPU", "a GPU") if device == "cpu" else ("a GPU", "the CPU")
         raise BackendUnavailableError(
-            f"backend 'triton' was asked for (use_backend or MULTILORA_BACKEND), but {op} got "
-            "tensors on the CPU: move them to a GPU"
+            f"backend {name!r} was asked for (use_backend or MULTILORA_BACKEND), but {op} got "
+            f"tensors on {here}: move them to {there}"
         )
-    # Without a request, a kernel runs only where a record on this kind of chip says that it is
-    # right, and ahead.
-    if (
-        _requested is None
-        and device == "cuda"
-        and missing_reason("triton") is None
-        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
-    ):
-        return "triton"
     return name
+
+
+def _runs_on(name: str, device: str) -> bool:
+    if device == "cpu" and name in ("triton", "cuda"):
+        # In their tests only.
+        return _interpreting() if name == "triton" else _emulated()
+    return name != "cpu" or device != "cuda"
+
+
+def _default_backend(op: str, args: tuple[Any, ...], device: str) -> str:
+    """Without a request, a kernel runs only where a record on this kind of chip says that it is
+    right, and ahead. The CPU's are, at every size that was measured."""
+    if device == "cpu":
+        reason = _missing_cpu()
+        if reason is None:
+            return "cpu"
+        if os.environ.get(CPU_LEVEL) and CPU_LEVEL in reason:
+            raise BackendUnavailableError(reason)
+    if device == "cuda" and missing_reason("triton") is None:
+        kernels = importlib.import_module(BACKENDS["triton"])
+        if kernels.is_proven(op, args):
+            return "triton"
+    return "reference"
 
 
 def kernel(op: str, args: tuple[Any, ...]) -> Callable:

@@ -59,8 +59,12 @@ def lora_linear_backward(
     rows = x.shape[1]
     shared = x.shape[0] != particles
     dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    # Products with a rank on one side are several times faster on a CPU where it is not the last
+    # axis in memory: B is turned before, dB after its product.
     if needs_x or needs_A:
-        d_shrunk = torch.bmm(grad, lora_B.to(grad.dtype) * scaling)  # (K, T, r)
+        turned = grad.new_empty(particles, rank, lora_B.shape[1])
+        torch.mul(lora_B.mT, scaling, out=turned)
+        d_shrunk = torch.bmm(grad, turned.mT)  # (K, T, r)
     if needs_x:
         A = lora_A.to(grad.dtype)
         if shared:
@@ -79,7 +83,8 @@ def lora_linear_backward(
             dA = torch.bmm(d_shrunk.mT, x)
         dA = dA.to(lora_A.dtype)
     if needs_B:
-        dB = torch.bmm(grad.mT, shrunk).mul_(scaling).to(lora_B.dtype)
+        dB = lora_B.new_empty(lora_B.shape)
+        torch.mul(torch.bmm(shrunk.mT, grad).mT, scaling, out=dB)
     return dx, dA, dB
 
 

@@ -36,7 +36,8 @@ def svgd_update(
     D is `pairwise_frobenius(lora_A, lora_B, scaling)`. lora_A, grad_A (K, r, d_in) and lora_B,
     grad_B (K, d_out, r), L layers of any shapes with one K; upstream (L, K, K); mix (L, K, K), or
     (L, K) where each particle moves by its own gradient only. -> the φ of all lora_A and of all
-    lora_B, in their dtype, computed in float64. Asking for their derivatives raises.
+    lora_B, in their dtype. What the particles are to each other is computed in float64, so that
+    nearly equal ones repel with all of the dtype's digits. Asking for derivatives raises.
 
     Raises ValueError for shapes, lengths or devices that do not fit, TypeError for dtypes.
     Source: Bella (Doan et al. 2024), eq. 4; the repulsion is a choice of `upstream`.

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
 from triton.runtime import driver
 
+from multilora.ops.machine_code import Report, count, run_tool
 from multilora.ops.triton import common
 from multilora.ops.triton.common import A100, H200, Chip
 from multilora.ops.triton.problems import Problem
@@ -31,37 +30,6 @@ TARGETS: dict[str, tuple[Chip, int]] = {
     "sm_80": (A100, 163 * 1024),
     "sm_90": (H200, 227 * 1024),
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """One code of a kernel, as ptxas and nvdisasm see it.
-
-    problem: the first that needs it. spills: bytes that are stored to local memory. wgmma, mma:
-    instructions of the tensor cores (a warp group's, a warp's). bulk_copies: tensor copies into and
-    out of shared memory by the copy engine. serialized: ptxas has put a wait behind every wgmma.
-    """
-
-    kernel: str
-    problem: str
-    configuration: str
-    registers: int
-    spills: int
-    shared: int
-    wgmma: int
-    mma: int
-    bulk_copies: int
-    serialized: bool
-
-    def failure(self, shared_limit: int) -> str | None:
-        """Why this code must not ship, or None."""
-        if self.spills:
-            return f"spills {self.spills} bytes"
-        if self.shared > shared_limit:
-            return f"needs {self.shared} bytes of shared memory, the chip has {shared_limit}"
-        if self.serialized:
-            return "its wgmma instructions are serialised"
-        return None
 
 
 class _Driver:
@@ -124,8 +92,8 @@ def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Rep
         cubin.write_bytes(compiled.asm["cubin"])
         target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
         ptxas = get_ptxas(int(target[3:5])).path
-        said = _run(ptxas, f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
-        code = _run(triton.knobs.nvidia.nvdisasm.path, str(cubin))
+        said = run_tool(ptxas, f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
+        code = run_tool(triton.knobs.nvidia.nvdisasm.path, str(cubin))
     stored = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Report(
         name,
@@ -134,20 +102,8 @@ def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Rep
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
         spills=max(map(int, stored.groups())),
         shared=compiled.metadata.shared,
-        wgmma=_count(code, "HGMMA"),
-        mma=_count(code, "HMMA") + _count(code, "DMMA"),
-        bulk_copies=_count(code, "UTMALDG") + _count(code, "UTMASTG"),
+        wgmma=count(code, "HGMMA"),
+        mma=count(code, "HMMA") + count(code, "DMMA"),
+        bulk_copies=count(code, "UTMALDG") + count(code, "UTMASTG"),
         serialized="serialized" in said,
     )
-
-
-def _count(code: str, instruction: str) -> int:
-    return len(re.findall(rf"\b{instruction}\b", code))
-
-
-def _run(*command: str) -> str:
-    """What a tool prints."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
-    return done.stdout + done.stderr

@@ -1,0 +1,176 @@
+// Adapter geometry on the CPU: how the work is cut, and the bindings.
+//
+// The features of a factor are cut into parts by their number alone, and partial sums are added in
+// their order, so that results do not depend on the number of threads.
+#include <omp.h>
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include <pybind11/stl.h>
+
+#include "../adapters.h"
+#include "bind.h"
+#include "geometry_kernels.h"
+
+namespace py = pybind11;
+
+namespace multilora {
+namespace {
+
+// A whole number of panels of most sizes.
+constexpr int64_t kPart = 960;
+// So few products, in multiplications, that one thread is done in about 20 microseconds.
+constexpr double kTiny = 1e6;
+
+struct Free {
+  void operator()(double* numbers) const { ::operator delete[](numbers, std::align_val_t(64)); }
+};
+
+std::unique_ptr<double, Free> allocate(int64_t count) {
+  void* place = ::operator new[](sizeof(double) * count, std::align_val_t(64));
+  return std::unique_ptr<double, Free>(static_cast<double*>(place));
+}
+
+// One at least: a factor without features still has a Gram matrix, of zeros.
+int64_t parts_of(const Factor& factor) {
+  return factor.d > 0 ? (factor.d + kPart - 1) / kPart : 1;
+}
+
+// One layer's stages and workspace: both Gram matrices in parts, then what is made of them for the
+// gradient of either factor.
+class Work {
+ public:
+  Work(const Adapters& adapters, const Layer& layer)
+      : adapters_(adapters),
+        layer_(layer),
+        side_(gram_side(adapters.particles, layer.rank)),
+        parts_A_(parts_of(layer.factors[0])),
+        parts_(parts_A_ + parts_of(layer.factors[1])) {}
+
+  int64_t size() const { return parts_ * side_ * side_ + 2 * weights_size(); }
+  double products() const {
+    return double(side_) * side_ * (layer_.factors[0].d + layer_.factors[1].d);
+  }
+
+  // What can be done at the same time in each stage, one after the other.
+  int64_t units(int stage) const { return stage == 1 ? 1 : parts_; }
+
+  void run(int stage, int64_t unit, double* space, double* scratch) const {
+    const GeometryKernels& kernels = MULTILORA_PICK(geometry_kernels);
+    int64_t matrix = side_ * side_;
+    if (stage == 1) return join(kernels, space, scratch);
+    int which = unit >= parts_A_;
+    const Factor& factor = layer_.factors[which];
+    int64_t first = (unit - which * parts_A_) * kPart;
+    int64_t last = first + kPart < factor.d ? first + kPart : factor.d;
+    if (stage == 0) {
+      kernels.gram(adapters_, layer_, which, first, last, space + unit * matrix, scratch);
+    } else {
+      double* weight = weight_of(which, space);
+      kernels.apply(adapters_, layer_, which, first, last, weight, weight + matrix, scratch);
+    }
+  }
+
+ private:
+  // A matrix and the norms of K particles, at most side.
+  int64_t weights_size() const { return side_ * side_ + side_; }
+  double* weight_of(int which, double* space) const {
+    return space + parts_ * side_ * side_ + which * weights_size();
+  }
+
+  // From the Gram matrices' parts to the traces, or to the weights.
+  void join(const GeometryKernels& kernels, double* space, double* scratch) const {
+    int64_t matrix = side_ * side_;
+    Gram grams[2] = {{space, 1, side_}, {space + parts_A_ * matrix, 1, side_}};
+    kernels.gather(space, parts_A_, side_);
+    kernels.gather(space + parts_A_ * matrix, parts_ - parts_A_, side_);
+    if (layer_.traces) return kernels.trace(adapters_, layer_, grams[0], grams[1], scratch);
+    for (int which = 0; which < 2; ++which) {
+      double* weight = weight_of(which, space);
+      kernels.weigh(adapters_, layer_, grams[1 - which], grams[which], weight, weight + matrix,
+                    scratch);
+    }
+  }
+
+  const Adapters& adapters_;
+  const Layer& layer_;
+  int64_t side_, parts_A_, parts_;
+};
+
+void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads) {
+  std::vector<Work> works;
+  int64_t all = 0, largest = 0, scratch = 0;
+  double products = 0;
+  for (const Layer& layer : layers) {
+    const Work& work = works.emplace_back(adapters, layer);
+    int64_t own = scratch_size(gram_side(adapters.particles, layer.rank));
+    all += work.size();
+    if (work.size() > largest) largest = work.size();
+    if (own > scratch) scratch = own;
+    products += work.products();
+  }
+  if (products < kTiny) threads = 1;
+  int stages = layers[0].traces ? 2 : 3;
+  int count = int(works.size());
+  if (threads == 1 || count >= 4 * threads) {
+    // A layer a thread, all stages while its factors are near.
+    auto space = allocate(threads * (largest + scratch));
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (int layer = 0; layer < count; ++layer) {
+      double* mine = space.get() + omp_get_thread_num() * (largest + scratch);
+      for (int stage = 0; stage < stages; ++stage) {
+        for (int64_t unit = 0; unit < works[layer].units(stage); ++unit) {
+          works[layer].run(stage, unit, mine, mine + largest);
+        }
+      }
+    }
+    return;
+  }
+  auto space = allocate(all + threads * scratch);
+  for (int stage = 0; stage < stages; ++stage) {
+    struct Unit {
+      const Work* work;
+      int64_t unit;
+      double* space;
+    };
+    std::vector<Unit> units;
+    double* place = space.get();
+    for (const Work& work : works) {
+      for (int64_t unit = 0; unit < work.units(stage); ++unit) {
+        units.push_back({&work, unit, place});
+      }
+      place += work.size();
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (size_t i = 0; i < units.size(); ++i) {
+      double* mine = space.get() + all + omp_get_thread_num() * scratch;
+      units[i].work->run(stage, units[i].unit, units[i].space, mine);
+    }
+  }
+}
+
+void lora_gram(uintptr_t out, bool distance, int dtype, int particles, const Sizes& sizes,
+               const Scalings& scaling, const Addresses& factors, int threads) {
+  Adapters adapters{DType(dtype), particles, distance, false};
+  run(adapters, layers_of_traces(adapters, out, sizes, scaling, factors), threads);
+}
+
+void lora_gram_backward(const Addresses& outs, uintptr_t upstream, int dtype, int particles,
+                        const Sizes& sizes, const Scalings& scaling, const Addresses& factors,
+                        const Addresses& grads, uintptr_t mix, bool mix_is_full, int threads) {
+  Adapters adapters{DType(dtype), particles, false, mix_is_full};
+  run(adapters,
+      layers_of_gradients(adapters, outs, upstream, sizes, scaling, factors, grads, mix), threads);
+}
+
+}  // namespace
+
+void bind_geometry(py::module_& m) {
+  auto released = py::call_guard<py::gil_scoped_release>();
+  m.def("lora_gram", &lora_gram, released);
+  m.def("lora_gram_backward", &lora_gram_backward, released);
+}
+
+}  // namespace multilora

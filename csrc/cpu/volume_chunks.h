@@ -1,0 +1,48 @@
+// Where volume's kernels keep what they work on.
+#pragma once
+
+#include "simd.h"
+
+namespace multilora::MULTILORA_LEVEL {
+
+MULTILORA_HD int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MULTILORA_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Vectors of each particle in a chunk: 16 KiB of all particles, half of the first-level cache, but
+// enough to make a chunk's end cheap. All of them where the classes are the sides of the matrix.
+MULTILORA_HD int64_t chunk_vectors(int64_t K, int64_t C, int lanes) {
+  int64_t all = up(C, lanes);
+  if (K >= C) return all;
+  int64_t fitting = 16384 / MULTILORA_VECTOR_BYTES / K, smallest = 512 / MULTILORA_VECTOR_BYTES;
+  return least(all, fitting > smallest ? fitting : smallest);
+}
+
+// Arrays one after another in the scratch memory.
+struct Scratch {
+  char* memory;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(memory + used);
+    used += up(count * int64_t(sizeof(T)), MULTILORA_VECTOR_BYTES) * MULTILORA_VECTOR_BYTES;
+    return array;
+  }
+};
+
+// A chunk of the classes of all particles.
+template <class A>
+struct Chunk {
+  int64_t vectors;  // of each particle
+  Vec<A>* e;        // (K, vectors)
+  A* tops;          // (K)
+  double* shrunk;   // (K)
+
+  Chunk(Scratch& scratch, int64_t K, int64_t C)
+      : vectors(chunk_vectors(K, C, Vec<A>::lanes)),
+        e(scratch.take<Vec<A>>(K * vectors)),
+        tops(scratch.take<A>(K)),
+        shrunk(scratch.take<double>(K)) {}
+};
+
+}  // namespace multilora::MULTILORA_LEVEL

@@ -1,0 +1,166 @@
+// The factors' gradients: dA_cat = W_B A_cat and dB_cat = B_cat W_A, and SVGD's mix on top.
+#include "float64_mma.h"
+#include "geometry_stages.h"
+
+namespace multilora::stages {
+namespace {
+
+struct ApplyItem {
+  const void* x;
+  const double* weight;
+  const void* grad;
+  const double* mix;
+  void* out;
+  Elements elements;
+};
+
+struct ApplyBatch {
+  static constexpr int kMost = kParameters / sizeof(ApplyItem);
+  int particles;
+  bool mix_is_full;
+  ApplyItem items[kMost];
+};
+
+// Features that a block writes.
+constexpr int kApply = 2 * kTile;
+
+// Grid: stretches of features, row tiles, items.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    lora_gram_apply_kernel(const __grid_constant__ ApplyBatch batch) {
+  MULTILORA_SHARED(double, panels, 2 * kPanel);
+  MULTILORA_SHARED(double, weights, kPanel);
+  const ApplyItem& item = batch.items[blockIdx.z];
+  const Elements elements = item.elements;
+  const T* x = static_cast<const T*>(item.x);
+  int row = blockIdx.y * kTile, n = elements.rows;
+  int64_t first = int64_t(blockIdx.x) * kApply;
+  if (row >= n || first >= elements.d) return;
+
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  double sums[4][2][2] = {};
+  for (int k = 0; k < n; k += kTile) {
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < 2 * kShares; ++s) {
+      int panel = s / kShares;
+      Share share(elements, s % kShares, k, first + panel * kTile, elements.d);
+      Four<T> values = read(x, share, share.place, elements.vector);
+      double* to = share.in(panels + panel * kPanel);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) to[q * share.panel_step] = load(values.values[q]);
+    }
+    // W is symmetric; its rows are contiguous.
+    for (int i = warp; i < kTile; i += kWarps) {
+      bool inside = k + i < n && row + lane < n;
+      weights[i * kStride + lane] = inside ? item.weight[int64_t(k + i) * n + row + lane] : 0;
+    }
+    __syncthreads();
+    // Two groups of eight features a warp.
+    const double* features = panels + warp / 2 * kPanel + warp % 2 * 16 * kStride;
+#pragma unroll
+    for (int step = 0; step < kTile / 4; ++step) {
+      int depth = 4 * step + lane % 4;
+      double a[4], b[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = weights[depth * kStride + 8 * i + lane / 4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) b[j] = features[(8 * j + lane / 4) * kStride + depth];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) multiply_add(sums[i][j], a[i], b[j]);
+      }
+    }
+  }
+
+  // Through shared memory into the order in which the factor lies in memory.
+  __syncthreads();
+  double* result = panels + warp / 2 * kPanel + warp % 2 * 16 * kStride;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        result[(8 * j + lane % 4 * 2 + e) * kStride + 8 * i + lane / 4] = sums[i][j][e];
+      }
+    }
+  }
+  __syncthreads();
+  const T* grad = static_cast<const T*>(item.grad);
+  T* out = static_cast<T*>(item.out);
+  for (int s = 0; s < 2 * kShares; ++s) {
+    int panel = s / kShares;
+    Share share(elements, s % kShares, row, first + panel * kTile, elements.d);
+    if (share.valid == 0) continue;
+    const double* from = share.in(panels + panel * kPanel);
+    double values[4];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) values[q] = from[q * share.panel_step];
+    if (grad) {
+      // The same element of all particles' gradients, or of its own alone: a product with zeros
+      // would spread a NaN.
+      int i = (row + share.row) / elements.rank;
+      int begin = batch.mix_is_full ? 0 : i, end = batch.mix_is_full ? batch.particles : i + 1;
+      const double* mix = batch.mix_is_full ? item.mix + int64_t(i) * batch.particles : item.mix;
+      for (int j = begin; j < end; ++j) {
+        int64_t place = share.place + (j - i) * elements.rank * elements.d;
+        Four<T> others = read(grad, share, place, elements.vector);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) values[q] += mix[j] * load(others.values[q]);
+      }
+    }
+    Four<T> rounded = {};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) store(&rounded.values[q], values[q]);
+    if (elements.vector && share.valid == 4) {
+      *reinterpret_cast<Four<T>*>(out + share.place) = rounded;
+      continue;
+    }
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      if (q < share.valid) out[share.place + q * share.step] = rounded.values[q];
+    }
+  }
+}
+
+static_assert(sizeof(ApplyBatch) <= 4096);
+
+template <class T>
+void apply_of(const Adapters& adapters, const std::vector<Layer>& layers,
+           const std::vector<Gram>& grams, Stream stream) {
+  ApplyBatch batch;
+  batch.particles = adapters.particles;
+  batch.mix_is_full = adapters.mix_is_full;
+  dim3 grid(0, 0, 0);
+  auto flush = [&] {
+    launch(lora_gram_apply_kernel<T>, grid, dim3(kThreads), 0, stream, batch);
+    grid = dim3(0, 0, 0);
+  };
+  for (size_t i = 0; i < grams.size(); ++i) {
+    const Layer& layer = layers[i / 2];
+    const Factor& factor = layer.factors[i % 2];
+    // The gradient of lora_A takes the products of lora_B, and the other way round.
+    batch.items[grid.z++] = {factor.x,   grams[i ^ 1].parts,
+                             factor.grad, layer.mix,
+                             factor.out, elements_of(adapters.particles, layer, factor, sizeof(T))};
+    raise(grid.x, (factor.d + kApply - 1) / kApply);
+    raise(grid.y, tiles_of(adapters.particles, layer));
+    if (grid.z == ApplyBatch::kMost) flush();
+  }
+  flush();
+}
+
+}  // namespace
+
+void apply(const Adapters& adapters, const std::vector<Layer>& layers,
+           const std::vector<Gram>& grams, Stream stream) {
+  auto chosen = adapters.dtype == DType::f32   ? apply_of<float>
+                : adapters.dtype == DType::f64 ? apply_of<double>
+                : adapters.dtype == DType::f16 ? apply_of<f16>
+                                               : apply_of<bf16>;
+  chosen(adapters, layers, grams, stream);
+}
+
+}  // namespace multilora::stages

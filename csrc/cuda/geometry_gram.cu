@@ -1,0 +1,153 @@
+// Gram matrices of the factors in parts: products over stretches of the features.
+#include "float64_mma.h"
+#include "geometry_stages.h"
+
+namespace multilora::stages {
+namespace {
+
+struct GramItem {
+  const void* x;
+  double* parts;
+  Elements elements;
+};
+
+struct GramBatch {
+  static constexpr int kMost = kParameters / sizeof(GramItem);
+  int64_t chunk;  // the features of a part
+  GramItem items[kMost];
+};
+
+// Grid: parts, pairs of row tiles, items.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    lora_gram_partial_kernel(const __grid_constant__ GramBatch batch) {
+  MULTILORA_SHARED(double, panels, 2 * kPanel);
+  const GramItem& item = batch.items[blockIdx.z];
+  const Elements elements = item.elements;
+  const T* x = static_cast<const T*>(item.x);
+  int part = blockIdx.x, tiles = (elements.rows + kTile - 1) / kTile;
+  // Of the pairs of tiles, those on and above the diagonal.
+  int row = 0, col = blockIdx.y;
+  for (; row < tiles && col >= tiles - row; ++row) col -= tiles - row;
+  if (row >= tiles || part >= parts_of(elements.d, batch.chunk)) return;
+  bool diagonal = col == 0;
+  row *= kTile;
+  col = row + col * kTile;
+  int64_t first = part * batch.chunk;
+  int64_t stop = first + batch.chunk < elements.d ? first + batch.chunk : elements.d;
+
+  double *left = panels, *right = diagonal ? panels : panels + kPanel;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sides = diagonal ? 1 : 2;
+  double sums[4][4][2] = {};
+  Four<T> values[2][kShares];
+  auto fetch = [&](int64_t at) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int s = 0; s < kShares; ++s) {
+        if (side >= sides) continue;
+        Share share(elements, s, side ? col : row, at, stop);
+        values[side][s] = read(x, share, share.place, elements.vector);
+      }
+    }
+  };
+  if (first < stop) fetch(first);
+  for (int64_t at = first; at < stop; at += kTile) {
+    __syncthreads();
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int s = 0; s < kShares; ++s) {
+        if (side >= sides) continue;
+        Share share(elements, s, side ? col : row, at, stop);
+        double* to = share.in(side ? right : left);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) to[q * share.panel_step] = load(values[side][s].values[q]);
+      }
+    }
+    __syncthreads();
+    // The next ones are on their way during the products.
+    if (at + kTile < stop) fetch(at + kTile);
+    // Four features a product; the warps share them out.
+#pragma unroll
+    for (int step = warp; step < kTile / 4; step += kWarps) {
+      const int place = (4 * step + lane % 4) * kStride + lane / 4;
+      double a[4], b[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[i] = left[place + 8 * i];
+        b[i] = right[place + 8 * i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply_add(sums[i][j], a[i], b[j]);
+      }
+    }
+  }
+
+  // The warps' sums, added in their order.
+  for (int turn = 0; turn < kWarps; ++turn) {
+    __syncthreads();
+    if (warp != turn) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          double* place = panels + (8 * i + lane / 4) * kStride + 8 * j + lane % 4 * 2 + e;
+          *place = turn ? *place + sums[i][j][e] : sums[i][j][e];
+        }
+      }
+    }
+  }
+  __syncthreads();
+  int64_t n = elements.rows;
+  double* gram = item.parts + part * n * n;
+  for (int i = warp; i < kTile; i += kWarps) {
+    if (row + i < n && col + lane < n) {
+      gram[(row + i) * n + col + lane] = panels[i * kStride + lane];
+    }
+    // On the other side of the diagonal too. There are no columns without all of the tile's rows.
+    if (!diagonal && col + i < n) gram[(col + i) * n + row + lane] = panels[lane * kStride + i];
+  }
+}
+
+static_assert(sizeof(GramBatch) <= 4096);
+
+template <class T>
+void partial_of(const Adapters& adapters, const std::vector<Layer>& layers, int64_t chunk,
+             const std::vector<Gram>& grams, Stream stream) {
+  GramBatch batch;
+  batch.chunk = chunk;
+  dim3 grid(0, 0, 0);
+  auto flush = [&] {
+    launch(lora_gram_partial_kernel<T>, grid, dim3(kThreads), 0, stream, batch);
+    grid = dim3(0, 0, 0);
+  };
+  for (size_t i = 0; i < grams.size(); ++i) {
+    const Layer& layer = layers[i / 2];
+    const Factor& factor = layer.factors[i % 2];
+    int tiles = tiles_of(adapters.particles, layer);
+    batch.items[grid.z++] = {factor.x, const_cast<double*>(grams[i].parts),
+                             elements_of(adapters.particles, layer, factor, sizeof(T))};
+    raise(grid.x, grams[i].count);
+    raise(grid.y, tiles * (tiles + 1) / 2);
+    if (grid.z == GramBatch::kMost) flush();
+  }
+  flush();
+}
+
+}  // namespace
+
+void partial(const Adapters& adapters, const std::vector<Layer>& layers, int64_t chunk,
+             const std::vector<Gram>& grams, Stream stream) {
+  auto chosen = adapters.dtype == DType::f32   ? partial_of<float>
+                : adapters.dtype == DType::f64 ? partial_of<double>
+                : adapters.dtype == DType::f16 ? partial_of<f16>
+                                               : partial_of<bf16>;
+  chosen(adapters, layers, chunk, grams, stream);
+}
+
+}  // namespace multilora::stages

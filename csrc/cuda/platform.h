@@ -1,0 +1,72 @@
+// What the kernels need of CUDA: the language itself under nvcc, or an emulation on the CPU (emulate.h),
+// with which the tests run the kernels, as they are, on machines without a GPU.
+//
+// Kernels are launched by launch() only, declare shared memory by MULTILORA_SHARED or
+// MULTILORA_DYNAMIC_SHARED, and otherwise use CUDA's own names.
+#pragma once
+
+#include "../common.h"
+#include "stream.h"
+
+#ifdef MULTILORA_EMULATE
+#include "emulate.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cassert>
+#include <stdexcept>
+#include <string>
+
+// An array in the shared memory of the block.
+#define MULTILORA_SHARED(type, name, count) __shared__ type name[count]
+// The bytes that launch() was asked for, aligned as the tensor memory accelerator wants them.
+#define MULTILORA_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
+namespace multilora {
+
+// Stops the kernel as a failed assert() does; the next synchronisation reports it.
+__device__ inline void fail(const char* message) { __assert_fail(message, "multilora", 0, ""); }
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("multilora: ") + what + " failed: " +
+                             cudaGetErrorString(status));
+  }
+}
+
+// Makes a device the current one, as the tensors of a call may not be on it.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before_), "finding the current GPU");
+    device_ = device;
+    if (device_ != before_) check(cudaSetDevice(device_), "choosing a GPU");
+  }
+  ~CurrentDevice() {
+    if (device_ != before_) cudaSetDevice(before_);
+  }
+
+ private:
+  int device_, before_;
+};
+
+// kernel<<<grid, block, shared_bytes, stream>>>(args...); an empty grid does nothing.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  CurrentDevice current(stream.device);
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "reserving shared memory");
+  }
+  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream.handle)>>>(
+      Parameters(arguments)...);
+  check(cudaGetLastError(), "launching a kernel");
+}
+
+}  // namespace multilora
+
+#endif

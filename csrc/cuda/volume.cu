@@ -1,0 +1,426 @@
+// gram_volume and particle_loss on the GPU, forward: a pass over the logits leaves the sums of
+// parts of the classes of every example, a second kernel makes of them what is wanted, in float64.
+#include "volume_tiles.h"
+
+namespace multilora {
+namespace {
+
+// The second numbers in __launch_bounds__ say how many blocks a processor must hold: without them
+// the compiler aims at more, and spills.
+constexpr int kThreads = 128;
+// The second kernel's, and the first one's for many particles: they need much shared memory.
+constexpr int kFewThreads = 64;
+constexpr int kMeanThreads = 512;
+
+// What a part leaves of an example: top (K), rest (K), the lower triangle of the Gram matrix.
+MULTILORA_HD int64_t numbers_of_part(int64_t K) { return 2 * K + pair(K, 0); }
+
+__device__ inline double* part_of(const VolumeForward& p, int64_t split, int64_t n) {
+  return p.parts + (split * p.N + n) * numbers_of_part(p.K);
+}
+
+// Up to KB particles. A thread takes some classes of all of them, so that it adds up its own part
+// of the Gram matrix without a word to the others, under a running maximum of its own.
+template <class T, int KB>
+__global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeForward p) {
+  using A = accumulator_t<T>;
+  constexpr int M = kClasses<T>;
+  Lanes group(p.lanes);
+  int64_t n = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / p.lanes;
+  if (n >= p.N) return;
+  int64_t y = p.targets[n * p.stride_target];
+  if (!takes_part(y, p.C)) return;
+  const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
+  int64_t begin, end;
+  own_classes(p.C, p.lanes * M, p.splits, begin, end);
+
+  A top[KB], rest[KB], factor[KB], gram[KB * (KB + 1) / 2];
+  MULTILORA_UNROLL
+  for (int i = 0; i < KB; ++i) {
+    top[i] = -INFINITY;
+    rest[i] = 0;
+    MULTILORA_UNROLL
+    for (int j = 0; j <= i; ++j) gram[pair(i, j)] = 0;
+  }
+  for (int64_t first = begin + group.rank() * M; first < end; first += p.lanes * M) {
+    A e[KB][M];
+    MULTILORA_UNROLL
+    for (int i = 0; i < KB; ++i) {
+      // A particle that is not there sees no class.
+      load_classes<M>(logits + i * p.stride_k, first, i < p.K ? end : 0, p.aligned, e[i]);
+    }
+    MULTILORA_UNROLL
+    for (int i = 0; i < KB; ++i) {
+      A highest = top[i];
+      MULTILORA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        if (first + m == y) e[i][m] = -INFINITY;
+        highest = max(highest, e[i][m]);
+      }
+      A base = finite(highest), total = 0;
+      factor[i] = exp(top[i] - base);
+      MULTILORA_UNROLL
+      for (int m = 0; m < M; ++m) {
+        e[i][m] = exp(e[i][m] - base);
+        total += e[i][m];
+      }
+      top[i] = highest;
+      rest[i] = rest[i] * factor[i] + total;
+      MULTILORA_UNROLL
+      for (int j = 0; j <= i; ++j) {
+        A product = 0;
+        MULTILORA_UNROLL
+        for (int m = 0; m < M; ++m) product += e[i][m] * e[j][m];
+        gram[pair(i, j)] = gram[pair(i, j)] * (factor[i] * factor[j]) + product;
+      }
+    }
+  }
+
+  double* part = part_of(p, blockIdx.y, n);
+  MULTILORA_UNROLL
+  for (int i = 0; i < KB; ++i) {
+    A highest = group.max(top[i]);
+    factor[i] = shrink(top[i], highest);
+    A total = group.sum(rest[i] * factor[i]);
+    bool writes = i < p.K && group.rank() == 0;
+    if (writes) {
+      part[i] = highest;
+      part[p.K + i] = total;
+    }
+    MULTILORA_UNROLL
+    for (int j = 0; j <= i; ++j) {
+      A product = group.sum(gram[pair(i, j)] * (factor[i] * factor[j]));
+      if (writes) part[2 * p.K + pair(i, j)] = product;
+    }
+  }
+}
+
+// Up to 32 particles: a warp brings steps of their classes into shared memory. There a lane is a
+// particle first, and then owns 4 x 8 elements of the Gram matrix.
+constexpr int kStep = 64;
+// Of the classes' columns in shared memory, a multiple of 4 that spreads them over the banks.
+constexpr int kColumn = kMostParticles + 4;
+
+template <class T>
+__global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const VolumeForward p) {
+  using A = accumulator_t<T>;
+  MULTILORA_DYNAMIC_SHARED(memory);
+  Lanes group(32);
+  int lane = group.rank(), warp = int(threadIdx.x) / 32;
+  A* e = reinterpret_cast<A*>(memory) + warp * (kStep + 1) * kColumn;
+  A* factors = e + kStep * kColumn;
+  int64_t n = int64_t(blockIdx.x) * (kFewThreads / 32) + warp;
+  if (n >= p.N) return;
+  int64_t y = p.targets[n * p.stride_target];
+  if (!takes_part(y, p.C)) return;
+  const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
+  int64_t begin, end;
+  own_classes(p.C, kStep, p.splits, begin, end);
+
+  A top = -INFINITY;
+  double rest = 0, gram[4][8] = {};
+  int row = lane / 4 * 4, column = lane % 4 * 8;
+  if (lane >= p.K) {
+    for (int c = 0; c < kStep; ++c) e[c * kColumn + lane] = 0;
+  }
+  for (int64_t start = begin; start < end; start += kStep) {
+    for (int i = 0; i < p.K; ++i) {
+      MULTILORA_UNROLL
+      for (int c = lane; c < kStep; c += 32) {
+        bool seen = start + c < end && start + c != y;
+        e[c * kColumn + i] = seen ? load(logits[i * p.stride_k + start + c]) : A(-INFINITY);
+      }
+    }
+    group.sync();
+    if (lane < p.K) {
+      A highest = top, total = 0;
+      for (int c = 0; c < kStep; ++c) highest = max(highest, e[c * kColumn + lane]);
+      A base = finite(highest), factor = exp(top - base);
+      for (int c = 0; c < kStep; ++c) {
+        A number = exp(e[c * kColumn + lane] - base);
+        e[c * kColumn + lane] = number;
+        total += number;
+      }
+      top = highest;
+      rest = rest * factor + total;
+      factors[lane] = factor;
+    } else {
+      factors[lane] = 0;
+    }
+    group.sync();
+    A products[4][8] = {};
+    for (int c = 0; c < kStep; ++c) {
+      MULTILORA_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        MULTILORA_UNROLL
+        for (int q = 0; q < 8; ++q) {
+          products[r][q] += e[c * kColumn + row + r] * e[c * kColumn + column + q];
+        }
+      }
+    }
+    MULTILORA_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      MULTILORA_UNROLL
+      for (int q = 0; q < 8; ++q) {
+        double factor = double(factors[row + r]) * double(factors[column + q]);
+        gram[r][q] = gram[r][q] * factor + products[r][q];
+      }
+    }
+    group.sync();
+  }
+
+  double* part = part_of(p, blockIdx.y, n);
+  if (lane < p.K) {
+    part[lane] = top;
+    part[p.K + lane] = rest;
+  }
+  MULTILORA_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    MULTILORA_UNROLL
+    for (int q = 0; q < 8; ++q) {
+      int i = row + r, j = column + q;
+      if (i < p.K && j <= i) part[2 * p.K + pair(i, j)] = gram[r][q];
+    }
+  }
+}
+
+// --- what follows from the sums ------------------------------------------------------------------
+
+// Doubles of shared memory for an example.
+int64_t shared_doubles(const VolumeForward& p) {
+  int64_t side = p.K < p.C ? p.K : p.C;
+  int64_t factors = p.splits > 1 ? p.splits * p.K : 0, f = p.K < p.C ? 0 : p.K * p.C;
+  return 4 * p.K + pair(side, 0) + 2 * side + factors + f;
+}
+
+// The row of an element of a lower triangle: of such small numbers the root is exact enough.
+__device__ inline int row_of(int index) { return (int(sqrtf(8.0f * index + 1)) - 1) / 2; }
+
+// The parts under their common maximum.
+__device__ inline void merge_parts(const Lanes& group, const VolumeForward& p, int64_t n,
+                                   const Example<double>& x, double* factors) {
+  int K = p.K;
+  for (int i = group.rank(); i < K; i += group.size()) {
+    double top = -INFINITY;
+    for (int s = 0; s < p.splits; ++s) top = max(top, part_of(p, s, n)[i]);
+    x.top[i] = top;
+  }
+  group.sync();
+  for (int at = group.rank(); at < p.splits * K; at += group.size()) {
+    factors[at] = shrink(part_of(p, at / K, n)[at % K], x.top[at % K]);
+  }
+  group.sync();
+  for (int i = group.rank(); i < K; i += group.size()) {
+    double rest = 0;
+    for (int s = 0; s < p.splits; ++s) rest += part_of(p, s, n)[K + i] * factors[s * K + i];
+    x.rest[i] = rest;
+  }
+  for (int at = group.rank(); at < pair(K, 0); at += group.size()) {
+    int i = row_of(at), j = at - int(pair(i, 0));
+    double product = 0;
+    for (int s = 0; s < p.splits; ++s) {
+      double factor = factors[s * K + i] * factors[s * K + j];
+      product += part_of(p, s, n)[2 * K + at] * factor;
+    }
+    if (K < p.C) x.matrix[at] = product;
+    if (i == j) x.norm[i] = product;
+  }
+  group.sync();
+}
+
+__device__ inline void take_part(const Lanes& group, const VolumeForward& p, int64_t n,
+                                 const Example<double>& x) {
+  const double* part = part_of(p, 0, n);
+  for (int i = group.rank(); i < p.K; i += group.size()) {
+    x.top[i] = part[i];
+    x.rest[i] = part[p.K + i];
+    x.norm[i] = part[2 * p.K + pair(i, i)];
+  }
+  for (int at = group.rank(); p.K < p.C && at < pair(p.K, 0); at += group.size()) {
+    x.matrix[at] = part[2 * p.K + at];
+  }
+  group.sync();
+}
+
+// F̃ᵀF̃, from the logits again.
+template <class T>
+__device__ void class_gram(const Lanes& group, const VolumeForward& p, const T* logits, int64_t y,
+                           const Example<double>& x, double* f) {
+  int K = p.K, C = int(p.C);
+  for (int at = group.rank(); at < K * C; at += group.size()) {
+    int i = at / C, c = at % C;
+    double z = load(logits[i * p.stride_k + c]);
+    f[at] = c == y ? 0 : exp(z - x.top[i]) / x.norm[i];
+  }
+  group.sync();
+  for (int at = group.rank(); at < pair(C, 0); at += group.size()) {
+    int c = row_of(at), d = at - int(pair(c, 0));
+    double product = 0;
+    for (int i = 0; i < K; ++i) product += f[i * C + c] * f[i * C + d];
+    x.matrix[at] = product;
+  }
+  group.sync();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kFewThreads, 8)
+    volume_finish_kernel(const VolumeForward p, int lanes, int doubles) {
+  using A = accumulator_t<T>;
+  MULTILORA_DYNAMIC_SHARED(memory);
+  Lanes group(lanes);
+  int K = p.K, side = K < p.C ? K : int(p.C);
+  double* own = reinterpret_cast<double*>(memory) + int(threadIdx.x) / lanes * doubles;
+  double* matrix = own + 4 * K;
+  double* column = matrix + pair(side, 0);
+  Example<double> x{own, own + K, own + 2 * K, own + 3 * K, matrix, column, column + side};
+  double* extra = column + 2 * side;
+  int64_t n = (int64_t(blockIdx.x) * kFewThreads + threadIdx.x) / lanes;
+  if (n >= p.N) return;
+  int64_t y = p.targets[n * p.stride_target];
+  // The first kernel has looked at the others.
+  bool valid = y != kIgnored, by_class = K >= p.C;
+  bool moves = valid && p.kind != VolumeKind::zero;
+  double value = 0;
+  if (valid) {
+    const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
+    for (int i = group.rank(); i < K; i += group.size()) {
+      x.own[i] = load(logits[i * p.stride_k + y]);
+    }
+    if (p.splits > 1) {
+      merge_parts(group, p, n, x, extra);
+    } else {
+      take_part(group, p, n, x);
+    }
+    normalise(group, x, K, moves && !by_class);
+    if (moves && by_class) class_gram(group, p, logits, y, x, extra);
+    if (p.kind == VolumeKind::logdet) {
+      value = negative_log_det(group, x, side, by_class, p.eps, p.log_eps);
+    } else if (p.kind == VolumeKind::det) {
+      value = negative_det(group, x, side);
+    }
+  }
+
+  A *stats = static_cast<A*>(p.stats) + n, *core = static_cast<A*>(p.core) + n * side * side;
+  A* losses = static_cast<A*>(p.losses);
+  for (int i = group.rank(); i < K; i += group.size()) {
+    // Of an ignored example they are numbers that break nothing.
+    stats[i * p.N] = valid ? A(x.top[i]) : A(0);
+    stats[(K + i) * p.N] = valid ? A(x.norm[i]) : A(1);
+    stats[(2 * K + i) * p.N] = valid ? A(x.rest[i]) : A(1);
+    if (losses) {
+      losses[i * p.N + n] = valid ? A(cross_entropy(x.top[i], x.rest[i], x.own[i])) : A(0);
+    }
+  }
+  for (int at = group.rank(); at < side * side; at += group.size()) {
+    int i = at / side, j = at % side;
+    core[at] = moves ? A(x.matrix[i < j ? pair(j, i) : pair(i, j)]) : A(0);
+  }
+  if (group.rank() == 0) static_cast<A*>(p.value)[n] = A(value);
+}
+
+template <class A>
+__global__ void __launch_bounds__(kMeanThreads)
+    volume_means_kernel(const A* rows, const int64_t* targets, int64_t stride_target, A* nll,
+                        A* divergence, A* count, int64_t N) {
+  MULTILORA_SHARED(double, totals, 2 * kMeanThreads / 32);
+  const A* row = rows + blockIdx.x * N;
+  double total = 0, valid = 0;
+  for (int64_t n = threadIdx.x; n < N; n += kMeanThreads) {
+    total += row[n];
+    valid += targets[n * stride_target] != kIgnored;
+  }
+  Lanes group(32);
+  total = group.sum(total);
+  valid = group.sum(valid);
+  int warp = int(threadIdx.x) / 32;
+  if (group.rank() == 0) {
+    totals[2 * warp] = total;
+    totals[2 * warp + 1] = valid;
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  total = valid = 0;
+  for (int w = 0; w < kMeanThreads / 32; ++w) {
+    total += totals[2 * w];
+    valid += totals[2 * w + 1];
+  }
+  valid = max(valid, 1.0);
+  if (blockIdx.x + 1 < gridDim.x) {
+    nll[blockIdx.x] = A(total / valid);
+  } else {
+    *divergence = A(total / valid);
+    *count = A(valid);
+  }
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+// So many threads fill the largest chips (132 processors) a few times.
+constexpr int64_t kFull = 1 << 17;
+
+// Threads for an example, as few as cover its classes at once, and parts of an example's classes:
+// enough to fill the chip, of at least 8 steps each. The second kernel keeps a number for each
+// particle of each part in shared memory, so these are few.
+void plan(VolumeForward& p, int classes_each) {
+  bool many = p.K > 8;
+  p.lanes = many ? 32 : power_of_two((p.C + classes_each - 1) / classes_each);
+  p.lanes = p.lanes < 4 ? 4 : p.lanes > 32 ? 32 : p.lanes;
+  int64_t step = many ? kStep : p.lanes * classes_each;
+  int64_t splits = kFull / (p.N * p.lanes), most = p.C / (8 * step), kept = 512 / p.K;
+  splits = splits < most ? splits : most;
+  splits = splits < kept ? splits : kept;
+  p.splits = splits < 1 ? 1 : splits > 64 ? 64 : int(splits);
+}
+
+unsigned blocks(int64_t threads, int64_t block) { return unsigned((threads + block - 1) / block); }
+
+}  // namespace
+
+int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype) {
+  VolumeForward p{};
+  p.K = K;
+  p.N = N < 1 ? 1 : N;
+  p.C = C;
+  plan(p, dtype == DType::f64 ? kClasses<double> : kClasses<float>);
+  return p.splits * N * numbers_of_part(K);
+}
+
+void volume_forward(VolumeForward p, DType dtype, Stream stream) {
+  if (p.N == 0) return;
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    using A = accumulator_t<T>;
+    constexpr int M = kClasses<T>;
+    plan(p, M);
+    p.aligned = is_aligned<T>(p.logits, M, p.stride_k, p.stride_n);
+    if (p.K > 8) {
+      dim3 grid(blocks(p.N, kFewThreads / 32), unsigned(p.splits));
+      size_t bytes = kFewThreads / 32 * (kStep + 1) * kColumn * sizeof(A);
+      launch(volume_sums_of_many_kernel<T>, grid, kFewThreads, bytes, stream, p);
+    } else {
+      auto kernel = p.K > 4   ? volume_sums_kernel<T, 8>
+                    : p.K > 2 ? volume_sums_kernel<T, 4>
+                              : volume_sums_kernel<T, 2>;
+      dim3 grid(blocks(p.N * p.lanes, kThreads), unsigned(p.splits));
+      launch(kernel, grid, kThreads, 0, stream, p);
+    }
+    // A whole warp where there is much to merge.
+    int lanes = p.splits > 1 || p.K > 16 ? 32 : p.K > 8 ? 16 : p.K > 4 ? 8 : 4;
+    int doubles = int(shared_doubles(p));
+    size_t bytes = size_t(kFewThreads / lanes) * doubles * sizeof(double);
+    launch(volume_finish_kernel<T>, blocks(p.N * lanes, kFewThreads), kFewThreads, bytes, stream, p,
+           lanes, doubles);
+  });
+}
+
+void volume_means(const void* rows, const int64_t* targets, int64_t stride_target, void* nll,
+                  void* divergence, void* count, int K, int64_t N, DType dtype, Stream stream) {
+  with_type(dtype, [&](auto zero) {
+    using A = accumulator_t<decltype(zero)>;
+    launch(volume_means_kernel<A>, unsigned(K) + 1, kMeanThreads, 0, stream,
+           static_cast<const A*>(rows), targets, stride_target, static_cast<A*>(nll),
+           static_cast<A*>(divergence), static_cast<A*>(count), N);
+  });
+}
+
+}  // namespace multilora

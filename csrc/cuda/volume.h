@@ -1,0 +1,56 @@
+// gram_volume and particle_loss on the GPU: what the bindings call.
+#pragma once
+
+#include "../volume.h"
+#include "stream.h"
+
+namespace multilora {
+
+// logits (K, N, C) with dense classes, targets (N,); strides in elements. Matrices and gradients
+// are of the logits' dtype, or float32 where that is a half precision.
+struct VolumeForward {
+  const void* logits;
+  const int64_t* targets;
+  double* parts;  // as many as volume_parts says
+  void* value;    // (N,)
+  void* losses;   // (K, N): −log p_y; null of gram_volume
+  void* stats;    // (3, K, N)
+  void* core;     // (N, m, m), m = min(K, C)
+  int64_t stride_k, stride_n, stride_target, N, C;
+  int K;
+  double eps, log_eps;
+  VolumeKind kind;
+  // What the launch decides.
+  int splits, lanes;
+  bool aligned;
+};
+
+struct VolumeBackward {
+  const void* grad;      // (N,) of gram_volume, () of the divergence
+  const void* grad_nll;  // (K,), null of gram_volume
+  const void* count;     // (), null of gram_volume
+  const void* logits;
+  const int64_t* targets;
+  const void* stats;
+  const void* core;
+  void* out;  // (K, N, C), contiguous
+  int64_t stride_grad, stride_nll, stride_k, stride_n, stride_target, N, C;
+  int K;
+  int splits, lanes;
+  bool aligned;
+};
+
+constexpr int kMostParticles = 32;
+
+// How many doubles a forward pass needs as workspace.
+int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype);
+// Two launches.
+void volume_forward(VolumeForward p, DType dtype, Stream stream);
+// The means of `rows` (K + 1, N), the losses and values of a forward pass, over the valid targets.
+// -> nll (K,), divergence (), count ()
+void volume_means(const void* rows, const int64_t* targets, int64_t stride_target, void* nll,
+                  void* divergence, void* count, int K, int64_t N, DType dtype, Stream stream);
+// One launch.
+void volume_backward(VolumeBackward p, DType dtype, Stream stream);
+
+}  // namespace multilora

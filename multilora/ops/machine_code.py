@@ -1,0 +1,109 @@
+"""What the machine code of a kernel looks like; that of the CUDA C++ kernels needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+#: What stands in a report of theirs in place of a problem.
+NATIVE = "CUDA C++"
+
+#: The code in multilora._C_cuda that runs on each chip.
+NATIVE_CODES = {"sm_80": "sm_80", "sm_90": "sm_90a"}
+
+#: Kernels of one chip, which have no body on others.
+_ONLY_ON = {"lora_gemm_kernel": ("sm_90",)}
+
+# The last name before the arguments, and its template arguments.
+_NAME = r"(\w+)(?:<(.*?)>)?\("
+
+
+@dataclass(frozen=True)
+class Report:
+    """One code of a kernel, as ptxas and nvdisasm see it.
+
+    problem: the first that needs it. spills: bytes that are stored to local memory. wgmma, mma:
+    instructions of the tensor cores (a warp group's, a warp's). bulk_copies: tensor copies into and
+    out of shared memory by the copy engine. serialized: ptxas has put a wait behind every wgmma.
+    """
+
+    kernel: str
+    problem: str
+    configuration: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    mma: int
+    bulk_copies: int
+    serialized: bool
+
+    def failure(self, shared_limit: int) -> str | None:
+        """Why this code must not ship, or None."""
+        if self.spills:
+            return f"spills {self.spills} bytes"
+        if self.shared > shared_limit:
+            return f"needs {self.shared} bytes of shared memory, the chip has {shared_limit}"
+        if self.serialized:
+            return "its wgmma instructions are serialised"
+        return None
+
+
+def count(code: str, instruction: str) -> int:
+    """How often an instruction stands in what nvdisasm or cuobjdump print."""
+    return len(re.findall(rf"\b{instruction}\b", code))
+
+
+def run_tool(*command: str) -> str:
+    """What a tool prints. Raises RuntimeError where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
+    return done.stdout + done.stderr
+
+
+def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Report]:
+    """One report a CUDA C++ kernel of the installed module, of those whose name has `only`.
+
+    `spills` is the whole stack frame: a kernel of ours has nothing else to keep there. `shared` is
+    what is allocated statically.
+
+    cuobjdump: the tool's path. Raises FileNotFoundError where there is no module.
+    """
+    spec = importlib.util.find_spec("multilora._C_cuda")
+    if spec is None:
+        raise FileNotFoundError(
+            "multilora._C_cuda is not there: multilora was installed without nvcc"
+        )
+    dump = (cuobjdump, "-arch", NATIVE_CODES[target])
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    kernels = []
+    for symbol, *usage in re.findall(pattern, run_tool(*dump, "-res-usage", spec.origin)):
+        name, configuration = re.search(_NAME, torch._C._demangle(symbol)).groups()
+        if only in f"{NATIVE} {name}" and target in _ONLY_ON.get(name, NATIVE_CODES):
+            kernels.append((symbol, name, configuration, *map(int, usage)))
+    if not kernels:
+        return
+    # Of all kernels: naming them takes the tool longer.
+    listing = run_tool(*dump, "-sass", spec.origin)
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.S))
+    for symbol, name, configuration, registers, stack, shared, local in kernels:
+        text = code[symbol]
+        yield Report(
+            name,
+            NATIVE,
+            (configuration or "").replace("multilora::", ""),
+            registers=registers,
+            spills=stack + local,
+            shared=shared,
+            wgmma=count(text, "HGMMA"),
+            mma=count(text, "HMMA") + count(text, "DMMA"),
+            bulk_copies=count(text, "UTMALDG") + count(text, "UTMASTG"),
+            serialized=False,
+        )

@@ -1,0 +1,111 @@
+"""Builds the native modules with ninja, from the tools that are installed. Nothing is downloaded,
+and no GPU needs to be there. The rest of the package is in pyproject.toml.
+
+MULTILORA_BUILD=auto  what there are tools for (the default): c++ (or CXX), nvcc (or NVCC)
+MULTILORA_BUILD=cpu   multilora._C alone; cuda: that and multilora._C_cuda; none: plain Python
+CXXFLAGS              are added to the flags of the C++ compiler and linker
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).resolve().parent / "csrc"
+CXX, NVCC = os.environ.get("CXX", "c++"), os.environ.get("NVCC", "nvcc")
+CXXFLAGS = os.environ.get("CXXFLAGS", "")
+# Contraction to FMA is what makes kernels fast; no NaN or infinity is assumed away.
+FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -fno-math-errno -fno-trapping-math"
+# A kernel file of the CPU is compiled once for each level; cpu/levels.h says how they stay apart.
+LEVELS = {"scalar": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    LEVELS["avx2"] = "-mavx2 -mfma"
+    LEVELS["avx512"] = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"
+    LEVELS["avx512"] += " -mprefer-vector-width=512"
+# Machine code for Ampere and Hopper; what comes later compiles the PTX when it loads it.
+TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
+
+
+def wanted() -> list[Extension]:
+    """The modules that MULTILORA_BUILD asks for; with auto, those that there are tools for."""
+    choice = os.environ.get("MULTILORA_BUILD", "auto")
+    choices = {"auto": [], "cpu": [CXX], "cuda": [CXX, NVCC], "none": []}
+    if choice not in choices:
+        raise SystemExit(f"MULTILORA_BUILD must be one of {', '.join(choices)}; got {choice!r}")
+    for tool in choices[choice]:
+        if not shutil.which(tool.split()[0]):
+            raise SystemExit(f"MULTILORA_BUILD={choice} needs {tool}, which is not on the PATH")
+    cpu = choice != "none" and shutil.which(CXX.split()[0])
+    cuda = cpu and choice != "cpu" and shutil.which(NVCC.split()[0])
+    names = [name for name, build in (("_C", cpu), ("_C_cuda", cuda)) if build]
+    # As dependencies, the sources go into the source distribution.
+    files = [str(f.relative_to(CSRC.parent)) for f in CSRC.rglob("*.*")]
+    return [Extension(f"multilora.{name}", [], depends=files) for name in names]
+
+
+class Ninja(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        from ninja.ninja_syntax import Writer
+
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
+        folder.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (folder / "build.ninja").open("w") as file:
+            (write_cuda if ext.name.endswith("_cuda") else write_cpu)(Writer(file), str(out))
+        if subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", folder]).returncode:
+            less = "cpu" if ext.name.endswith("_cuda") else "none"
+            raise SystemExit(f"{ext.name} does not build; MULTILORA_BUILD={less} goes without it")
+
+
+def write_cpu(ninja, out: str) -> None:
+    write_compiler(ninja)
+    ninja.rule("link", f"{CXX} -shared -fopenmp {CXXFLAGS} -o $out $in")
+    objects = [compile_cpp(ninja, CSRC / "bindings.cpp")]
+    for file in sorted((CSRC / "cpu").glob("*.cpp")):
+        if not file.stem.endswith("_kernels"):
+            objects.append(compile_cpp(ninja, file))
+            continue
+        for level, flags in LEVELS.items():
+            flags += f" -ffp-contract=fast -DMULTILORA_LEVEL={level}"
+            objects.append(compile_cpp(ninja, file, f"{file.stem}_{level}.o", flags))
+    ninja.build(out, "link", objects)
+
+
+def write_cuda(ninja, out: str) -> None:
+    write_compiler(ninja)
+    codes = " ".join(f"-gencode=arch={arch},code={code}" for code, arch in TARGETS.items())
+    # nvcc knows its toolkit, also where the one on the PATH is a wrapper, and links its runtime.
+    flags = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+    ninja.rule("nvcc", f"{NVCC} {codes} {flags} -MD -MF $out.d -c $in -o $out", depfile="$out.d")
+    ninja.rule("link", f"{NVCC} {codes} -shared -Xcompiler -fPIC -o $out $in")
+    release = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"V([\d.]+)", release)[1]
+    about = f'-DMULTILORA_NVCC=\\"{release}\\" -DMULTILORA_TARGETS=\\"{",".join(TARGETS)}\\"'
+    objects = [compile_cpp(ninja, CSRC / "bindings_cuda.cpp", "bindings.o", about)]
+    objects += [compile_cpp(ninja, file) for file in sorted((CSRC / "cuda").glob("bind_*.cpp"))]
+    for file in sorted((CSRC / "cuda").glob("*.cu")):
+        objects += ninja.build(f"{file.stem}.cu.o", "nvcc", str(file))
+    ninja.build(out, "link", objects)
+
+
+def write_compiler(ninja) -> None:
+    import pybind11
+
+    includes = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    command = f"{CXX} {FLAGS} {includes} -fopenmp $flags {CXXFLAGS} -MMD -MF $out.d -c $in -o $out"
+    ninja.rule("cxx", command, depfile="$out.d", deps="gcc")
+
+
+def compile_cpp(ninja, file: Path, out: str = "", flags: str = "") -> str:
+    return ninja.build(out or f"{file.stem}.o", "cxx", str(file), variables={"flags": flags})[0]
+
+
+setup(ext_modules=wanted(), cmdclass={"build_ext": Ninja})

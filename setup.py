@@ -29,7 +29,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     LEVELS["avx512"] = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"
     LEVELS["avx512"] += " -mprefer-vector-width=512"
 # Machine code for Ampere and Hopper; what comes later compiles the PTX when it loads it.
+OLDEST_NVCC = (12, 5)
 TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
+
+
+def nvcc_release() -> tuple[int, ...]:
+    said = subprocess.run([*NVCC.split(), "--version"], capture_output=True, text=True).stdout
+    return tuple(map(int, re.search(r"V([\d.]+)", said)[1].split(".")))
 
 
 def wanted() -> list[Extension]:
@@ -41,8 +47,11 @@ def wanted() -> list[Extension]:
     for tool in choices[choice]:
         if not shutil.which(tool.split()[0]):
             raise SystemExit(f"MULTILORA_BUILD={choice} needs {tool}, which is not on the PATH")
+    new_enough = bool(shutil.which(NVCC.split()[0])) and nvcc_release() >= OLDEST_NVCC
+    if choice == "cuda" and not new_enough:
+        raise SystemExit(f"MULTILORA_BUILD=cuda needs nvcc {OLDEST_NVCC}; got {nvcc_release()}")
     cpu = choice != "none" and shutil.which(CXX.split()[0])
-    cuda = cpu and choice != "cpu" and shutil.which(NVCC.split()[0])
+    cuda = cpu and choice != "cpu" and new_enough
     names = [name for name, build in (("_C", cpu), ("_C_cuda", cuda)) if build]
     # As dependencies, the sources go into the source distribution.
     files = [str(f.relative_to(CSRC.parent)) for f in CSRC.rglob("*.*")]
@@ -86,8 +95,7 @@ def write_cuda(ninja, out: str) -> None:
     flags = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
     ninja.rule("nvcc", f"{NVCC} {codes} {flags} -MD -MF $out.d -c $in -o $out", depfile="$out.d")
     ninja.rule("link", f"{NVCC} {codes} -shared -Xcompiler -fPIC -o $out $in")
-    release = subprocess.run([NVCC, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"V([\d.]+)", release)[1]
+    release = ".".join(map(str, nvcc_release()))
     about = f'-DMULTILORA_NVCC=\\"{release}\\" -DMULTILORA_TARGETS=\\"{",".join(TARGETS)}\\"'
     objects = [compile_cpp(ninja, CSRC / "bindings_cuda.cpp", "bindings.o", about)]
     objects += [compile_cpp(ninja, file) for file in sorted((CSRC / "cuda").glob("bind_*.cpp"))]

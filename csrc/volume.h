@@ -23,14 +23,7 @@ enum class VolumeKind : int { zero = 0, logdet = 1, det = 2 };
 
 constexpr int64_t kIgnored = -100;
 
-MULTILORA_HD float exp(float x) {
-#ifdef __CUDA_ARCH__
-  // Of half the instructions; its error is of the size of x's own rounding.
-  return exp2f(x * 1.4426950408889634f);
-#else
-  return ::expf(x);
-#endif
-}
+MULTILORA_HD float exp(float x) { return ::expf(x); }
 MULTILORA_HD double exp(double x) { return ::exp(x); }
 MULTILORA_HD double log(double x) { return ::log(x); }
 MULTILORA_HD double sqrt(double x) { return ::sqrt(x); }

@@ -18,6 +18,8 @@ CSRC = Path(__file__).parent.parent / "csrc"
 FLAGS = "-O2 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 # Fortified longjmp takes a change of stacks for an error.
 FLAGS += " -U_FORTIFY_SOURCE -DMULTILORA_EMULATE"
+# A GPU faults on a vector that is not aligned; here it is an illegal instruction.
+FLAGS += " -fsanitize=alignment -fsanitize-undefined-trap-on-error"
 
 
 def load(name: str, file: Path) -> None:

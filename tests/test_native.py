@@ -119,7 +119,7 @@ def test_without_the_modules_the_reference_runs():
     value, cpu, cuda, *info = succeed(python(MISSING)).splitlines()
     assert value == "9.0"
     assert "'cpu' was asked for" in cpu and "installed without a C++ compiler" in cpu
-    assert "'cuda' was asked for" in cuda and "installed without nvcc" in cuda
+    assert "'cuda' was asked for" in cuda and "installed without nvcc (12.5 or newer)" in cuda
     info = "\n".join(info)
     assert "reference: available" in info and "cpu: missing: the module multilora._C" in info
     assert "used by default: reference on a CPU, reference on a GPU" in info
@@ -149,7 +149,7 @@ def build(tmp_path):
     log = tmp_path / "log"
     script = f"""#!/bin/sh
 echo "$0 $*" >> {log}
-[ "$1" = --version ] && echo "release 13.0, V13.0.88"
+[ "$1" = --version ] && echo "release, V@NVCC@"
 while [ $# -gt 0 ]; do
   [ "$1" = -o ] && : > "$2"
   shift
@@ -157,14 +157,16 @@ done
 exit 0
 """
 
-    def run(*tools: str, **environment: str) -> tuple[subprocess.CompletedProcess, set[str], str]:
+    def run(
+        *tools: str, nvcc: str = "13.0.88", **environment: str
+    ) -> tuple[subprocess.CompletedProcess, set[str], str]:
         folder = tmp_path / "tools"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         folder.mkdir()
         log.write_text("")
         for tool in tools:
-            (folder / tool).write_text(script)
+            (folder / tool).write_text(script.replace("@NVCC@", nvcc))
             (folder / tool).chmod(0o755)
         kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "NVCC", "MULTILORA_BUILD")}
         done = subprocess.run(
@@ -197,6 +199,12 @@ def test_without_nvcc_the_cpu_module_is_built(build):
     assert all(f"-DMULTILORA_LEVEL={level}" in log for level in ("scalar",))
     done, _, _ = build("c++", MULTILORA_BUILD="cuda")
     assert done.returncode != 0 and "MULTILORA_BUILD=cuda needs nvcc" in done.stderr
+
+
+def test_an_old_nvcc_is_left_alone(build):
+    assert build("c++", "nvcc", nvcc="12.4.131")[1] == {"_C"}
+    done, _, _ = build("c++", "nvcc", nvcc="12.4.131", MULTILORA_BUILD="cuda")
+    assert done.returncode != 0 and "needs nvcc (12, 5); got (12, 4, 131)" in done.stderr
 
 
 def test_with_nvcc_both_modules_are_built_for_every_chip(build):

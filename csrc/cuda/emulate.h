@@ -82,6 +82,9 @@ inline int warp() { return linear_thread() / 32; }
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
             const Arguments&... arguments) {
+  bool fits = block.x * block.y * block.z <= 1024 && grid.x <= INT32_MAX && grid.y <= 65535 &&
+              grid.z <= 65535 && shared_bytes <= 227 * 1024 && (sizeof(Parameters) + ... + 0) <= 4096;
+  if (!fits) throw std::runtime_error("emulation: a launch that no GPU takes");
   emulate::run([&] { kernel(Parameters(arguments)...); }, grid, block, shared_bytes);
 }
 

@@ -72,6 +72,8 @@ void wgmma_fence();
 void wgmma_issue(const Product& product);
 void wgmma_commit();
 void wgmma_wait_for(size_t left);
+template <int COUNT>
+void hold(float (&)[COUNT]) {}
 template <int LEFT>
 void wgmma_wait() {
   wgmma_wait_for(LEFT);

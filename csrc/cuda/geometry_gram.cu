@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kThreads)
   const GramItem& item = batch.items[blockIdx.z];
   const Elements elements = item.elements;
   const T* x = static_cast<const T*>(item.x);
-  int part = blockIdx.x, tiles = (elements.rows + kTile - 1) / kTile;
+  int part = blockIdx.y, tiles = (elements.rows + kTile - 1) / kTile;
   // Of the pairs of tiles, those on and above the diagonal.
-  int row = 0, col = blockIdx.y;
+  int row = 0, col = blockIdx.x;
   for (; row < tiles && col >= tiles - row; ++row) col -= tiles - row;
   if (row >= tiles || part >= parts_of(elements.d, batch.chunk)) return;
   bool diagonal = col == 0;
@@ -132,8 +132,8 @@ void partial_of(const Adapters& adapters, const std::vector<Layer>& layers, int6
     int tiles = tiles_of(adapters.particles, layer);
     batch.items[grid.z++] = {factor.x, const_cast<double*>(grams[i].parts),
                              elements_of(adapters.particles, layer, factor, sizeof(T))};
-    raise(grid.x, grams[i].count);
-    raise(grid.y, tiles * (tiles + 1) / 2);
+    raise(grid.x, tiles * (tiles + 1) / 2);
+    raise(grid.y, grams[i].count);
     if (grid.z == GramBatch::kMost) flush();
   }
   flush();

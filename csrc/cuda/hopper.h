@@ -30,6 +30,8 @@ using TensorMap = CUtensorMap;
 inline TensorMap tensor_map(int device, DType dtype, const void* data, const int64_t (&sizes)[3],
                             const uint32_t (&box)[3]) {
   CurrentDevice current(device);
+  // Gives this thread the device's context, which it may not have used yet.
+  check(cudaSetDevice(device), "choosing a GPU");
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult status;
@@ -191,6 +193,13 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int LEFT>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// The accumulators are read no earlier than here: the wait itself does not name them.
+template <int COUNT>
+__device__ __forceinline__ void hold(float (&sums)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 // clang-format off

@@ -233,6 +233,7 @@ __device__ __forceinline__ void consume(const Arguments& g, unsigned char* stage
       at.advance();
     }
     hopper::wgmma_wait<0>();
+    hopper::hold(sums);
     if (lane == 0) hopper::barrier_arrive(empty + last);
     finish<T, TILE_COLS>(g, tile, warp, sums, bias, staging);
     tile = next;

@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const
 // No fewer particles than classes: core is over the classes, and a warp has all of an example. A
 // lane is a particle.
 template <class T>
-__global__ void __launch_bounds__(kFewThreads)
+__global__ void __launch_bounds__(kFewThreads, 8)
     volume_gradient_by_class_kernel(const VolumeBackward p) {
   using A = accumulator_t<T>;
   MULTILORA_DYNAMIC_SHARED(memory);

@@ -69,7 +69,7 @@ def _missing_triton() -> str | None:
 
 @functools.cache
 def _missing_cuda() -> str | None:
-    reason = _missing_module("multilora._C_cuda", "nvcc", "cuda")
+    reason = _missing_module("multilora._C_cuda", "nvcc (12.5 or newer)", "cuda")
     if reason is not None or _emulated():
         return reason
     if not torch.cuda.is_available():

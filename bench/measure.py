@@ -365,7 +365,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "backend": dispatch.current_backend(),
+        "backend": dispatch.current_backend(device.type),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},
     }

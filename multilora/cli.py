@@ -256,7 +256,8 @@ def _kernels(args: argparse.Namespace) -> int:
         f"{len(chosen)} problems on {args.target}, {failures} failed"
     )
     if args.out is not None:
-        args.out.write_text(to_json(args.target, reports))
+        nvcc = _built("_C_cuda") if native else ""
+        args.out.write_text(to_json(args.target, nvcc, reports))
     return 1 if failures else 0
 
 
@@ -307,8 +308,8 @@ def _default(dispatch: Any) -> str:
     """What runs on each kind of device where no backend is asked for."""
     if os.environ.get("MULTILORA_BACKEND"):
         return f"{dispatch.current_backend()} (MULTILORA_BACKEND)"
-    native = dispatch.missing_reason("cpu") is None
-    return f"{'cpu' if native else 'reference'} on a CPU, reference on a GPU"
+    of = dispatch.current_backend
+    return f"{of('cpu')} on a CPU, {of('cuda')} on a GPU"
 
 
 def _print_kernels() -> None:

@@ -144,25 +144,39 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def current_backend() -> str:
-    """The backend that was asked for, or the one of operators without a faster proven kernel."""
+def current_backend(device: str = "meta") -> str:
+    """The backend that was asked for; else the default for tensors on `device` ("cpu", "cuda"),
+    where no record of a GPU's kernel says otherwise."""
     if _requested is not None:
         _require(_requested)
         return _requested
-    return "reference"
+    if device != "cpu":
+        return "reference"
+    reason = _missing_cpu()
+    if reason is not None and os.environ.get(CPU_LEVEL) and CPU_LEVEL in reason:
+        raise BackendUnavailableError(reason)
+    return "reference" if reason else "cpu"
 
 
 def backend_of(op: str, args: tuple[Any, ...]) -> str:
     """The name of the backend that computes operator `op` for these arguments now."""
-    name, device = current_backend(), first_tensor(args).device.type
-    if _requested is None:
-        return _default_backend(op, args, device)
+    device = first_tensor(args).device.type
+    name = current_backend(device)
     if not _runs_on(name, device):
         here, there = ("the CPU", "a GPU") if device == "cpu" else ("a GPU", "the CPU")
         raise BackendUnavailableError(
             f"backend {name!r} was asked for (use_backend or MULTILORA_BACKEND), but {op} got "
             f"tensors on {here}: move them to {there}"
         )
+    # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
+    # is right, and ahead. The CPU's are, at every size that was measured.
+    if (
+        _requested is None
+        and device == "cuda"
+        and missing_reason("triton") is None
+        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
+    ):
+        return "triton"
     return name
 
 
@@ -171,22 +185,6 @@ def _runs_on(name: str, device: str) -> bool:
         # In their tests only.
         return _interpreting() if name == "triton" else _emulated()
     return name != "cpu" or device != "cuda"
-
-
-def _default_backend(op: str, args: tuple[Any, ...], device: str) -> str:
-    """Without a request, a kernel runs only where a record on this kind of chip says that it is
-    right, and ahead. The CPU's are, at every size that was measured."""
-    if device == "cpu":
-        reason = _missing_cpu()
-        if reason is None:
-            return "cpu"
-        if os.environ.get(CPU_LEVEL) and CPU_LEVEL in reason:
-            raise BackendUnavailableError(reason)
-    if device == "cuda" and missing_reason("triton") is None:
-        kernels = importlib.import_module(BACKENDS["triton"])
-        if kernels.is_proven(op, args):
-            return "triton"
-    return "reference"
 
 
 def kernel(op: str, args: tuple[Any, ...]) -> Callable:

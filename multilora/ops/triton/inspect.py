@@ -74,12 +74,13 @@ def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
         common.compile_only(None, None)
 
 
-def to_json(target: str, reports: Iterable[Report]) -> str:
-    """The reports as a record, with the compiler that they depend on."""
+def to_json(target: str, nvcc: str, reports: Iterable[Report]) -> str:
+    """The reports as a record, with the compilers that they depend on."""
     record = {
         "target": target,
         "triton": triton.__version__,
         "ptxas": get_ptxas_version(TARGETS[target][0].capability).strip().splitlines()[-1],
+        "nvcc": nvcc,
         "kernels": [dataclasses.asdict(report) for report in reports],
     }
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"

@@ -1,6 +1,8 @@
 """The native modules in processes of their own: what is built, is missing, runs on this CPU."""
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -196,7 +198,8 @@ def test_without_nvcc_the_cpu_module_is_built(build):
     done, modules, log = build("c++")
     assert done.returncode == 0, done.stderr
     assert modules == {"_C"}
-    assert all(f"-DMULTILORA_LEVEL={level}" in log for level in ("scalar",))
+    levels = LEVELS if platform.machine() == "x86_64" else LEVELS[:1]
+    assert all(log.count(f"-DMULTILORA_LEVEL={level} ") > 1 for level in levels)
     done, _, _ = build("c++", MULTILORA_BUILD="cuda")
     assert done.returncode != 0 and "MULTILORA_BUILD=cuda needs nvcc" in done.stderr
 
@@ -268,8 +271,6 @@ from multilora.ops.machine_code import native_reports
 reports = native_reports(sys.argv[1], knobs.nvidia.cuobjdump.path)
 print(json.dumps([dataclasses.asdict(report) for report in reports]))
 """
-    import json
-
     reports = json.loads(succeed(python(program, target)))
     assert len(reports) > 5
     assert all(report["spills"] == 0 for report in reports)

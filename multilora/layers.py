@@ -6,6 +6,7 @@ Inside a particle model the particles ride on the batch axis, particle first: a 
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +17,52 @@ from multilora.ops import lora_linear
 
 
 class ParticleRows:
-    """The number of rows, K·B, of the forward that is under way; None outside of one."""
+    """What the layers know of the forward that is under way.
+
+    count: its number of rows, K·B; None outside of a forward.
+    shared: B while the rows of every particle are still the same, before the first particle layer;
+        else None.
+    """
 
     count: int | None = None
+    shared: int | None = None
+
+    def still_shared(self) -> bool:
+        return self.shared is not None
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a checkpoint runs its part of an earlier forward again, inside a backward."""
+        return self.count is None and torch._C._current_graph_task_id() != -1
 
 
 class ParticleLayer(nn.Module):
     """A layer of K particles."""
 
-    def __init__(self, num_particles: int, rows: ParticleRows):
+    def __init__(self, rows: ParticleRows):
         super().__init__()
-        self.num_particles = num_particles
         self.rows = rows
+        self._was_first = False
+
+    @property
+    def num_particles(self) -> int:
+        """K, or how many of them run now (`ParticleModel.particles`)."""
+        raise NotImplementedError
+
+    def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """(module, name in it, tensor) of everything with a particle axis."""
+        for name, parameter in self._parameters.items():
+            yield self, name, parameter
+
+    def is_first(self) -> bool:
+        """Whether all particles give this layer the same rows; behind it they differ.
+
+        To be asked once a forward. A checkpoint's recomputation has the answer of its forward.
+        """
+        if torch.compiler.is_compiling() or not self.rows.recomputing:
+            self._was_first = self.rows.still_shared()
+            self.rows.shared = None
+        return self._was_first
 
     def check_rows(self, x: Tensor) -> None:
         """Raise ValueError where the leading axis of x cannot be particles times batch.
@@ -77,7 +112,7 @@ class LoraLayer(ParticleLayer):
         scaling: float,
         dropout: float,
     ):
-        super().__init__(num_particles, rows)
+        super().__init__(rows)
         weight = base_layer.weight
         # Masters of half-precision layers are float32, as PEFT does it.
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -87,6 +122,10 @@ class LoraLayer(ParticleLayer):
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
         self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
         self.lora_B = nn.Parameter(torch.zeros(num_particles, d_out, rank, **factory))
+
+    @property
+    def num_particles(self) -> int:
+        return self.lora_A.shape[0]
 
     @staticmethod
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
@@ -128,14 +167,16 @@ class LoraLinear(LoraLayer):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
         rows = self.split_rows(x)  # (K, T, d_in)
+        # Rows that are the same for all particles need one base product.
+        base_rows = rows[:1] if self.is_first() else rows
         if self.training and self.dropout > 0:
             # The mask lies before A only, so the two products read different inputs.
             dropped = F.dropout(rows, self.dropout)
             delta = _low_rank(dropped, self.lora_A, self.lora_B, self.scaling)
-            y = F.linear(rows, weight, bias)
+            y = F.linear(base_rows, weight, bias)
             y = y + delta.to(y.dtype)
         else:
-            y = lora_linear(rows, weight, self.lora_A, self.lora_B, bias, self.scaling)
+            y = lora_linear(base_rows, weight, self.lora_A, self.lora_B, bias, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -151,6 +192,7 @@ class LoraConv2d(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         base, particles = self.base_layer, self.num_particles
+        self.is_first()
         rows = self.split(x)  # (K, B, C, H, W)
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
@@ -174,7 +216,7 @@ class StackedModule(ParticleLayer):
     """
 
     def __init__(self, module: nn.Module, num_particles: int, rows: ParticleRows):
-        super().__init__(num_particles, rows)
+        super().__init__(rows)
         # The structure without storage, for vmap; not registered, so its tensors are no state.
         self.__dict__["template"] = copy.deepcopy(module).to("meta")
         self.module = copy.deepcopy(module)
@@ -186,6 +228,16 @@ class StackedModule(ParticleLayer):
         # masters.
         like = next(module.parameters())
         self.register_buffer("dtype_of", like.new_empty(0), persistent=False)
+
+    @property
+    def num_particles(self) -> int:
+        return next(self.module.parameters()).shape[0]
+
+    def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        for module in self.module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    yield module, name, parameter
 
     def reset_particle(self, particle: int, generator: torch.Generator) -> None:
         """Redraw this particle's matrices at the standard deviation that they have."""
@@ -200,6 +252,7 @@ class StackedModule(ParticleLayer):
                 stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
 
     def forward(self, *args, **kwargs):
+        self.is_first()
         if len(args) == 1 and not kwargs:
             if type(self.template) is nn.Linear:
                 return self._linear(args[0])

@@ -13,22 +13,39 @@ from multilora.ops.common import IGNORE_INDEX, accumulator
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Any) -> Tensor:
+def predict(model: nn.Module, x: Any, particle_chunk: int | None = None) -> Tensor:
     """Every particle's class probabilities (K, B, C), in eval mode and without gradients.
 
     x: the model's input, or a mapping of its keyword arguments. An output with `.logits`
     (transformers) is unwrapped. Every module is left in the mode it was in. Probabilities are
-    float32 or better.
+    float32 or better; those of all processes where the particles are spread over some.
+
+    particle_chunk: run that many particles at a time, with their memory.
     """
+    if particle_chunk is not None and (type(particle_chunk) is not int or particle_chunk < 1):
+        raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
+
+    def run() -> Tensor:
+        output = model(**x) if isinstance(x, Mapping) else model(x)
+        return _at_least_float32(getattr(output, "logits", output)).softmax(-1)
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        output = model(**x) if isinstance(x, Mapping) else model(x)
+        if particle_chunk is None:
+            p = run()
+        else:
+            parts = []
+            with model.rows.remembering():
+                for start in range(0, model.num_particles, particle_chunk):
+                    stop = min(start + particle_chunk, model.num_particles)
+                    with model.particles(start, stop):
+                        parts.append(run())
+            p = torch.cat(parts)
     finally:
         for module in training:
             module.training = True
-    logits = getattr(output, "logits", output)
-    return _at_least_float32(logits).softmax(-1)
+    return model.ranks.gather(p) if hasattr(model, "ranks") else p
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import LoraConv2d, LoraLayer, LoraLinear, ParticleRows, StackedModule
+from multilora.layers import LoraConv2d, LoraLayer, LoraLinear, ParticleLayer, StackedModule
+from multilora.parallel import Ranks
+from multilora.trunk import TrunkRows, share_forwards
 
 if TYPE_CHECKING:
     import peft
+    from torch.distributed.device_mesh import DeviceMesh
 
 # LoraConfig's fields that particles honour. The last line names, dates and loads a configuration
 # and changes no arithmetic. Any other field away from its default raises.
@@ -50,7 +54,9 @@ class ParticleModel(nn.Module):
         config: peft.LoraConfig,
         num_particles: int,
         seeds: Sequence[int],
-        rows: ParticleRows,
+        rows: TrunkRows,
+        share_trunk: bool = True,
+        ranks: Ranks | None = None,
     ):
         super().__init__()
         self.base = base
@@ -58,7 +64,12 @@ class ParticleModel(nn.Module):
         self.num_particles = num_particles
         self.seeds = tuple(seeds)
         self.rows = rows
+        self.share_trunk = share_trunk
+        self.ranks = ranks or Ranks()
         self.training = base.training
+        # The particles that run, of those that there are, inside `particles()`.
+        self._every, self._window = num_particles, slice(0, num_particles)
+        self._caches = "use_cache" in inspect.signature(base.forward).parameters
         self._used_layers_checked = False
         self._freeze_statistics()
 
@@ -71,15 +82,21 @@ class ParticleModel(nn.Module):
         transformers' ModelOutput too; anything else comes back as the base returned it. So `.loss`
         of a transformers model is one mean over all particles: a method makes its own from
         logits and labels.
+
+        Where the particles share their inputs, frozen modules below the first adapted layer run
+        once for all of them (`share_trunk`), but for those that draw random numbers, and not under
+        torch.compile. A transformers decoder makes no key-value cache in training mode.
         """
         particles = self.num_particles
-        batch = _batch_size((args, kwargs), particles if per_particle else None)
-        lead = (particles, batch) if per_particle else (batch,)
+        batch = _batch_size((args, kwargs), self._every if per_particle else None)
+        lead = (self._every, batch) if per_particle else (batch,)
+        if self._caches and self.training:
+            kwargs.setdefault("use_cache", False)
 
         def fold(t: Tensor) -> Tensor:
             if t.ndim < len(lead) or t.shape[: len(lead)] != lead:
                 return t
-            stacked = t if per_particle else t.expand(particles, *t.shape)
+            stacked = t[self._window] if per_particle else t.expand(particles, *t.shape)
             return stacked.reshape(particles * batch, *stacked.shape[2:])
 
         def unfold(t: Tensor) -> Tensor:
@@ -87,14 +104,45 @@ class ParticleModel(nn.Module):
                 return t
             return t.view(particles, batch, *t.shape[1:])
 
+        shared = batch if self.share_trunk and not per_particle else None
+        self.rows.start(particles * batch, shared, (args, kwargs))
         args, kwargs = _map_tensors(fold, args), _map_kwargs(fold, kwargs)
         check_use = not self._used_layers_checked and not torch.compiler.is_compiling()
-        self.rows.count = particles * batch
         try:
             output = self._first_forward(args, kwargs) if check_use else self.base(*args, **kwargs)
         finally:
-            self.rows.count = None
+            self.rows.stop()
         return _map_tensors(unfold, output)
+
+    @contextlib.contextmanager
+    def particles(self, start: int, stop: int) -> Iterator[None]:
+        """Inside, this is a model of the particles start … stop − 1 alone.
+
+        Its trainable tensors are then leaves (stop − start, ...) of their own, with gradients of
+        their own, over the memory of the stacked ones. Inputs with per_particle=True are still
+        those of all K particles.
+        """
+        if not 0 <= start < stop <= self.num_particles:
+            raise ValueError(
+                f"particles needs 0 <= start < stop <= {self.num_particles}; got {start}, {stop}"
+            )
+        layers = [m for m in self.base.modules() if isinstance(m, ParticleLayer)]
+        stacked = [slot for layer in layers for slot in layer.stacked()]
+        parts = {
+            parameter: nn.Parameter(parameter.detach()[start:stop], parameter.requires_grad)
+            for _, _, parameter in stacked
+        }
+        before = self.num_particles, self._window
+        try:
+            for module, name, parameter in stacked:
+                module._parameters[name] = parts[parameter]
+            self.num_particles = stop - start
+            self._window = slice(self._window.start + start, self._window.start + stop)
+            yield
+        finally:
+            for module, name, parameter in stacked:
+                module._parameters[name] = parameter
+            self.num_particles, self._window = before
 
     def particle_parameters(self) -> list[nn.Parameter]:
         """The stacked trainable tensors, particle axis first: adapters and heads."""
@@ -179,6 +227,8 @@ def get_particle_model(
     num_particles: int,
     seed: int | Sequence[int] = 0,
     head_init: str = "reset",
+    share_trunk: bool = True,
+    mesh: DeviceMesh | None = None,
 ) -> ParticleModel:
     """K LoRA particles over `base`, which is frozen and changed in place.
 
@@ -195,6 +245,11 @@ def get_particle_model(
         original, so that particles start from different functions; "copy" keeps the original's
         weights, for a head that was trained. Token embeddings and language-model heads are always
         copied. The adapters differ in either case: every particle has its own A; B is zero.
+    share_trunk: where particles share their inputs, run what lies below the first adapted layer
+        once for all of them; also an attribute of the model, to be set at any time.
+    mesh: processes that share the work: a DeviceMesh with the axes "data", "particle" or both.
+        Along "particle", each process holds K/P particles, and `model.num_particles` is that
+        number; the particles are those that one process would have. Methods communicate.
 
     Adapters of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
 
@@ -207,12 +262,14 @@ def get_particle_model(
         raise ValueError(f"num_particles must be an integer >= 1; got {num_particles!r}")
     if head_init not in ("reset", "copy"):
         raise ValueError(f'head_init must be "reset" or "copy"; got {head_init!r}')
-    seeds = _seeds(seed, num_particles)
+    ranks = Ranks.of_mesh(mesh)
+    seeds = ranks.own(_seeds(seed, num_particles))
+    num_particles = len(seeds)
     config, targets, saved = _resolve(base, config)
     _check_targets(targets, saved)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    rows = ParticleRows()
+    rows = TrunkRows()
     vocabulary = _vocabulary(base)
     redrawn = []
     for name, target in targets.items():
@@ -233,7 +290,8 @@ def get_particle_model(
         generator = torch.Generator().manual_seed(particle_seed)
         for layer, how in redrawn:
             layer.reset_particle(particle, generator, *how)
-    return ParticleModel(base, config, num_particles, seeds, rows)
+    share_forwards(base, rows)
+    return ParticleModel(base, config, num_particles, seeds, rows, share_trunk, ranks)
 
 
 def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:

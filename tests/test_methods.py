@@ -749,7 +749,7 @@ class TestIBDR:
         # GradScaler skips such a step; λ has no GradScaler.
         theta = torch.randn(3, 6, 5, dtype=torch.float64, requires_grad=True)
         y = torch.randint(5, (6,))
-        method = ml.IBDR([theta], ascent=ascent, kind=kind, rho=0.05)
+        method = ml.IBDR([theta], ascent=ascent, kind=kind, rho=0.05, nonfinite="ignore")
         before = theta.detach().clone()
 
         def closure():

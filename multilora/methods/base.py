@@ -1,47 +1,73 @@
-"""What all methods share: the closure's protocol, the task loss, gradients as one matrix."""
+"""What all methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.ops.common import IGNORE_INDEX, accumulator
-
-Closure = Callable[[], tuple[Tensor, Tensor]]
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+from multilora.methods.passes import Closure, Passes
 
 
 class Method:
     """A training method over K particles; its `backward(closure)` replaces `loss.backward()`.
 
-    model: a ParticleModel, or any iterable of stacked tensors (K, ...) that require gradients.
+    model: a ParticleModel, also inside DistributedDataParallel, or any iterable of stacked tensors
+        (K, ...) that require gradients.
+    particle_chunk: c, to run c particles at a time: the memory of c, the gradients of all. Methods
+        whose particles interact through their predictions run each chunk once more for it.
+    nonfinite: what to do where a particle's loss or gradient is not finite: "raise", a
+        FloatingPointError that names the particle, with nothing changed; "skip", no gradient for
+        that particle, the step of the others being what it is without it, and a warning; or
+        "ignore", which does not look (the other two wait for the device once a call). With a
+        GradScaler, whose steps may overflow by design, only losses are looked at.
 
     The user's loop keeps optimizer, scheduler, clipping and precision. The objective is the sum
     over particles of each one's own mean loss, so that K particles step as K separate runs would.
+
+    Over several processes (a model made with a `mesh`, or inside DistributedDataParallel),
+    gradients are the means over the data of all of them, after every call of `backward`. Each
+    process's closure gives its own part of the batch; processes that hold other particles for the
+    same data give the same part.
     """
 
-    def __init__(self, model: Any):
-        self.params = stacked_parameters(model)
-        self.num_particles = self.params[0].shape[0]
+    #: Whether the particles' predictions interact; a step then calls the closure more than once.
+    interacts = False
+
+    def __init__(self, model: Any, *, particle_chunk: int | None = None, nonfinite: str = "raise"):
+        if nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f'nonfinite must be "raise", "skip" or "ignore"; got {nonfinite!r}')
+        self.passes = Passes(model, particle_chunk)
+        self.model, self.params = self.passes.model, self.passes.params
+        self.num_particles = self.passes.num_particles
+        self.nonfinite = nonfinite
         self.step = 0
+        #: The cross-entropy (or own loss) of this process's particles in the last call, (K,).
+        self.particle_nll: Tensor | None = None
 
     def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add scale · (the method's direction) to every parameter's `.grad`.
 
-        closure() -> (logits (K, ..., C), targets); it may be called twice, with other parameter
-        values. Targets of shape (...) are shared by the particles; targets (K, ...) give every
-        particle its own mini-batch. −100 is ignored; losses are means over valid targets.
+        closure() -> (logits (K, ..., C), targets); it may be called several times, with other
+        parameter values and, with `particle_chunk`, for some of the particles at a time (the model
+        sees to that), and must use the same batch each time. Targets of shape (...) are shared by
+        the particles; targets (K, ...) give every particle its own mini-batch. −100 is ignored;
+        losses are means over valid targets.
 
         scale: 1/M for M accumulation steps; with a GradScaler, scaler.scale(torch.ones(())) on
         the parameters' device.
 
-        -> detached scalars for logging, on the parameters' device. The parameters are left as they
-        were, also when the closure raises.
+        -> detached scalars for logging, on the parameters' device; `particle_nll` has the loss of
+        each particle. The parameters are left as they were, also when the closure raises.
         """
+        with self.passes.running(self.interacts):
+            stats = self._backward(closure, scale)
+        self.step += 1
+        return stats
+
+    def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
 
     def parameters(self) -> list[Tensor]:
@@ -62,25 +88,59 @@ class Method:
             )
         self.step = int(state["step"])
 
+    def finite_particles(
+        self,
+        losses: Tensor,
+        grads: list[Tensor],
+        scale: float | Tensor,
+        among: Tensor | None = None,
+    ) -> Tensor | None:
+        """The indices, of all processes' K particles, of those whose step is finite; None: all.
 
-def stacked_parameters(model: Any) -> list[Tensor]:
-    """The trainable tensors (K, ...) of a ParticleModel or of an iterable of tensors."""
-    if hasattr(model, "particle_parameters"):
-        params = list(model.particle_parameters())
-    elif isinstance(model, Iterable):
-        params = list(model)
-    else:
-        raise TypeError(
-            "a method needs a ParticleModel or an iterable of stacked tensors; "
-            f"got {type(model).__name__}"
+        losses (K,) and grads (K, ...) of this process's particles; among: those that were finite
+        before, which comes back where they all still are. Raises, or warns, as asked.
+        """
+        if self.nonfinite == "ignore":
+            return among
+        by_loss = finite = losses.isfinite()
+        if not isinstance(scale, Tensor):
+            for g in grads:
+                finite = finite & torch.linalg.vector_norm(g.flatten(1), torch.inf, 1).isfinite()
+        by_loss, finite = self.passes.ranks.all_true(torch.stack([by_loss, finite], 1)).unbind(1)
+        considered = torch.full_like(finite, among is None)
+        if among is not None:
+            considered.index_fill_(0, among, True)
+        # The divergence carries one particle's broken predictions into the gradients of all: then
+        # only the losses tell who it is.
+        bad_losses = considered & ~by_loss
+        bad = torch.where(bad_losses.any() & self.interacts, bad_losses, considered & ~finite)
+        finite = considered & ~bad
+        bad = bad.nonzero().flatten().tolist()
+        if not bad:
+            return among
+        values = self.passes.ranks.gather(losses)[bad].tolist()
+        message = (
+            f"{type(self).__name__}, call {self.step}: non-finite loss or gradient of particle"
+            f"{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} (losses {values})"
         )
-    sizes = {tuple(p.shape[:1]) for p in params}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            "a method needs stacked tensors (K, ...) with one K and at least one of them; "
-            f"got shapes {[tuple(p.shape) for p in params[:4]]}"
-        )
-    return params
+        if self.nonfinite == "raise" or not bool(finite.any()):
+            raise FloatingPointError(f"{message}; nothing was changed")
+        warnings.warn(f"{message}; skipped, the others go on", stacklevel=4)
+        return finite.nonzero().flatten()
+
+    def without_others(self, grads: list[Tensor], finite: Tensor | None) -> list[Tensor]:
+        """Gradients (K, ...) of this process's particles, zero for those that are not finite."""
+        if finite is None:
+            return grads
+        skipped = torch.ones(self.passes.total, dtype=torch.bool, device=finite.device)
+        skipped = self.passes.ranks.own(skipped.index_fill(0, finite, False))
+        return [g.masked_fill(skipped.view(-1, *[1] * (g.ndim - 1)), 0) for g in grads]
+
+    def mean_loss(self, losses: Tensor, finite: Tensor | None) -> Tensor:
+        """The mean over all processes' particles, of (K,) of this one's, which are kept."""
+        self.particle_nll = losses
+        losses = self.passes.ranks.gather(losses)
+        return losses.mean() if finite is None else losses[finite].mean()
 
 
 def require_different_particles(model: Any, params: list[Tensor], why: str) -> None:
@@ -96,86 +156,15 @@ def require_different_particles(model: Any, params: list[Tensor], why: str) -> N
         )
 
 
-def call(closure: Closure, num_particles: int) -> tuple[Tensor, Tensor]:
-    """closure() with its shapes checked and flattened: logits (K, N, C), targets (N,) or (K, N)."""
-    logits, targets = closure()
-    shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-    if logits.ndim < 3 or logits.shape[0] != num_particles:
-        raise ValueError(
-            f"the closure must return logits (K, ..., C) with K = {num_particles}; got {shapes}"
-        )
-    if targets.shape == logits.shape[1:-1]:
-        targets = targets.reshape(-1)
-    elif targets.shape == logits.shape[:-1]:
-        targets = targets.flatten(1)
-    else:
-        raise ValueError(
-            "the closure must return targets shaped as the logits without their class axis, with "
-            f"the particle axis or without it; got {shapes}"
-        )
-    return logits.flatten(1, -2), targets
-
-
-def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of every particle (K,): logits (K, N, C), targets (N,) or (K, N)."""
-    logits = logits.to(accumulator(logits.dtype))
-    targets = targets.expand(logits.shape[:2])
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    count = (targets != IGNORE_INDEX).sum(-1).clamp_min(1)
-    return nll.view(targets.shape).sum(-1) / count
-
-
-def particle_losses(closure: Closure, num_particles: int, loss: Loss) -> Tensor:
-    """The closure's loss of every particle (K,): cross-entropy, or what a callable says."""
-    if not callable(loss):
-        return task_loss(*call(closure, num_particles))
-    values = loss(*closure())
-    if values.shape != (num_particles,):
-        raise ValueError(
-            f"loss(logits, targets) must return one value a particle, ({num_particles},); "
-            f"got {tuple(values.shape)}"
-        )
-    return values
-
-
-def gradients(total: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """The gradient of a scalar in every parameter, zeros where it does not depend on it."""
-    grads = torch.autograd.grad(total, params, allow_unused=True)
-    if any(g is None for g in grads) and _has_node(total, "CheckpointFunctionBackward"):
-        raise RuntimeError(
-            "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
-            "their gradients would be zero; checkpoint with use_reentrant=False"
-        )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
-
-
-def flat_gradients(total: Tensor, params: list[Tensor]) -> Tensor:
-    """The same as one matrix (K, P), a row a particle."""
-    return flatten(gradients(total, params))
-
-
-def _has_node(output: Tensor, name: str) -> bool:
-    """Whether the graph of `output` holds a node of that name."""
-    found, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in found:
-            if node.name() == name:
-                return True
-            found.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return False
-
-
 def flatten(tensors: list[Tensor]) -> Tensor:
     """Stacked tensors (K, ...) -> (K, P)."""
     return torch.cat([t.reshape(t.shape[0], -1) for t in tensors], 1)
 
 
 def unflatten(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """(K, P) -> tensors shaped as `params`."""
+    """(K, P) -> tensors (K, ...) shaped as `params`, of as many particles as `flat` has."""
     parts = flat.split([p[0].numel() for p in params], 1)
-    return [part.reshape(p.shape) for part, p in zip(parts, params)]
+    return [part.reshape(-1, *p.shape[1:]) for part, p in zip(parts, params)]
 
 
 @torch.no_grad()

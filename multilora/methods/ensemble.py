@@ -6,15 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from multilora.methods.base import (
-    Closure,
-    Loss,
-    Method,
-    accumulate,
-    flat_gradients,
-    particle_losses,
-    unflatten,
-)
+from multilora.methods.base import Method, accumulate
+from multilora.methods.passes import Closure, Loss
 
 
 class Ensemble(Method):
@@ -22,20 +15,27 @@ class Ensemble(Method):
 
     loss: "particle", the mean cross-entropy of each particle, or a callable
         (logits, targets) -> (K,).
+    particle_chunk, nonfinite: see `Method`.
 
     Source: Lakshminarayanan et al. 2017; Wang et al. 2023 for LoRA.
     """
 
-    def __init__(self, model: Any, *, loss: Loss = "particle"):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        loss: Loss = "particle",
+        particle_chunk: int | None = None,
+        nonfinite: str = "raise",
+    ):
+        super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
         if not callable(loss) and loss != "particle":
             raise ValueError(f'loss must be "particle" or a callable; got {loss!r}')
         self.loss = loss
 
-    def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
-        losses = particle_losses(closure, self.num_particles, self.loss)
-        grads = flat_gradients(losses.sum() * scale, self.params)
-        accumulate(self.params, unflatten(grads, self.params))
-        self.step += 1
-        mean = losses.detach().mean()
+    def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
+        losses, grads = self.passes.separate(closure, self.loss, scale)
+        finite = self.finite_particles(losses, grads, scale)
+        accumulate(self.params, self.without_others(grads, finite))
+        mean = self.mean_loss(losses, finite)
         return {"loss": mean, "nll": mean}

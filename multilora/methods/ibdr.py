@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from multilora.methods.base import (
-    Closure,
     Method,
     accumulate,
-    call,
-    flat_gradients,
     flatten,
     require_different_particles,
-    task_loss,
     unflatten,
 )
+from multilora.methods.passes import Closure, task_loss
 from multilora.ops import gram_volume, particle_loss
 from multilora.ops.common import IGNORE_INDEX, accumulator
 
 _warned_own_batches = False
+
+
+class _Pass(NamedTuple):
+    """One forward and backward: logits (K, N, C) of all processes' particles, gradients of this
+    one's, the indices of the finite ones (None: all), what to log."""
+
+    logits: Tensor
+    grads: list[Tensor]
+    finite: Tensor | None
+    stats: dict[str, Tensor]
 
 
 class IBDR(Method):
@@ -55,12 +62,16 @@ class IBDR(Method):
     loss: "particle", each one's cross-entropy; "ensemble", that of the mean logits, times K so
         that a step does not shrink with K.
 
+    particle_chunk, nonfinite: see `Method`. `state_dict` is that of this process's particles.
+
     Where every particle has its own mini-batch (targets (K, N)) the predictions are of different
     examples and the divergence has no meaning: it contributes zero, and a warning says so once.
     Over accumulation steps each micro-batch has its own ascent.
 
     Source: Pham et al. 2025 (IBDR), Algorithm 1.
     """
+
+    interacts = True
 
     def __init__(
         self,
@@ -84,8 +95,11 @@ class IBDR(Method):
         kind: str = "logdet",
         eps: float = 1e-4,
         seed: int = 0,
+        particle_chunk: int | None = None,
+        nonfinite: str = "raise",
     ):
-        super().__init__(model)
+        super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
+        model = self.model
         for name, value, choices in (
             ("ascent", ascent, ("prox", "step", "sam")),
             ("cost", cost, ("parameter", "output")),
@@ -123,42 +137,64 @@ class IBDR(Method):
         self.noisy = {id(p) for p in noisy}
         self.noisy_size = sum(p[0].numel() for p in noisy)
 
-    def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+    def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         if self.lambda_.device != self.params[0].device:
             raise RuntimeError(
                 f"IBDR was made for parameters on {self.lambda_.device}, and they are on "
                 f"{self.params[0].device} now; make it after moving the model"
             )
+        drawn_from = self.generator.get_state()
         mu = [p.detach().clone() for p in self.params]
         try:
             noise = self._draw_noise()
             if noise is not None:
                 self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
-            logits, targets = call(closure, self.num_particles)
-            total, _ = self._objective(logits, targets)
+            first = self._pass(closure, scale)
             # Scaled before differentiating, for half precision; unscaled after.
-            g = flat_gradients(total * scale, self.params) / scale
-            climb = self._climb(g)
+            climb = self._climb(flatten(first.grads) / scale)
             self._move(climb)
-
-            before = logits.detach()
-            logits, targets = call(closure, self.num_particles)
-            total, stats = self._objective(logits, targets, before)
-            grads = flat_gradients(total * scale, self.params)
+            cost = climb.square().sum(1)
+            first = first._replace(grads=[])
+            del climb
+            second = self._pass(closure, scale, first)
+        except FloatingPointError:
+            self.generator.set_state(drawn_from)
+            raise
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.params, mu)
 
+        grads, finite = second.grads, second.finite
         if self.sigma.requires_grad:
             pull = self.sigma.detach() - 1 / self.sigma.detach()
             pull = (2 * self.beta * self.noisy_size) * pull
-            accumulate([self.sigma], [(grads * noise).sum(1) + scale * pull])
+            grad = (flatten(grads) * noise).sum(1) + scale * pull
+            accumulate([self.sigma], self.without_others([grad], finite))
         if self.beta != 0:
-            grads = grads + (scale * 2 * self.beta) * flatten(mu)
-        accumulate(self.params, unflatten(grads, self.params))
-        distance = self._update_lambda(climb, before, logits.detach())
-        self.step += 1
-        return stats | {"lambda": self.lambda_.clone(), "cost": distance}
+            grads = [g + (scale * 2 * self.beta) * m for g, m in zip(grads, mu)]
+            grads = self.without_others(grads, finite)
+        accumulate(self.params, grads)
+        cost = self._update_lambda(cost, first.logits, second)
+        stats = self.passes.log(second.stats)
+        return stats | {"lambda": self.lambda_.clone(), "cost": cost}
+
+    def _pass(self, closure: Closure, scale: float | Tensor, before: _Pass | None = None) -> _Pass:
+        """The gradients of Σ_i ℓ_i + α ℓ_div where the particles are now."""
+        finite = None if before is None else before.finite
+        while True:
+            logits, targets = self.passes.predict(closure)
+            total, each, stats = self._objective(logits, targets, before, finite)
+            (grad,) = torch.autograd.grad(total * scale, logits)
+            grads = self.passes.pull_back(closure, grad)
+            self.particle_nll = self.passes.ranks.own(each)
+            still = finite
+            if before is None or not isinstance(scale, Tensor):
+                still = self.finite_particles(self.particle_nll, grads, scale, finite)
+            if still is finite:
+                grads = self.without_others(grads, finite)
+                return _Pass(logits.detach(), grads, finite, stats)
+            # Once more without them: their predictions are in everybody's divergence.
+            finite = still
 
     def parameters(self) -> list[Tensor]:
         return [self.sigma] if self.sigma.requires_grad else []
@@ -178,34 +214,55 @@ class IBDR(Method):
         self.generator.set_state(state["generator"].cpu())
 
     def _objective(
-        self, logits: Tensor, targets: Tensor, before: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Σ_i ℓ_i + α ℓ_div and what to log; `before`: the unperturbed logits, for "cross"."""
+        self, logits: Tensor, targets: Tensor, before: _Pass | None, finite: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Σ_i ℓ_i + α ℓ_div over the particles `finite`, every particle's ℓ_i (K,) and what to log.
+
+        before: the pass at the unperturbed particles, for "cross".
+        """
+        unperturbed = None if before is None else before.logits
+        own_batches = targets.ndim == 2
+        if finite is not None:
+            logits = logits[finite]
+            targets = targets[finite] if own_batches else targets
+            unperturbed = None if unperturbed is None else unperturbed[finite]
+        particles = len(logits)
         volumes = 1  # that `divergence` is a sum of
-        if targets.ndim == 2:
+        if own_batches:
             if self.loss == "ensemble":
                 raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
             _warn_own_batches(logits, targets)
             nll, divergence = task_loss(logits, targets), logits.new_zeros(())
         else:
             nll, divergence = particle_loss(logits, targets, self.eps, self.kind)
-            if self.divergence == "cross" and before is not None:
-                divergence = self._cross_divergence(logits, targets, before)
-                volumes = self.num_particles
+            if self.divergence == "cross" and unperturbed is not None:
+                divergence = self._cross_divergence(logits, targets, unperturbed)
+                volumes = particles
+        weight = self.passes.weight(targets)
+        nll = nll * weight
+        each = nll.detach()
+        if finite is not None:
+            each = each.new_full((self.passes.total,), torch.nan).index_copy_(0, finite, each)
         if self.loss == "ensemble":
-            nll = task_loss(logits.mean(0, keepdim=True), targets) * self.num_particles
+            nll = task_loss(logits.mean(0, keepdim=True), targets) * weight * particles
+        if not own_batches:
+            divergence = divergence * weight
         total = nll.sum() + self.alpha * divergence
-        mean_nll = nll.detach().sum() / self.num_particles
+        mean_nll = nll.detach().sum() / particles
         mean_divergence = divergence.detach() / volumes
-        return total, {
-            "loss": mean_nll + self.alpha * mean_divergence,
-            "nll": mean_nll,
-            "divergence": mean_divergence,
-        }
+        return (
+            total,
+            each,
+            {
+                "loss": mean_nll + self.alpha * mean_divergence,
+                "nll": mean_nll,
+                "divergence": mean_divergence,
+            },
+        )
 
     def _cross_divergence(self, logits: Tensor, targets: Tensor, before: Tensor) -> Tensor:
         """Σ_i ℓ_div(θ'_i, θ_{−i}): problem i has particle i perturbed and the others not."""
-        particles = self.num_particles
+        particles = len(logits)
         own = torch.eye(particles, dtype=torch.bool, device=logits.device)[:, :, None, None]
         # (particle, problem, N, C)
         mixed = torch.where(own, logits.unsqueeze(1), before.unsqueeze(1)).flatten(1, 2)
@@ -216,9 +273,11 @@ class IBDR(Method):
         """ε (K, P), zero where a tensor has no noise; None where σ = 0."""
         if not self.noisy:
             return None
+        total, ranks = self.passes.total, self.passes.ranks
         return flatten(
             [
-                torch.empty_like(p).normal_(generator=self.generator)
+                # Those of all processes' particles are drawn: the particles that one process has.
+                ranks.own(p.new_empty(total, *p.shape[1:]).normal_(generator=self.generator))
                 if id(p) in self.noisy
                 else torch.zeros_like(p)
                 for p in self.params
@@ -239,13 +298,16 @@ class IBDR(Method):
     def _move(self, by: Tensor) -> None:
         torch._foreach_add_(self.params, unflatten(by, self.params))
 
-    def _update_lambda(self, climb: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def _update_lambda(self, moved: Tensor, before: Tensor, second: _Pass) -> Tensor:
+        """moved: ‖θ'_i − θ_i‖² of this process's particles. -> c̄"""
         if self.cost == "parameter":
-            distance = climb.square().sum(1).mean()
+            distance = self.passes.ranks.gather(moved)
         else:
             dtype = accumulator(before.dtype)
-            change = after.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
-            distance = change.square().sum(-1).mean()
+            change = second.logits.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
+            distance = change.square().sum(-1).mean(-1)
+            self.passes.ranks.mean_([distance])
+        distance = (distance if second.finite is None else distance[second.finite]).mean()
         moved = self.lambda_ - self.lambda_lr * (self.rho - distance)
         moved = moved.clamp(*self.lambda_bounds)
         # An overflowing step (GradScaler skips it) must not poison λ.

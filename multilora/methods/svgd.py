@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from multilora.methods.base import (
-    Closure,
-    Loss,
     Method,
     accumulate,
     flatten,
-    gradients,
-    particle_losses,
     require_different_particles,
     unflatten,
 )
+from multilora.methods.passes import Closure, Loss
 from multilora.ops import pairwise_frobenius, svgd_update
 from multilora.ops.common import accumulator
 
@@ -41,6 +38,7 @@ class SVGD(Method):
     repulse: "own", +∇_{θ_i} k_ij under descent (eq. 4 prints a minus, which would attract); or
         "stein", the textbook −∇_{θ_j} k_ji.
     loss: "particle" or a callable (logits, targets) -> (K,).
+    particle_chunk, nonfinite: see `Method`.
 
     The textbook forms add and subtract factors of different particles. With independent A_i these
     live in different bases (any A → RA, B → BR⁻¹ leaves ΔW as it is), and the sum is no descent
@@ -59,8 +57,11 @@ class SVGD(Method):
         drive: str = "own",
         repulse: str = "own",
         loss: Loss = "particle",
+        particle_chunk: int | None = None,
+        nonfinite: str = "raise",
     ):
-        super().__init__(model)
+        super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
+        model = self.model
         for name, value, choices in (
             ("scope", scope, ("layer", "global")),
             ("drive", drive, ("own", "mix")),
@@ -86,30 +87,40 @@ class SVGD(Method):
         else:
             self.dense = [[p] for p in self.params]
 
-    def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
-        losses = particle_losses(closure, self.num_particles, self.loss)
-        grads = dict(zip(self.params, gradients(losses.sum() * scale, self.params)))
-        stats = {"loss": losses.detach().mean(), "nll": losses.detach().mean()}
+    def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
+        losses, grads = self.passes.separate(closure, self.loss, scale)
+        finite = self.finite_particles(losses, grads, scale)
+        mean = self.mean_loss(losses, finite)
+        directions, stats = self._directions(grads, finite, scale)
+        accumulate(self.params, directions)
+        return {"loss": mean, "nll": mean} | stats
 
-        lora_A = [t.detach() for t in self.lora_A]
-        lora_B = [t.detach() for t in self.lora_B]
+    def _directions(
+        self, grads: list[Tensor], finite: Tensor | None, scale: float | Tensor
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """φ of this process's particles, among all processes' particles with a finite step."""
+        everyone = self._everyone(finite)
+        grad = dict(zip(self.params, self._all_gradients(grads, finite)))
+        lora_A = [everyone[t] for t in self.lora_A]
+        lora_B = [everyone[t] for t in self.lora_B]
         layers = len(lora_A)
         distances = []
         # Relative to the first particle: equal ones are then exactly zero, and so is their force.
-        dense = [flatten(group).detach() for group in self.dense]
+        dense = [flatten([everyone[t] for t in group]) for group in self.dense]
         dense = [x - x[:1] for x in dense]
         if layers:
             distances.append(pairwise_frobenius(lora_A, lora_B, self.scaling))
         distances += [_squared_distances(x)[None] for x in dense]
         D = torch.cat(distances)  # (layers + dense groups, K, K)
+        particles = D.shape[-1]
         if self.scope == "global":
             D = D.sum(0, keepdim=True).expand_as(D)
         width = self._two_h_squared(D)  # (groups, 1, 1)
         k = torch.exp(-D / width)
-        weight = k / self.num_particles
+        weight = k / particles
         # (groups, K, K), or (groups, K) where each particle moves by its own gradient only.
         mix = weight if self.drive == "mix" else weight.sum(-1)
-        repulsion = scale * self.gamma / self.num_particles
+        repulsion = scale * self.gamma / particles
 
         direction: dict[Tensor, Tensor] = {}
         # The force that the repulsion adds: Σ_j ∇_i k_ij, or −Σ_j ∇_j k_ji.
@@ -118,8 +129,8 @@ class SVGD(Method):
             # ½ Σ_ij k_ij has ∂/∂D_ij = −k_ij / 4h² and the gradient Σ_j ∇_i k_ij.
             upstream = -k[:layers].double() / (2 * width[:layers]) * repulsion
             # Frozen factors have no gradient; their direction is dropped.
-            grad_A = [grads[t] if t in grads else torch.zeros_like(t) for t in self.lora_A]
-            grad_B = [grads[t] if t in grads else torch.zeros_like(t) for t in self.lora_B]
+            grad_A = [grad[t] if t in grad else torch.zeros_like(everyone[t]) for t in self.lora_A]
+            grad_B = [grad[t] if t in grad else torch.zeros_like(everyone[t]) for t in self.lora_B]
             update = svgd_update(
                 grad_A, grad_B, mix[:layers], upstream, lora_A, lora_B, self.scaling
             )
@@ -139,22 +150,42 @@ class SVGD(Method):
         of_group |= {p: layers + i for i, group in enumerate(self.dense) for p in group}
         for p in self.params:
             if p not in direction:
-                driven = _mixed(mix[of_group[p]].to(p.dtype), grads[p])
+                driven = _mixed(mix[of_group[p]].to(p.dtype), grad[p])
                 direction[p] = driven + force[p] * repulsion
-        accumulate(self.params, [direction[p] for p in self.params])
-        self.step += 1
+        directions = [self._own(direction[p], finite) for p in self.params]
 
-        off = ~torch.eye(self.num_particles, dtype=torch.bool, device=k.device)
-        if self.num_particles > 1:
-            stats["kernel"] = k[:, off].mean()
-            stats["distance"] = D[:, off].mean()
-        return stats
+        off = ~torch.eye(particles, dtype=torch.bool, device=k.device)
+        if particles == 1:
+            return directions, {}
+        return directions, {"kernel": k[:, off].mean(), "distance": D[:, off].mean()}
+
+    def _everyone(self, finite: Tensor | None) -> dict[Tensor, Tensor]:
+        """Every tensor of the particles, with those of all processes that have a finite step."""
+        tensors = [*self.lora_A, *self.lora_B, *(t for group in self.dense for t in group)]
+        gathered = self.passes.ranks.gather_all(tensors)
+        if finite is not None:
+            gathered = [t[finite] for t in gathered]
+        return dict(zip(tensors, gathered))
+
+    def _all_gradients(self, grads: list[Tensor], finite: Tensor | None) -> list[Tensor]:
+        """The same of the gradients."""
+        ranks = self.passes.ranks
+        if ranks.particle_size > 1:
+            grads = ranks.gather_all(grads)
+        return grads if finite is None else [g[finite] for g in grads]
+
+    def _own(self, direction: Tensor, finite: Tensor | None) -> Tensor:
+        """This process's rows of what was computed for all; zero where a particle is skipped."""
+        if finite is not None:
+            every = direction.new_zeros(self.passes.total, *direction.shape[1:])
+            direction = every.index_copy_(0, finite, direction)
+        return self.passes.ranks.own(direction)
 
     def _two_h_squared(self, D: Tensor) -> Tensor:
         """2h² of every kernel (groups, 1, 1)."""
         if self.bandwidth != "median":
             return D.new_full((D.shape[0], 1, 1), 2 * self.bandwidth**2)
-        particles = self.num_particles
+        particles = D.shape[-1]
         if particles == 1:
             return D.new_ones(D.shape[0], 1, 1)
         i, j = torch.triu_indices(particles, particles, 1, device=D.device)

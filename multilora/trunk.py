@@ -1,0 +1,282 @@
+"""The shared trunk: what lies below the first particle layer runs once for all particles.
+
+Inside a particle model every batch has K·B rows, and until the first particle layer has run those
+of all particles are the same. A frozen module that runs before it is therefore given the B rows of
+one particle, and its outputs are repeated. That this is right is checked, not assumed: at first a
+module runs both ways, and is shared from then on only if both gave the same. A module that draws
+random numbers (dropout in training), mixes examples or keeps a state (a key-value cache) is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from multilora.layers import ParticleLayer, ParticleRows
+
+# An input or output of any other type may hold a state, and its module is not shared.
+_PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class TrunkRows(ParticleRows):
+    """The forward that is under way, and what its trunk gave for the same inputs before."""
+
+    def __init__(self):
+        self.device = torch.device("cpu")
+        self._random: list[Tensor] = []
+        self._memory: dict[Any, Any] | None = None
+        self._inputs: list[tuple[Any, int]] = []
+        self._calls: Counter = Counter()
+
+    def start(self, count: int, shared: int | None, inputs: Any) -> None:
+        """A forward of `count` rows begins; shared: B where all particles have the same inputs."""
+        self.count = count
+        self.shared = None
+        if shared is None or torch.compiler.is_compiling() or _capturing():
+            return
+        if self._memory is None and shared == count:
+            return  # one particle, one forward: nothing to share
+        leaves, _ = tree_flatten(inputs)
+        self.shared = shared
+        self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+        self._random = random_state(self.device)
+        if self._memory is None:
+            return
+        self._calls.clear()
+        inputs = [(leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in leaves]
+        same = len(inputs) == len(self._inputs) and all(
+            _is_same(a, b) and version == other
+            for (a, version), (b, other) in zip(inputs, self._inputs)
+        )
+        if not same:
+            self._memory.clear()
+            self._inputs = inputs
+
+    def stop(self) -> None:
+        self.count = self.shared = None
+
+    def still_shared(self) -> bool:
+        """Whether the particles' rows are still the same: no layer and no random number came
+        between them."""
+        if self.shared is not None:
+            if not _equal(self._random, random_state(self.device)):
+                self.shared = None
+        return self.shared is not None
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, forwards of the very same input tensors run the trunk once altogether."""
+        if self._memory is not None:
+            yield
+            return
+        self._memory = {}
+        try:
+            yield
+        finally:
+            self._memory, self._inputs = None, []
+            self._calls.clear()
+
+    def recall(self, shared: SharedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's output, from memory where this forward is a repetition."""
+        if self._memory is None:
+            return shared.inner(*args, **kwargs)
+        self._calls[id(shared)] += 1
+        key = (id(shared), self._calls[id(shared)], shared.module.training, _autocast())
+        if key in self._memory:
+            return self._memory[key]
+        output = shared.inner(*args, **kwargs)
+        leaves, _ = tree_flatten(output)
+        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+            self._memory[key] = output
+        return output
+
+
+class _Plan(NamedTuple):
+    """How a module is shared: which inputs and outputs have a row for every example."""
+
+    count: int
+    batch: int
+    inputs: list[bool]
+    outputs: list[bool]
+
+
+class SharedForward:
+    """Stands in for the `forward` of a frozen module that may lie below all particle layers."""
+
+    def __init__(self, module: nn.Module, rows: TrunkRows):
+        self.module, self.rows = module, rows
+        # Somebody else's stand-in, such as a hook of accelerate.
+        self.override = module.__dict__.get("forward")
+        # By mode and form of the inputs: the flags of the outputs, or None: not to be shared.
+        self.known: dict[Any, list[bool] | None] = {}
+        self.last: _Plan | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.override or type(self.module).forward)
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        if self.override is not None:
+            return self.override(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        rows = self.rows
+        if torch.compiler.is_compiling():
+            return self.inner(*args, **kwargs)
+        if not rows.recomputing:
+            self.last = None
+            if not rows.still_shared():
+                return self.inner(*args, **kwargs)
+            leaves, form = tree_flatten((args, kwargs))
+            flags = [_has_rows(leaf, rows.count) for leaf in leaves]
+            key = (self.module.training, rows.count == rows.shared, repr(form), *flags)
+            if key not in self.known:
+                self.known[key] = self._try(leaves, flags, form)
+            if self.known[key] is None:
+                rows.shared = None
+                return self.inner(*args, **kwargs)
+            self.last = _Plan(rows.count, rows.shared, flags, self.known[key])
+        # A checkpoint that runs its part of a forward again does what that forward did.
+        if self.last is None:
+            return self.inner(*args, **kwargs)
+        return self._once(self.last, args, kwargs)
+
+    def _once(self, plan: _Plan, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The outputs for one particle's rows, repeated for all."""
+        leaves, form = tree_flatten((args, kwargs))
+        args, kwargs = tree_unflatten(_narrowed(leaves, plan.inputs, plan.batch), form)
+        if self.rows.recomputing:
+            output = self.inner(*args, **kwargs)
+        else:
+            output = self.rows.recall(self, args, kwargs)
+        leaves, form = tree_flatten(output)
+        particles = plan.count // plan.batch
+        # Copies, all of them: what is remembered must not be changed in place.
+        repeated = [
+            leaf.repeat(particles if flag else 1, *[1] * (leaf.ndim - 1))
+            if isinstance(leaf, Tensor) and leaf.ndim
+            else leaf
+            for leaf, flag in zip(leaves, plan.outputs)
+        ]
+        return tree_unflatten(repeated, form)
+
+    def _try(self, leaves: list[Any], flags: list[bool], form: Any) -> list[bool] | None:
+        """The flags of the outputs, where all rows and those of one particle give the same."""
+        count, batch = self.rows.count, self.rows.shared
+        if not all(isinstance(leaf, _PLAIN) for leaf in leaves) or not any(flags):
+            return None
+        state, outputs = random_state(self.rows.device), []
+        for inputs in (leaves, _narrowed(leaves, flags, batch)):
+            # Copies: a module that writes into its inputs must not do so twice, nor be shared.
+            inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+            args, kwargs = tree_unflatten(inputs, form)
+            try:
+                with torch.no_grad():
+                    outputs.append(self.inner(*args, **kwargs))
+            except Exception:
+                # It may well refuse fewer rows; an error of its own comes back in the real call.
+                set_random_state(state, self.rows.device)
+                return None
+            drawn = not _equal(state, random_state(self.rows.device))
+            set_random_state(state, self.rows.device)
+            if drawn or any(leaf._version for leaf in inputs if isinstance(leaf, Tensor)):
+                return None
+        (full, form), (once, other) = map(tree_flatten, outputs)
+        if form != other:
+            return None
+        agreed = [_agree(a, b, count, batch) for a, b in zip(full, once)]
+        return None if None in agreed else agreed
+
+
+def share_forwards(base: nn.Module, rows: TrunkRows) -> None:
+    """Let the largest frozen modules without particles in them share their forward."""
+    holders = {
+        name.rpartition(".")[0]
+        for name, module in base.named_modules()
+        if isinstance(module, ParticleLayer)
+    }
+    # Every ancestor of a particle layer.
+    holders |= {h[:i] for h in list(holders) for i, c in enumerate(h) if c == "."} | {""}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if isinstance(module, ParticleLayer):
+            return
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if name in holders or container:
+            for child, inner in module.named_children():
+                visit(inner, f"{name}.{child}" if name else child)
+        elif next(module.parameters(), None) is not None:
+            module.forward = SharedForward(module, rows)
+
+    visit(base, "")
+
+
+def _agree(full: Any, once: Any, count: int, batch: int) -> bool | None:
+    """Whether two outputs say the same: True with a row for every example, False without; None
+    where they do not."""
+    if not isinstance(full, Tensor) or not isinstance(once, Tensor):
+        plain = isinstance(full, _PLAIN) and type(full) is type(once)
+        return False if plain and full == once else None
+    has_rows = _has_rows(full, count) and count != batch
+    expected = (batch, *full.shape[1:]) if has_rows else full.shape
+    if once.shape != expected or once.dtype != full.dtype:
+        return None
+    if has_rows:
+        full = full.unflatten(0, (-1, batch))
+    if not full.is_floating_point():
+        return has_rows if bool((full == once).all()) else None
+    # Other batch sizes round otherwise; anything that mixes rows or draws differs by far more.
+    error = torch.linalg.vector_norm((full - once).double())
+    scale = torch.linalg.vector_norm(full.double())
+    return has_rows if bool(error <= torch.finfo(full.dtype).eps ** 0.5 * scale) else None
+
+
+def _narrowed(leaves: list[Any], flags: list[bool], batch: int) -> list[Any]:
+    return [leaf[:batch] if flag else leaf for leaf, flag in zip(leaves, flags)]
+
+
+def _has_rows(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == count
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (
+        type(a) is type(b) and not isinstance(a, Tensor) and isinstance(a, _PLAIN) and a == b
+    )
+
+
+def _autocast() -> tuple:
+    return tuple(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        for device in ("cpu", "cuda")
+    )
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _equal(before: list[Tensor], now: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, now))
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The states of PyTorch's generators of the CPU and `device`; a random number changes one."""
+    state = [torch.get_rng_state()]
+    if device.type == "cuda":
+        state.append(torch.cuda.get_rng_state(device))
+    return state
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

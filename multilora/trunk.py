@@ -65,9 +65,8 @@ class TrunkRows(ParticleRows):
     def still_shared(self) -> bool:
         """Whether the particles' rows are still the same: no layer and no random number came
         between them."""
-        if self.shared is not None:
-            if not _equal(self._random, random_state(self.device)):
-                self.shared = None
+        if self.shared is not None and not _equal(self._random, random_state(self.device)):
+            self.shared = None
         return self.shared is not None
 
     @contextlib.contextmanager

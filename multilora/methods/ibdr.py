@@ -186,7 +186,7 @@ class IBDR(Method):
             total, each, stats = self._objective(logits, targets, before, finite)
             (grad,) = torch.autograd.grad(total * scale, logits)
             grads = self.passes.pull_back(closure, grad)
-            self.particle_nll = self.passes.ranks.own(each)
+            self.particle_nll = self.passes.mean(self.passes.ranks.own(each))
             still = finite
             if before is None or not isinstance(scale, Tensor):
                 still = self.finite_particles(self.particle_nll, grads, scale, finite)

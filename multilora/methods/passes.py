@@ -75,7 +75,7 @@ class Passes:
                 values = self._losses(closure, loss, part)
                 grads.append(gradients(values.sum() * scale, params))
             losses.append(values.detach())
-        return self._mean(torch.cat(losses)), self._joined(grads)
+        return self.mean(torch.cat(losses)), self._joined(grads)
 
     def predict(self, closure: Closure) -> tuple[Tensor, Tensor]:
         """-> the logits (K, N, C) of all processes' particles, a leaf of its own, and targets (N,)
@@ -120,6 +120,11 @@ class Passes:
         """Brings means over this process's valid targets to those over all processes' data: their
         mean over the processes, times this, is the mean over everything."""
         return self.ranks.share_of_mean((targets != IGNORE_INDEX).sum(-1))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the data of all processes."""
+        self.ranks.mean_([values])
+        return values
 
     def log(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars as they are over the data of all processes."""
@@ -196,10 +201,6 @@ class Passes:
     def _mean_all(self, grads: list[Tensor]) -> list[Tensor]:
         self.ranks.mean_(grads)
         return grads
-
-    def _mean(self, values: Tensor) -> Tensor:
-        self.ranks.mean_([values])
-        return values
 
 
 def _unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:

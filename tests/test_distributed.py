@@ -1,0 +1,151 @@
+"""Processes that share the data, the particles or both take the steps of one process."""
+
+import os
+import signal
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import FAMILIES, logits_of, perturb
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import multilora as ml
+
+K, B = 4, 8
+METHODS = {
+    "ensemble": (ml.Ensemble, {}),
+    "svgd": (ml.SVGD, {}),
+    "svgd-stein": (ml.SVGD, {"drive": "mix", "repulse": "stein", "scope": "global"}),
+    "ibdr": (ml.IBDR, {}),
+    "ibdr-noise": (ml.IBDR, {"sigma": 0.01, "learn_sigma": True, "beta": 0.1, "cost": "output"}),
+    "ibdr-cross": (ml.IBDR, {"divergence": "cross", "alpha": 1.0}),
+}
+
+
+def run_in_processes(size, function, *args):
+    """function(rank, *args) in `size` forked processes that form a gloo group -> their results.
+
+    Forked, because importing everything again takes longer than the tests.
+    """
+    folder = args[0]
+    children = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid:
+            children.append(pid)
+            continue
+        try:
+            warnings.simplefilter("ignore")
+            rendezvous = f"file://{folder}/rendezvous"
+            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+            torch.save(function(rank, *args), folder / f"result_{rank}")
+            dist.destroy_process_group()
+        except BaseException:
+            (folder / f"error_{rank}").write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+    failed = [pid for pid in children if os.waitpid(pid, 0)[1]]
+    (folder / "rendezvous").unlink(missing_ok=True)
+    errors = "\n".join(file.read_text() for file in sorted(folder.glob("error_*")))
+    assert not failed, errors or f"{failed} died"
+    return [torch.load(folder / f"result_{rank}") for rank in range(size)]
+
+
+def everything(family, ids, **options):
+    """All particles' model, with inputs and targets of examples `ids`."""
+    family = FAMILIES[family]
+    model = ml.get_particle_model(family.build(), family.config(), K, **options).train()
+    inputs = {key: t[ids] for key, t in family.inputs(batch=B).items()}
+    if "input_ids" in inputs:
+        # Rows differ in length, so processes have different numbers of targets.
+        targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    else:
+        targets = (torch.arange(B) % 3)[ids]
+    return model, lambda forward: (logits_of(forward(**inputs)), targets)
+
+
+def set_particles(model, first):
+    """The tensors that `perturb` gives to all K particles, of those that this process has."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.particle_parameters():
+            noise = torch.randn(K, *p.shape[1:], generator=generator).to(p.dtype)
+            p.add_(noise[first : first + len(p)], alpha=0.3)
+
+
+def step(model, method, closure, forward):
+    stats = method.backward(lambda: closure(forward), scale=0.5)
+    grads = [p.grad for p in [*model.particle_parameters(), *method.parameters()]]
+    model.zero_grad()
+    state = [v for v in method.state_dict().values() if isinstance(v, torch.Tensor)]
+    return {"grads": grads, "stats": stats, "nll": method.particle_nll, "state": state}
+
+
+def steps_of(rank, folder, shape, family, wrap):
+    """One step of every method in this process; `shape`: processes along data and particles."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "particle"))
+    data = mesh.get_local_rank("data")
+    share = B // shape[0]
+    ids = torch.arange(data * share, (data + 1) * share)
+    model, closure = everything(family, ids, mesh=None if wrap == "ddp" else mesh)
+    set_particles(model, mesh.get_local_rank("particle") * (K // shape[1]))
+    forward = model
+    if wrap == "ddp":
+        forward = DistributedDataParallel(model)
+    if wrap == "fsdp":
+        ignored = set(model.particle_parameters())
+        for block in model.base.blocks:
+            fully_shard(block, mesh=mesh["data"], ignored_params=ignored)
+        fully_shard(model, mesh=mesh["data"], ignored_params=ignored)
+        assert sum(p.numel() for p in ignored) == sum(
+            p.numel() for p in model.parameters() if not hasattr(p, "placements")
+        )
+    results = {}
+    for name, (kind, options) in METHODS.items():
+        for chunk in (None, 1):
+            method = kind(forward, **options, particle_chunk=chunk)
+            results[name, chunk] = step(model, method, closure, forward)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "wrap"),
+    [
+        ("vit", (2, 1), "mesh"),
+        ("vit", (1, 2), "mesh"),
+        ("vit", (2, 2), "mesh"),
+        ("vit", (1, 4), "mesh"),
+        ("llama", (4, 1), "mesh"),
+        ("llama", (2, 2), "mesh"),
+        ("vit", (2, 1), "ddp"),
+        ("vit", (2, 1), "fsdp"),
+        ("vit", (2, 2), "fsdp"),
+    ],
+)
+def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
+    model, closure = everything(family, torch.arange(B))
+    perturb(model)
+    results = run_in_processes(shape[0] * shape[1], steps_of, tmp_path, shape, family, wrap)
+    tolerance = max(FAMILIES[family].tolerance, 1e-9)
+    for name, (kind, options) in METHODS.items():
+        expected = step(model, kind(model, **options), closure, model)
+        for rank, result in enumerate(results):
+            share = K // shape[1]
+            first = rank % shape[1] * share
+            for chunk in (None, 1):
+                got = result[name, chunk]
+                for a, b in zip(got["grads"], expected["grads"], strict=True):
+                    b = b[first : first + share]
+                    scale = tolerance * expected["grads"][0].abs().max().item()
+                    torch.testing.assert_close(a, b, rtol=tolerance, atol=scale)
+                torch.testing.assert_close(
+                    got["nll"], expected["nll"][first : first + share], rtol=tolerance, atol=1e-9
+                )
+                torch.testing.assert_close(
+                    got["stats"], expected["stats"], rtol=tolerance, atol=1e-9
+                )

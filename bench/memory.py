@@ -63,9 +63,9 @@ def measure(particles: int, rows: int, method: str) -> dict[str, int | None]:
     if device.type == "cpu":
         # Imports, thread pools and the libraries' own caches belong to neither side.
         train(1, 1, method, 1, device)
-        before = _status("VmRSS")
+        before = status("VmRSS")
         train(particles, rows, method, 2, device)
-        resident = _status("VmHWM") - before
+        resident = status("VmHWM") - before
     allocated = peak_memory(lambda: train(particles, rows, method, 2, device), device)
     return {"resident": resident, "allocated": allocated}
 
@@ -104,7 +104,7 @@ def _in_fresh_process(particles: int, rows: int, method: str) -> dict[str, int |
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A size that Linux keeps for this process. getrusage's ru_maxrss would not do: a process
     inherits it from the one that started it."""
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,0 +1,190 @@
+"""python -m bench.many_particles: what many particles and a shared trunk cost.
+
+Two questions, of training steps in float32 at random weights:
+- CLIP's ViT-B/32, rank 4 on the MLPs (Bella's set-up), K = 4, 20 and 100 particles, four at a time: how
+  do peak memory and time grow with K? Every K in a process of its own.
+- ViT-B/16, rank 8 on `qkv` of the last four of twelve blocks, K = 8: how much faster is a step whose
+  trunk runs once for all particles? Both ways take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import multilora as ml
+from bench.measure import default_device, interleave, machine, quartiles
+from bench.memory import status
+
+RESULTS = Path(__file__).parent / "results"
+PARTICLES, CHUNK = (4, 20, 100), 4
+#: Trainable numbers a particle: 12 blocks · 2 linears · r (768 + 3072).
+TRAINABLE = 368_640
+MEMORY_GOAL, TRUNK_GOAL = 1.25, 1.8
+METHODS = {"ensemble": ml.Ensemble, "svgd": ml.SVGD, "ibdr": ml.IBDR}
+
+
+def bella_model(particles: int) -> ml.ParticleModel:
+    """CLIP ViT-B/32 as timm builds it, with its image encoder's head frozen (512 numbers)."""
+    import peft
+    import timm
+
+    torch.manual_seed(0)
+    base = timm.create_model("vit_base_patch32_clip_224", pretrained=False, num_classes=100)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["mlp.fc1", "mlp.fc2"])
+    return ml.get_particle_model(base, config, particles)
+
+
+def bella(particles: int, images: int, steps: int) -> dict[str, Any]:
+    """Resident memory and seconds of SVGD steps with AdamW, in this process."""
+    device = default_device()
+    before = status("VmRSS")
+    model = bella_model(particles).to(device).train()
+    trainable = sum(p[0].numel() for p in model.particle_parameters())
+    if trainable != TRAINABLE:
+        raise AssertionError(f"{trainable} trainable numbers a particle, not {TRAINABLE}")
+    method = ml.SVGD(model, particle_chunk=CHUNK)
+    optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-3)
+    x = torch.randn(images, 3, 224, 224, device=device)
+    y = torch.randint(100, (images,), device=device)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        method.backward(lambda: (model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    # The first step also finds out which modules can be shared.
+    return {"resident": status("VmHWM") - before, "seconds": min(seconds[1:])}
+
+
+def growth(images: int, steps: int, particles: tuple[int, ...]) -> list[dict[str, Any]]:
+    results = []
+    for k in particles:
+        command = [sys.executable, "-m", "bench.many_particles", "--particles", str(k)]
+        command += ["--images", str(images), "--steps", str(steps)]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+        measured = json.loads(done.stdout.splitlines()[-1])
+        results.append({"particles": k, "chunk": CHUNK, "images": images, **measured})
+        print(
+            f"CLIP ViT-B/32, SVGD, K = {k:3}, {CHUNK} at a time, {images} images: "
+            f"{measured['resident'] / 2**20:.0f} MiB, {measured['seconds']:.2f} s a step, "
+            f"{measured['seconds'] / k:.3f} s a particle",
+            flush=True,
+        )
+    return results
+
+
+def trunk(method: str, images: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """A step with the shared trunk and without it, taking turns; the same gradients first."""
+    import peft
+    import timm
+
+    device = default_device()
+    torch.manual_seed(0)
+    base = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=10)
+    config = peft.LoraConfig(
+        r=8, target_modules=r"blocks\.(8|9|10|11)\.attn\.qkv", modules_to_save=["head"]
+    )
+    model = ml.get_particle_model(base, config, 8).to(device).train()
+    algorithm = METHODS[method](model)
+    optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-4)
+    x = torch.randn(images, 3, 224, 224, device=device)
+    y = torch.randint(10, (images,), device=device)
+
+    def backward(shared: bool) -> torch.Tensor:
+        model.share_trunk = shared
+        optimizer.zero_grad()
+        algorithm.backward(lambda: (model(x), y))
+        return torch.cat([p.grad.flatten() for p in model.particle_parameters()])
+
+    def step(shared: bool) -> float:
+        start = time.perf_counter()
+        backward(shared)
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    state = algorithm.state_dict()
+    with_, without = backward(True), None
+    algorithm.load_state_dict(state)
+    without = backward(False)
+    error = (torch.linalg.vector_norm(with_ - without) / torch.linalg.vector_norm(without)).item()
+    record: dict[str, Any] = {
+        "group": "shared trunk",
+        "name": f"ViT-B/16, 4 of 12 blocks, K8, {images} images, {method} step",
+        "error": error,
+        "failures": {},
+    }
+    if not error < 1e-4:
+        record["failures"]["shared"] = f"gradients differ by {error:.1e}"
+        return record
+    timings = interleave(
+        {name: lambda s=s: step(s) for name, s in (("shared", True), ("off", False))},
+        seconds,
+        rounds,
+    )
+    ratios = [a / b for a, b in zip(timings["off"].samples, timings["shared"].samples)]
+    record |= {
+        "seconds": {name: timing.quartiles() for name, timing in timings.items()},
+        "rounds": len(ratios),
+        "speedup": quartiles(ratios),
+        "goal": TRUNK_GOAL,
+        "met": statistics.median(ratios) >= TRUNK_GOAL,
+    }
+    return record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m bench.many_particles", description=__doc__)
+    parser.add_argument("--out", default="latest-many", help="the record is results/OUT.json")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: too short to quote")
+    parser.add_argument("--particles", type=int, help="one K, in this process")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=2)
+    args = parser.parse_args()
+    if args.particles:
+        print(json.dumps(bella(args.particles, args.images, args.steps)))
+        return 0
+    record: dict[str, Any] = {"machine": machine(default_device()), "quick": args.quick}
+    record["cases"] = []
+    for method in METHODS:
+        case = trunk(method, *((1, 1.0, 3) if args.quick else (4, 30.0, 7)))
+        record["cases"].append(case)
+        if case["failures"]:
+            print(f"{case['name']}: WRONG, not compared: {case['failures']}")
+            continue
+        low, median, high = case["speedup"]
+        print(
+            f"{case['name']}: {case['seconds']['shared'][1]:.2f} s against "
+            f"{case['seconds']['off'][1]:.2f} s, ×{median:.2f} [{low:.2f}, {high:.2f}] "
+            f"(goal {TRUNK_GOAL}: {'met' if case['met'] else 'missed'})",
+            flush=True,
+        )
+    particles = (4, 8) if args.quick else PARTICLES
+    record["growth"] = growth(2 if args.quick else args.images, args.steps, particles)
+    first, last = record["growth"][0], record["growth"][-1]
+    record["memory_ratio"] = last["resident"] / first["resident"]
+    record["time_ratio"] = last["seconds"] / first["seconds"]
+    print(
+        f"K = {last['particles']} against {first['particles']}: ×{record['memory_ratio']:.2f} memory "
+        f"(goal {MEMORY_GOAL}), ×{record['time_ratio']:.1f} time"
+    )
+    file = RESULTS / f"{args.out}.json"
+    short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    file.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
+    return 1 if any(case["failures"] for case in record["cases"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -276,7 +276,7 @@ def questions(
     data: str | Path,
     model: str,
     pretrained: bool = True,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | None = None,
     seed: int = 0,
     split: str = "test",
     classes: str = "answers",
@@ -286,13 +286,15 @@ def questions(
 ) -> Task:
     """A causal language model on a commonsense task; see `integrations.commonsense`.
 
-    Prompts have at most max_length tokens, or what the model has positions for.
+    targets: those of the papers, q_proj and v_proj, where it is None. Prompts have at most
+    max_length tokens, or what the model has positions for.
     """
     train, test = commonsense.load(task, data, split)
     tokenizer = commonsense.create_tokenizer(model)
     tokens = commonsense.answer_tokens(tokenizer, train[0])
     base = commonsense.create_base(model, pretrained, seed, **model_args)
-    max_length = min(max_length, getattr(base.config, "max_position_embeddings", max_length))
+    positions = getattr(base.config, "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
     prompts = [commonsense.Prompts(tokenizer, part, max_length) for part in (train, test)]
     truncated = sum(p.truncated for p in prompts)
     if truncated:
@@ -303,7 +305,7 @@ def questions(
     logits = commonsense.AnswerLogits(base, tokens, classes)
     return Task(
         base=base,
-        targets=_existing(base, targets),
+        targets=_existing(base, targets or ("q_proj", "v_proj")),
         head=None,
         classes=list(train[0].candidates),
         train=prompts[0],

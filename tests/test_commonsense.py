@@ -424,6 +424,11 @@ def test_long_prompts_are_reported(folder, arc_data):
     task = tasks.questions("arc_easy", arc_data, str(folder), max_length=20, report=said.append)
     assert said == ["52 of 52 prompts have more than 20 tokens and lose their beginning"]
     assert {len(row) for row in task.train.ids} == {20}
+    # The model has 128 positions.
+    records = [BOOLQ | {"passage": "Snow is white. " * 40}] * 5
+    write_lines(arc_data / "boolq.jsonl", records)
+    task = tasks.questions("boolq", arc_data / "boolq.jsonl", str(folder), report=said.append)
+    assert {len(row) for row in task.train.ids} == {128} and "more than 128 tokens" in said[1]
 
 
 def test_a_configuration_without_weights(folder, arc_data):

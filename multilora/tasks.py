@@ -286,7 +286,7 @@ def questions(
 ) -> Task:
     """A causal language model on a commonsense task; see `integrations.commonsense`.
 
-    targets: those of the papers, q_proj and v_proj, where it is None. Prompts have at most
+    targets: q_proj and v_proj where it is None. Prompts have at most
     max_length tokens, or what the model has positions for.
     """
     train, test = commonsense.load(task, data, split)

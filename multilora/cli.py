@@ -12,6 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from multilora import recipes
+
 #: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
 _COLUMNS = (
     ("accuracy ↑", ("accuracy",), 3),
@@ -27,6 +29,11 @@ _COLUMNS = (
     ("OOD AUROC (MI) ↑", ("auroc_ood_mi",), 3),
     ("step ms ↓", ("step_ms",), 1),
 )
+#: The options of `train` that are fields of training.Settings, but for those of a whole comparison.
+_SETTINGS = (
+    "model data pretrained targets rank lora_alpha steps batch_size lr weight_decay shots "
+    "augment split classes max_length"
+).split()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,11 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"multilora: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        wanted = (
-            "the kernels need the package triton"
-            if error.name == "triton"
-            else "the image tasks need the extra: pip install 'multilora[vision]'"
-        )
+        wanted = {
+            "triton": "the kernels need the package triton",
+            "datasets": "a folder of Hugging Face's datasets needs the package datasets",
+        }.get(error.name, "the tasks need the extra: pip install 'multilora[vision]'")
         print(f"multilora: {error}; {wanted}", file=sys.stderr)
         return 1
 
@@ -53,40 +59,84 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train particles; without options, IBDR on handwritten digits"
+        "train",
+        help="train particles; without options, IBDR on handwritten digits",
+        epilog="* For vtab and the commonsense tasks, what their recipe says (multilora/recipes).",
     )
     train.set_defaults(run=_train)
     default = " [%(default)s]"
-    train.add_argument("--task", default="digits", help="the embedded task" + default)
+    train.add_argument(
+        "--task",
+        help="digits, images, vtab, "
+        + ", ".join(recipes.read("commonsense")["datasets"])
+        + " [digits; with --model, images]",
+    )
     train.add_argument(
         "--method",
         default="ibdr",
         choices=("ibdr", "svgd", "ensemble", "single"),
         help="how the particles train" + default,
     )
-    train.add_argument("--particles", type=int, metavar="K", help="[4; 5 for svgd, 1 for single]")
-    train.add_argument("--rank", type=int, default=8, help="of the adapters" + default)
+    train.add_argument(
+        "--method-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        type=_key_value,
+        help="hyper-parameters of the method, e.g. alpha=0.05 rho=0.1 [its own*]",
+    )
+    train.add_argument("--particles", type=int, metavar="K", help="[4*; 5* for svgd, 1 for single]")
+    train.add_argument("--rank", type=int, help="of the adapters [8*]")
+    train.add_argument("--lora-alpha", type=float, help="ΔW is scaled by it / rank [the rank*]")
     train.add_argument("--seed", type=int, default=0, help="of data, particles, noise" + default)
-    train.add_argument("--steps", type=int, default=200, help="of the optimizer" + default)
-    train.add_argument("--batch-size", type=int, default=16, help="shared by all" + default)
-    train.add_argument("--lr", type=float, default=3e-3, help="of AdamW" + default)
-    train.add_argument("--weight-decay", type=float, default=0.01, help="of AdamW" + default)
-    train.add_argument("--shots", type=int, default=20, help="examples a class (digits)" + default)
-    train.add_argument("--model", help="a timm model, with --data in place of --task")
+    train.add_argument("--steps", type=int, help="of the optimizer [200*]")
+    train.add_argument("--batch-size", type=int, help="shared by all [16*]")
+    train.add_argument("--lr", type=float, help="of AdamW [0.003*]")
+    train.add_argument("--weight-decay", type=float, help="of AdamW [0.01*]")
+    train.add_argument("--shots", type=int, help="examples a class (digits) [20]")
     train.add_argument(
-        "--data", metavar="DIR", help="a folder of images: train/ and val/, by class"
+        "--model",
+        help="a timm model; for the commonsense tasks, a causal language model of transformers, "
+        "by name or folder",
     )
     train.add_argument(
-        "--no-pretrained", dest="pretrained", action="store_false", help="--model starts random"
+        "--data",
+        metavar="DIR",
+        help="a folder of images, train/ and val/ by class; vtab: a data set's folder, named as "
+        "VTAB-1K names it; commonsense: JSON lines, or a folder of them or of a saved DatasetDict",
     )
-    train.add_argument("--targets", nargs="+", help="layers to adapt with --model [qkv]")
+    train.add_argument(
+        "--split",
+        choices=("test", "tune"),
+        help="what to evaluate on: the test set, or that for tuning (vtab: train on train800, "
+        "evaluate on val200) [test]",
+    )
+    train.add_argument(
+        "--augment", action="store_true", default=None, help="timm's augmentation of images"
+    )
+    train.add_argument(
+        "--classes",
+        choices=("answers", "vocabulary"),
+        help="commonsense: cross-entropy among the answers' tokens, or all tokens [*]",
+    )
+    train.add_argument("--max-length", type=int, help="commonsense: tokens of a prompt [512*]")
+    train.add_argument(
+        "--no-pretrained",
+        dest="pretrained",
+        action="store_false",
+        default=None,
+        help="--model starts random",
+    )
+    train.add_argument(
+        "--targets", nargs="+", help="layers to adapt with --model [qkv; q_proj v_proj]"
+    )
     train.add_argument(
         "--model-args",
         nargs="+",
         metavar="KEY=VALUE",
         default=[],
         type=_key_value,
-        help="for timm.create_model, e.g. img_size=32",
+        help="for timm.create_model, e.g. img_size=32, or transformers' from_pretrained",
     )
     train.add_argument("--out", metavar="DIR", help="[runs/TASK-METHOD-SEED, numbered if taken]")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -131,31 +181,24 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from multilora.training import METHODS, Settings, to_json, train
+    from multilora.training import METHODS, Settings, recommended, to_json, train
 
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     def settings(method: str, seed: int, particles: int | None) -> Settings:
-        if particles is None:
-            particles = {"single": 1, "svgd": 5}.get(method, 4)
-        return Settings(
-            task=args.task,
-            method=method,
-            particles=particles,
-            rank=args.rank,
+        # What is not given is the recipe's, or the default of Settings.
+        given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+        if particles is not None:
+            given["particles"] = particles
+        return recommended(
+            args.task or ("digits" if args.model is None else "images"),
+            method,
             seed=seed,
-            steps=args.steps,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            weight_decay=args.weight_decay,
-            shots=args.shots,
-            model=args.model,
-            data=args.data,
-            pretrained=args.pretrained,
-            targets=tuple(args.targets) if args.targets else None,
             model_args=tuple(args.model_args),
+            method_args=args.method_args,
+            **given,
         )
 
     def run(settings: Settings, out: Path) -> dict[str, Any]:
@@ -424,7 +467,9 @@ def _cell(values: list[float | None], decimals: int) -> str:
 
 def _free_folder(settings: Any, method: str | None = None) -> Path:
     """runs/TASK-METHOD-SEED, numbered where it is taken."""
-    task = settings.model or settings.task
+    task = settings.model if settings.task == "images" else settings.task
+    if task == "vtab":
+        task += f"-{Path(settings.data).name}"
     stem = f"{task}-{method or settings.method}-{settings.seed}".replace("/", "_")
     path, number = Path("runs") / stem, 1
     while path.exists():

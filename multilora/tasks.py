@@ -1,11 +1,11 @@
-"""What the command line trains on: handwritten digits that need no download, or your images."""
+"""What the command line trains on: digits that need no download, images, questions."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from multilora.integrations import commonsense, vtab
 from multilora.integrations.timm import (
     class_names,
     classifier_name,
@@ -26,18 +27,39 @@ from multilora.integrations.timm import (
 Report = Callable[[str], None]
 
 
+def names() -> tuple[str, ...]:
+    return ("digits", "images", "vtab", *commonsense.names())
+
+
+def _call(model: nn.Module, x: Any) -> Tensor:
+    return model(x)
+
+
+def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    return model(x), y
+
+
 @dataclass(frozen=True)
 class Task:
-    """A pretrained base, what to adapt in it, and the data sets of (image, label) pairs."""
+    """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
+
+    A batch of inputs is a tensor, or what `collate` makes of them: a dict of tensors.
+    predict(model, x): the particles' logits (K, N, classes), which are evaluated against labels.
+    learn(model, x, y): the logits and targets that a method's closure returns.
+    """
 
     base: nn.Module
     targets: list[str]
-    head: str
+    head: str | None
     classes: list[str]
     train: Dataset
     test: Dataset
     corrupted: dict[str, Dataset] = field(default_factory=dict)
     ood: Dataset | None = None
+    collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
+    predict: Callable[[nn.Module, Any], Tensor] = _call
+    learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass
+    evaluation_batch: int = 256
 
 
 # --- digits --------------------------------------------------------------------------------------
@@ -184,30 +206,128 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multilora"
 
 
-# --- image folders -------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------
 
 
 def images(
     data: str | Path,
     model: str,
     pretrained: bool = True,
-    targets: list[str] | None = None,
+    targets: Sequence[str] | None = None,
     seed: int = 0,
+    augment: bool = False,
     **model_args: Any,
 ) -> Task:
     """Any timm model on a folder of images; see `integrations.timm.image_folder` for its layout.
 
-    The seed draws the new head (and, without pretraining, the model).
+    The seed draws the new head (and, without pretraining, the model) and the augmentation.
     """
+    base = _timm_base(model, len(class_names(data)), pretrained, seed, model_args)
+    train, test, classes = image_folder(data, base, augment, seed, **model_args)
+    return _image_task(base, targets, train, test, classes)
+
+
+def vtab1k(
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    augment: bool = False,
+    split: str = "test",
+    **model_args: Any,
+) -> Task:
+    """Any timm model on a data set of VTAB-1K; see `integrations.vtab.vtab` for its layout."""
+    base = _timm_base(model, vtab.num_classes(data), pretrained, seed, model_args)
+    train, test, classes = vtab.vtab(data, base, split, augment, seed, **model_args)
+    return _image_task(base, targets, train, test, classes)
+
+
+def _timm_base(
+    model: str, classes: int, pretrained: bool, seed: int, model_args: dict[str, Any]
+) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        base = create_base(model, len(class_names(data)), pretrained, **model_args)
-    train, test, classes = image_folder(data, base, **model_args)
+        return create_base(model, classes, pretrained, **model_args)
+
+
+def _image_task(
+    base: nn.Module,
+    targets: Sequence[str] | None,
+    train: Dataset,
+    test: Dataset,
+    classes: list[str],
+) -> Task:
     return Task(
         base=base,
-        targets=targets or default_targets(base),
+        targets=_existing(base, targets) if targets else default_targets(base),
         head=classifier_name(base),
         classes=classes,
         train=train,
         test=test,
     )
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+def questions(
+    task: str,
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    split: str = "test",
+    classes: str = "answers",
+    max_length: int = 512,
+    report: Report = print,
+    **model_args: Any,
+) -> Task:
+    """A causal language model on a commonsense task; see `integrations.commonsense`.
+
+    targets: q_proj and v_proj where it is None. Prompts have at most
+    max_length tokens, or what the model has positions for.
+    """
+    train, test = commonsense.load(task, data, split)
+    tokenizer = commonsense.create_tokenizer(model)
+    tokens = commonsense.answer_tokens(tokenizer, train[0])
+    base = commonsense.create_base(model, pretrained, seed, **model_args)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
+    prompts = [commonsense.Prompts(tokenizer, part, max_length) for part in (train, test)]
+    truncated = sum(p.truncated for p in prompts)
+    if truncated:
+        report(
+            f"{truncated} of {len(train) + len(test)} prompts have more than {max_length} tokens "
+            "and lose their beginning"
+        )
+    logits = commonsense.AnswerLogits(base, tokens, classes)
+    return Task(
+        base=base,
+        targets=_existing(base, targets or ("q_proj", "v_proj")),
+        head=None,
+        classes=list(train[0].candidates),
+        train=prompts[0],
+        test=prompts[1],
+        collate=commonsense.collate,
+        predict=logits.predict,
+        learn=logits.learn,
+        evaluation_batch=32,
+    )
+
+
+def _existing(base: nn.Module, targets: Sequence[str]) -> list[str]:
+    """`targets`, checked: each is the name of a layer, or its end."""
+    layers = [name for name, _ in base.named_modules()]
+    missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
+    if missing:
+        ends = {
+            name.rpartition(".")[2]
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+        raise ValueError(
+            f"{type(base).__name__} has no layers {missing}; choose targets among {sorted(ends)}"
+        )
+    return list(targets)

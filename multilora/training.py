@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multilora import metrics
+from multilora import metrics, recipes
 from multilora.checkpoint import load_particle_model
+from multilora.integrations import commonsense, vtab
 from multilora.methods import IBDR, SVGD, Ensemble, Method
 from multilora.model import ParticleModel, get_particle_model
 from multilora.plots import reliability_diagram
-from multilora.tasks import Report, Task, digits, images
+from multilora.tasks import Report, Task, digits, images, names, questions, vtab1k
 
 METHODS = ("ibdr", "svgd", "ensemble", "single")
 _CHECKPOINT = "checkpoint.pt"
@@ -48,14 +50,25 @@ class Settings:
     pretrained: bool = True
     targets: tuple[str, ...] | None = None
     model_args: tuple[tuple[str, Any], ...] = ()
+    lora_alpha: float | None = None  # the rank
+    method_args: tuple[tuple[str, Any], ...] = ()
+    augment: bool = False
+    split: str = "test"
+    classes: str = "answers"
+    max_length: int = 512
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}; got {self.method!r}")
         if (self.model is None) != (self.data is None):
             raise ValueError("a task of your own needs both --model and --data")
+        if self.task not in names():
+            raise ValueError(f"the tasks are {', '.join(names())}; got {self.task!r}")
+        if self.task == "digits" and self.model is not None:
+            object.__setattr__(self, "task", "images")
         if self.task != "digits" and self.model is None:
-            raise ValueError(f'the tasks are "digits", and --model with --data; got {self.task!r}')
+            raise ValueError(f"the task {self.task!r} needs --model and --data")
+        self._check_options()
         if self.method == "single" and self.particles != 1:
             raise ValueError(f"a single model has 1 particle; got {self.particles}")
         if self.steps < 1 or self.batch_size < 1:
@@ -63,26 +76,82 @@ class Settings:
                 f"steps and batch size must be at least 1; got {self.steps} and {self.batch_size}"
             )
 
+    def _check_options(self) -> None:
+        """An option that the task would ignore is an error."""
+        for option, tasks in (
+            ("augment", ("images", "vtab")),
+            ("split", ("vtab", *commonsense.names())),
+            ("classes", commonsense.names()),
+            ("max_length", commonsense.names()),
+        ):
+            value = getattr(self, option)
+            if self.task not in tasks and value != getattr(Settings, option):
+                raise ValueError(
+                    f"{option} = {value!r} is for the tasks {', '.join(tasks)}; "
+                    f"got the task {self.task!r}"
+                )
+
+
+def recommended(
+    task: str = "digits", method: str = "ibdr", data: str | None = None, **given: Any
+) -> Settings:
+    """The settings of the task's recipe (recipes/*.json), with those given in place of its own.
+
+    given: fields of Settings; method_args are merged by name.
+    """
+    recipe: dict[str, Any] = {"particles": {"svgd": 5, "single": 1}.get(method, 4)}
+    if task == "vtab":
+        if data is None:
+            raise ValueError("the task 'vtab' needs --data, the folder of one of its data sets")
+        vtab.num_classes(data)  # says what is wrong with the folder's name
+        recipe = recipes.settings(recipes.read("vtab1k"), vtab.dataset_name(data), method)
+    elif task in commonsense.names():
+        recipe = recipes.settings(recipes.read("commonsense"), task, method)
+    method_args = recipe.pop("method_args", {}) | dict(given.pop("method_args", ()))
+    chosen = {"task": task, "method": method, "data": data} | recipe | given
+    if chosen.get("targets"):
+        chosen["targets"] = tuple(chosen["targets"])
+    return Settings(**chosen, method_args=tuple(method_args.items()))
+
 
 def make_task(settings: Settings, report: Report = print) -> Task:
-    if settings.model is None:
+    if settings.task == "digits":
         return digits(settings.seed, settings.shots, report)
-    return images(
-        settings.data,
-        settings.model,
-        settings.pretrained,
-        list(settings.targets) if settings.targets else None,
-        settings.seed,
+    common = {
+        "data": settings.data,
+        "model": settings.model,
+        "pretrained": settings.pretrained,
+        "targets": settings.targets,
+        "seed": settings.seed,
         **dict(settings.model_args),
+    }
+    if settings.task == "images":
+        return images(**common, augment=settings.augment)
+    if settings.task == "vtab":
+        return vtab1k(**common, augment=settings.augment, split=settings.split)
+    return questions(
+        settings.task,
+        **common,
+        split=settings.split,
+        classes=settings.classes,
+        max_length=settings.max_length,
+        report=report,
     )
 
 
-def make_method(name: str, model: ParticleModel, seed: int) -> Method:
-    if name == "ibdr":
-        return IBDR(model, seed=seed)
-    if name == "svgd":
-        return SVGD(model)
-    return Ensemble(model)
+def make_method(
+    name: str, model: ParticleModel, seed: int, method_args: dict[str, Any] | None = None
+) -> Method:
+    """The method by its name, with `method_args` as keywords of its class."""
+    kind = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
+    keywords = dict(method_args or {})
+    known = [p for p in inspect.signature(kind).parameters if p not in ("model", "seed")]
+    unknown = sorted(keywords.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{name} has the arguments {known}; got {unknown}")
+    if kind is IBDR:
+        keywords["seed"] = seed
+    return kind(model, **keywords)
 
 
 def train(
@@ -107,7 +176,7 @@ def train(
     task = make_task(settings, report)
     torch.manual_seed(settings.seed)
     model = particle_model(task, settings).to(device)
-    method = make_method(settings.method, model, settings.seed)
+    method = make_method(settings.method, model, settings.seed, dict(settings.method_args))
     optimizer = torch.optim.AdamW(
         [*model.particle_parameters(), *method.parameters()],
         lr=settings.lr,
@@ -126,12 +195,14 @@ def train(
     done, step_ms = state.load() if resume else (0, [])
 
     model.train()
-    batches = DataLoader(task.train, batch_sampler=_Batches(task.train, settings, done))
+    batches = DataLoader(
+        task.train, batch_sampler=_Batches(task.train, settings, done), collate_fn=task.collate
+    )
     stats: dict[str, float] = {}
     for step, (x, y) in enumerate(batches, start=done + 1):
         started = time.perf_counter()
-        x, y = x.to(device), y.to(device)
-        scalars = method.backward(lambda x=x, y=y: (model(x), y))
+        x, y = _to(x, device), y.to(device)
+        scalars = method.backward(lambda x=x, y=y: task.learn(model, x, y))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -166,9 +237,9 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
 
     config = peft.LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.rank,
+        lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
         target_modules=task.targets,
-        modules_to_save=[task.head],
+        modules_to_save=None if task.head is None else [task.head],
     )
     return get_particle_model(task.base, config, settings.particles, seed=settings.seed)
 
@@ -184,19 +255,21 @@ def load_run(folder: str | Path, report: Report = print) -> tuple[ParticleModel,
 
 
 def evaluate(
-    model: ParticleModel, task: Task, batch_size: int = 256
+    model: ParticleModel, task: Task, batch_size: int | None = None
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Measures on the clean, corrupted and out-of-distribution images.
+    """Measures on the clean, corrupted and out-of-distribution examples.
 
-    -> the measures (clean at the top, "corrupted": means over the corruptions, "ood"), and the
-    clean predictions (K, N, C) with their targets.
+    batch_size: examples a forward; the task's own where it is None. -> the measures (clean at the
+    top, "corrupted": means over the corruptions, "ood"), and the clean predictions (K, N, C) with
+    their targets.
     """
-    log_p, targets = _predictions(model, task.test, batch_size)
-    ood = None if task.ood is None else _predictions(model, task.ood, batch_size)[0]
+    batch_size = batch_size or task.evaluation_batch
+    log_p, targets = _predictions(model, task, task.test, batch_size)
+    ood = None if task.ood is None else _predictions(model, task, task.ood, batch_size)[0]
     result = metrics.evaluate(log_p, targets, ood_logits=ood)
     if task.corrupted:
         each = {
-            name: metrics.evaluate(*_predictions(model, data, batch_size))
+            name: metrics.evaluate(*_predictions(model, task, data, batch_size))
             for name, data in task.corrupted.items()
         }
         measures = ("accuracy", "nll", "ece", "brier", "mutual_information")
@@ -206,14 +279,24 @@ def evaluate(
     return result, log_p.exp(), targets
 
 
-def _predictions(model: ParticleModel, data: Dataset, batch_size: int) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _predictions(
+    model: ParticleModel, task: Task, data: Dataset, batch_size: int
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (K, N, C) and targets (N,) on the CPU."""
     device = next(model.parameters()).device
+    training = model.training
+    model.eval()
     rows, targets = [], []
-    for x, y in DataLoader(data, batch_size):
-        rows.append(metrics.predict(model, x.to(device)).log().cpu())
+    for x, y in DataLoader(data, batch_size, collate_fn=task.collate):
+        rows.append(task.predict(model, _to(x, device)).float().log_softmax(-1).cpu())
         targets.append(y)
+    model.train(training)
     return torch.cat(rows, 1), torch.cat(targets)
+
+
+def _to(x: Tensor | dict[str, Tensor], device: str | torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else {k: t.to(device) for k, t in x.items()}
 
 
 class _Batches(Sampler):
@@ -223,7 +306,8 @@ class _Batches(Sampler):
     """
 
     def __init__(self, data: Dataset, settings: Settings, done: int):
-        self.examples, self.settings, self.done = len(data), settings, done
+        self.data, self.settings, self.done = data, settings, done
+        self.examples = len(data)
         if self.examples == 0:
             raise ValueError("the training set is empty")
 
@@ -235,6 +319,8 @@ class _Batches(Sampler):
         per_epoch = self.examples // size
         for step in range(self.done, self.settings.steps):
             epoch, position = divmod(step, per_epoch)
+            if hasattr(self.data, "set_epoch"):  # whose images differ from epoch to epoch
+                self.data.set_epoch(epoch)
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
             order = torch.randperm(self.examples, generator=generator)
             yield order[position * size : (position + 1) * size].tolist()
@@ -331,7 +417,8 @@ def _read_settings(folder: Path) -> Settings:
     try:
         values = json.loads(file.read_text())
         values["targets"] = tuple(values["targets"]) if values["targets"] else None
-        values["model_args"] = tuple((k, v) for k, v in values["model_args"])
+        for name in ("model_args", "method_args"):
+            values[name] = tuple((k, v) for k, v in values.get(name, ()))
         return Settings(**values)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error

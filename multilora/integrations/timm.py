@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
@@ -62,36 +65,85 @@ def class_names(root: str | Path) -> list[str]:
     return names
 
 
+def transforms(
+    model: nn.Module, augment: bool = False, whole: bool = False, **model_args: Any
+) -> tuple[Callable, Callable]:
+    """(training, evaluation) transforms by the data configuration that `model` comes with.
+
+    Its image size, interpolation, mean and standard deviation; model_args are those it was created
+    with, of which img_size and in_chans decide the images' shape.
+
+    augment: training images get timm's random crops, flips and colours; otherwise they are
+        prepared as evaluation images are.
+    whole: the whole image is resized to the model's size, also where that changes its aspect
+        ratio; otherwise evaluation takes the model's own central crop.
+    """
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model, args=model_args)
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"} if whole else {}
+    evaluation = create_transform(**config | crop, is_training=False)
+    if not augment:
+        return evaluation, evaluation
+    return create_transform(**config, is_training=True), evaluation
+
+
+class Augmented(Dataset):
+    """`data`, whose transforms are random, with randomness from seed, epoch and index alone.
+
+    A run that was stopped then continues with the images that it would have seen.
+    """
+
+    def __init__(self, data: Dataset, seed: int):
+        self.data, self.seed, self.epoch = data, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        # timm's transforms draw from both of these.
+        python, pytorch = random.getstate(), torch.get_rng_state()
+        try:
+            random.seed(f"{self.seed} {self.epoch} {index}")
+            torch.default_generator.manual_seed(random.getrandbits(63))
+            return self.data[index]
+        finally:
+            random.setstate(python)
+            torch.set_rng_state(pytorch)
+
+
 def image_folder(
-    root: str | Path, model: nn.Module, **model_args: Any
+    root: str | Path, model: nn.Module, augment: bool = False, seed: int = 0, **model_args: Any
 ) -> tuple[Dataset, Dataset, list[str]]:
     """(train, test, class names) of a folder of images, prepared as `model` was pretrained.
 
-    model_args: those the model was created with; img_size and in_chans decide the images' shape.
+    augment, model_args: see `transforms`; the seed draws the augmentation.
 
     root holds train/CLASS/*.jpg and val/ or test/ beside it; or just CLASS/*.jpg, of which every
     fifth image by name becomes the test set.
     """
-    from timm.data import create_transform, resolve_model_data_config
     from torchvision.datasets import ImageFolder
 
     root = Path(root)
-    transform = create_transform(
-        **resolve_model_data_config(model, args=model_args), is_training=False
-    )
+    training, evaluation = transforms(model, augment, **model_args)
     if (root / "train").is_dir():
         held_out = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
         if held_out is None:
             raise FileNotFoundError(f"{root} has train/ but neither val/ nor test/")
-        train = ImageFolder(str(root / "train"), transform)
-        test = ImageFolder(str(held_out), transform)
+        train = ImageFolder(str(root / "train"), training)
+        test = ImageFolder(str(held_out), evaluation)
         if train.classes != test.classes:
             raise ValueError(
                 f"{root}/train and {held_out} have different classes: "
                 f"{train.classes} and {test.classes}"
             )
-        return train, test, train.classes
-    images = ImageFolder(str(root), transform)
-    order = range(len(images))
-    train = Subset(images, [i for i in order if i % 5 != 4])
-    return train, Subset(images, [i for i in order if i % 5 == 4]), images.classes
+        return Augmented(train, seed) if augment else train, test, train.classes
+    train, test = ImageFolder(str(root), training), ImageFolder(str(root), evaluation)
+    order = range(len(train))
+    classes = train.classes
+    train = Subset(train, [i for i in order if i % 5 != 4])
+    test = Subset(test, [i for i in order if i % 5 == 4])
+    return Augmented(train, seed) if augment else train, test, classes

@@ -1,0 +1,350 @@
+"""Commonsense questions that a causal language model answers with one token.
+
+A record becomes a prompt that ends before the answer; the prediction is the softmax over the
+answers' tokens of the logits at the prompt's last position. The tasks, with prompts, answers and
+files, are in recipes/commonsense.json.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from multilora import recipes
+
+CLASSES = ("answers", "vocabulary")
+
+
+class Example(NamedTuple):
+    prompt: str
+    candidates: tuple[str, ...]
+    label: int  # of the right candidate
+
+
+# --- records -> examples -------------------------------------------------------------------------
+
+
+def names() -> tuple[str, ...]:
+    return tuple(recipes.read("commonsense")["datasets"])
+
+
+def examples(task: str, records: Iterable[Mapping[str, Any]], source: str = "") -> list[Example]:
+    """The examples of an iterable of records, such as a datasets.Dataset. See `example`.
+
+    Raises ValueError with `source` and the record's number, from 1, or where there is none.
+    """
+    return _examples(task, enumerate(records, start=1), f"{source or task}, record")
+
+
+def example(task: str, record: Mapping[str, Any]) -> Example:
+    """One record as a prompt, the answers that may follow it and the index of the right one.
+
+    Records are those of the original releases or of Hugging Face's copies of them:
+    WinoGrande {sentence, option1, option2, answer: "1" or "2"};
+    ARC and OBQA {question: {stem, choices: [{text, label}]}, answerKey}, or {question or
+        question_stem, choices: {text: [...], label: [...]}, answerKey};
+    BoolQ {question, passage, answer: true or false}.
+
+    The candidates of a task are the same for every record. Choices are named A, B, ... in the
+    order they come in, whatever their labels (some of ARC's are 1 to 4), and a letter that a
+    record has no choice for (ARC has three to five) is a class that is never right.
+
+    Raises ValueError for a missing field, an answer that is no choice, more choices than letters.
+    """
+    return _example(_task(task), record)
+
+
+def _task(name: str) -> dict[str, Any]:
+    tasks = recipes.read("commonsense")["datasets"]
+    if name not in tasks:
+        raise ValueError(f"the commonsense tasks are {', '.join(tasks)}; got {name!r}")
+    return tasks[name]
+
+
+def _example(task: dict[str, Any], record: Mapping[str, Any]) -> Example:
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record is a JSON object; got {str(record)[:80]!r}")
+    answers = tuple(task["answers"])
+    fields, choices, label = _READERS[task["record"]](record)
+    if len(choices) > len(answers):
+        raise ValueError(f"there are {len(choices)} choices and only the answers {answers}")
+    lines = "\n".join(f"{letter}. {text}" for letter, text in zip(answers, choices))
+    return Example(task["prompt"].format(choices=lines, **fields), answers, label)
+
+
+# A record's fields of the prompt, its choices (none where the answers are words) and its label.
+_Read = tuple[dict[str, str], Sequence[str], int]
+
+
+def _winogrande(record: Mapping[str, Any]) -> _Read:
+    label = _right(["1", "2"], _field(record, "answer"))
+    choices = [_field(record, "option1"), _field(record, "option2")]
+    return {"question": _field(record, "sentence")}, choices, label
+
+
+def _multiple_choice(record: Mapping[str, Any]) -> _Read:
+    stem = "question" if "question" in record else "question_stem"
+    question, choices = _field(record, stem), record.get("choices")
+    if isinstance(question, Mapping):
+        question, choices = _field(question, "stem"), _field(question, "choices")
+    if choices is None:
+        raise ValueError(f"the field 'choices' is missing; there are {sorted(record)}")
+    if isinstance(choices, Mapping):
+        labels, texts = _field(choices, "label"), _field(choices, "text")
+    else:
+        labels = [_field(choice, "label") for choice in choices]
+        texts = [_field(choice, "text") for choice in choices]
+    return {"question": question}, texts, _right(labels, _field(record, "answerKey"))
+
+
+def _boolq(record: Mapping[str, Any]) -> _Read:
+    fields = {name: _field(record, name) for name in ("passage", "question")}
+    return fields, (), _right([False, True], _field(record, "answer"))
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], _Read]] = {
+    "winogrande": _winogrande,
+    "multiple_choice": _multiple_choice,
+    "boolq": _boolq,
+}
+
+
+def _field(record: Mapping[str, Any], name: str) -> Any:
+    if name not in record:
+        raise ValueError(f"the field {name!r} is missing; there are {sorted(record)}")
+    return record[name]
+
+
+def _right(labels: Sequence[Any], answer: Any) -> int:
+    if answer not in labels:
+        raise ValueError(f"the answer must be one of {list(labels)}; got {answer!r}")
+    return labels.index(answer)
+
+
+# --- files -> examples ---------------------------------------------------------------------------
+
+
+def load(task: str, data: str | Path, split: str = "test") -> tuple[list[Example], list[Example]]:
+    """(training, evaluation) examples of local data.
+
+    data: a folder of JSON lines under the names of the release (train_s.jsonl, dev.jsonl, ...; the
+        recipe lists them); a folder that `DatasetDict.save_to_disk` of Hugging Face's datasets
+        wrote; or one file of JSON lines, of which every fifth example is held out.
+    split: "test", evaluate on what is reported; "tune", on the development set, where that is
+        another one.
+
+    Raises FileNotFoundError or ValueError, which name the file and the line or the record.
+    """
+    data, splits = Path(data), _task(task)["splits"]
+    if data.is_file():
+        if split != "test":
+            raise ValueError(f"{data} is one file: its held-out examples are the only test set")
+        found = _examples(task, _json_lines(data), f"{data}, line")
+        held_out = found[4::5]
+        if not held_out:
+            raise ValueError(f"{data} needs at least five examples; it has {len(found)}")
+        return [e for i, e in enumerate(found) if i % 5 != 4], held_out
+    if not data.is_dir():
+        raise FileNotFoundError(f"the data {data} does not exist")
+    if split not in splits:
+        raise ValueError(
+            f"{task} has the splits {', '.join(s for s in splits if s != 'train')}; got {split!r}"
+        )
+    read = _from_disk if (data / "dataset_dict.json").is_file() else _from_folder
+    train, test = (_examples(task, *read(data, splits[part])) for part in ("train", split))
+    return train, test
+
+
+def _from_folder(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]], str]:
+    files = [folder / f"{name}.jsonl" for name in names]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"none of {', '.join(map(str, files))} exists")
+    return _json_lines(file), f"{file}, line"
+
+
+def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]], str]:
+    import datasets
+
+    stored = datasets.load_from_disk(str(folder))
+    name = next((name for name in names if name in stored), None)
+    if name is None:
+        raise ValueError(f"{folder} has the splits {', '.join(stored)} and none of {names}")
+    return enumerate(stored[name], start=1), f"{folder}, {name}, record"
+
+
+def _json_lines(file: Path) -> Iterable[tuple[int, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
+
+
+def _examples(task: str, records: Iterable[tuple[int, Any]], where: str) -> list[Example]:
+    definition, found = _task(task), []
+    for number, record in records:
+        try:
+            found.append(_example(definition, record))
+        except ValueError as error:
+            raise ValueError(f"{where} {number}: {error}") from error
+    if not found:
+        raise ValueError(f"{where.rpartition(',')[0]} has no examples")
+    return found
+
+
+# --- examples -> tensors -------------------------------------------------------------------------
+
+
+def answer_tokens(tokenizer: Any, example: Example) -> list[int]:
+    """The token that continues the example's prompt for each of its candidates.
+
+    " A" and "A" are different tokens to most tokenizers, so the candidates are read off prompts
+    that end in a space and the candidate.
+
+    Raises ValueError, naming the candidate, where it is not exactly one token that the tokenizer
+    knows, or the same one as another's.
+    """
+    prompt = tokenizer(example.prompt)["input_ids"]
+    tokens: list[int] = []
+    for candidate in example.candidates:
+        whole = tokenizer(f"{example.prompt} {candidate}")["input_ids"]
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), len(prompt))
+        added = whole[same:]
+        if same < len(prompt) or len(added) != 1 or added[0] == tokenizer.unk_token_id:
+            raise ValueError(
+                f"the answer {candidate!r} must add one known token to the prompt; "
+                f"{type(tokenizer).__name__} turns the prompt's end "
+                f"{tokenizer.convert_ids_to_tokens(prompt[same:])} into "
+                f"{tokenizer.convert_ids_to_tokens(added)}"
+            )
+        if added[0] in tokens:
+            twin = example.candidates[tokens.index(added[0])]
+            raise ValueError(f"the answers {twin!r} and {candidate!r} are the same token")
+        tokens += added
+    return tokens
+
+
+class Prompts(Dataset):
+    """(token ids (T,) int64, label) of examples.
+
+    A prompt of more than max_length tokens loses its beginning; `truncated` counts them.
+    """
+
+    def __init__(self, tokenizer: Any, examples: Sequence[Example], max_length: int):
+        self.labels = [example.label for example in examples]
+        texts = [example.prompt for example in examples]
+        whole = tokenizer(texts)["input_ids"]
+        self.truncated = sum(len(ids) > max_length for ids in whole)
+        if self.truncated:
+            side, tokenizer.truncation_side = tokenizer.truncation_side, "left"
+            try:
+                whole = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            finally:
+                tokenizer.truncation_side = side
+        self.ids = [torch.tensor(ids) for ids in whole]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.ids[index], self.labels[index]
+
+
+def collate(batch: Sequence[tuple[Tensor, int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """({input_ids, attention_mask, position_ids}, each (N, T) int64; labels (N,) int64).
+
+    Padded on the left, so that every prompt ends at the last position.
+    """
+    ids = [row for row, _ in batch]
+    mask = _pad([torch.ones_like(row) for row in ids])
+    inputs = {
+        "input_ids": _pad(ids),
+        "attention_mask": mask,
+        # Every prompt starts at position 0, for models that embed absolute positions.
+        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+    }
+    return inputs, torch.tensor([label for _, label in batch])
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    # Which token pads makes no difference: it is masked.
+    return pad_sequence(rows, batch_first=True, padding_side="left")
+
+
+# --- the language model --------------------------------------------------------------------------
+
+
+def create_base(name: str, pretrained: bool = True, seed: int = 0, **model_args: Any) -> nn.Module:
+    """A causal language model of transformers, from a local folder or by its name.
+
+    pretrained=False makes the folder's or name's configuration with random weights, drawn by the
+    seed. model_args go to from_pretrained.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        if pretrained:
+            return AutoModelForCausalLM.from_pretrained(name, **model_args).eval()
+        config = AutoConfig.from_pretrained(name, **model_args)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"transformers could not load {name!r}: {error}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def create_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"transformers could not load {name!r}'s tokenizer: {error}") from error
+
+
+class AnswerLogits:
+    """Logits at the last position of left-padded prompts, of a particle model over `base`.
+
+    tokens: the candidates' token ids, C of them, in the order of the labels.
+    classes: what `learn` trains: "answers", the cross-entropy among the candidates; "vocabulary",
+        among all tokens. With two candidates IBDR's divergence has a signal in the latter only.
+    """
+
+    def __init__(self, base: nn.Module, tokens: Sequence[int], classes: str = "answers"):
+        if classes not in CLASSES:
+            raise ValueError(f"classes must be one of {CLASSES}; got {classes!r}")
+        self.tokens, self.classes = torch.tensor(tokens), classes
+        known = inspect.signature(base.forward).parameters
+        self.inputs = [
+            name for name in ("input_ids", "attention_mask", "position_ids") if name in known
+        ]
+        # One position's logits, not all of them; no cache, nothing is generated.
+        options = {"logits_to_keep": 1, "use_cache": False}
+        self.options = {name: value for name, value in options.items() if name in known}
+
+    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Logits (K, N, C) of the candidates."""
+        logits = self._last(model, inputs)
+        return logits.index_select(-1, self.tokens.to(logits.device))
+
+    def learn(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a method's closure returns: logits (K, N, C or vocabulary) and targets (N,)."""
+        if self.classes == "answers":
+            return self.predict(model, inputs), labels
+        return self._last(model, inputs), self.tokens.to(labels.device)[labels]
+
+    def _last(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        taken = {name: inputs[name] for name in self.inputs}
+        return model(**taken, **self.options).logits[:, :, -1]  # (K, N, vocabulary)

@@ -106,7 +106,7 @@ class Ranks:
             weights = torch.arange(i, i + t.numel(), dtype=torch.float64, device=t.device)
             total += t.detach().flatten().double() @ weights.sqrt()
         everybody = _gather(total, group)
-        if not bool((everybody == everybody[0]).all()):
+        if not torch.allclose(everybody, everybody[:1], rtol=0, atol=0, equal_nan=True):
             raise RuntimeError(f"{message}: the processes of the {axis} axis differ")
 
 

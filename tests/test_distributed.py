@@ -1,10 +1,8 @@
 """Processes that share the data, the particles or both take the steps of one process."""
 
 import os
-import signal
 import traceback
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -56,10 +54,12 @@ def run_in_processes(size, function, *args):
     return [torch.load(folder / f"result_{rank}") for rank in range(size)]
 
 
-def everything(family, ids, **options):
+def everything(family, ids, wrap, **options):
     """All particles' model, with inputs and targets of examples `ids`."""
     family = FAMILIES[family]
-    model = ml.get_particle_model(family.build(), family.config(), K, **options).train()
+    # One of the blocks that FSDP shards lies in the shared trunk.
+    lora = {"target_modules": r"blocks\.1\..*(qkv|fc1)"} if wrap == "fsdp" else {}
+    model = ml.get_particle_model(family.build(), family.config(**lora), K, **options).train()
     inputs = {key: t[ids] for key, t in family.inputs(batch=B).items()}
     if "input_ids" in inputs:
         # Rows differ in length, so processes have different numbers of targets.
@@ -92,7 +92,7 @@ def steps_of(rank, folder, shape, family, wrap):
     data = mesh.get_local_rank("data")
     share = B // shape[0]
     ids = torch.arange(data * share, (data + 1) * share)
-    model, closure = everything(family, ids, mesh=None if wrap == "ddp" else mesh)
+    model, closure = everything(family, ids, wrap, mesh=None if wrap == "ddp" else mesh)
     set_particles(model, mesh.get_local_rank("particle") * (K // shape[1]))
     forward = model
     if wrap == "ddp":
@@ -120,6 +120,7 @@ def steps_of(rank, folder, shape, family, wrap):
         ("vit", (1, 2), "mesh"),
         ("vit", (2, 2), "mesh"),
         ("vit", (1, 4), "mesh"),
+        ("llama", (1, 2), "mesh"),
         ("llama", (4, 1), "mesh"),
         ("llama", (2, 2), "mesh"),
         ("vit", (2, 1), "ddp"),
@@ -128,7 +129,7 @@ def steps_of(rank, folder, shape, family, wrap):
     ],
 )
 def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
-    model, closure = everything(family, torch.arange(B))
+    model, closure = everything(family, torch.arange(B), wrap)
     perturb(model)
     results = run_in_processes(shape[0] * shape[1], steps_of, tmp_path, shape, family, wrap)
     tolerance = max(FAMILIES[family].tolerance, 1e-9)
@@ -149,3 +150,102 @@ def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
                 torch.testing.assert_close(
                     got["stats"], expected["stats"], rtol=tolerance, atol=1e-9
                 )
+
+
+def skipping(rank, folder, nonfinite):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "particle"))
+    data, particle = mesh.get_local_rank("data"), mesh.get_local_rank("particle")
+    model, closure = everything("vit", torch.arange(data * 4, data * 4 + 4), "mesh", mesh=mesh)
+    set_particles(model, particle * 2)
+    if particle == 1:
+        with torch.no_grad():
+            model.adapters()[0].lora_B[0] = torch.nan
+    results = {}
+    for name, (kind, options) in METHODS.items():
+        method = kind(model, **options, nonfinite=nonfinite)
+        try:
+            results[name] = step(model, method, closure, model)
+        except FloatingPointError as error:
+            results[name] = str(error)
+    return results
+
+
+def test_a_broken_particle_is_named_in_all_processes(tmp_path):
+    for result in run_in_processes(4, skipping, tmp_path, "raise"):
+        for name in METHODS:
+            assert "particle 2 (losses [nan]); nothing was changed" in result[name]
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped, the others go on")
+def test_all_processes_go_on_without_it(tmp_path):
+    model, closure = everything("vit", torch.arange(B), "mesh")
+    perturb(model)
+    with torch.no_grad():
+        model.adapters()[0].lora_B[2] = torch.nan
+    results = run_in_processes(4, skipping, tmp_path, "skip")
+    for name, (kind, options) in METHODS.items():
+        expected = step(model, kind(model, **options, nonfinite="skip"), closure, model)
+        for rank, result in enumerate(results):
+            first = rank % 2 * 2
+            for a, b in zip(result[name]["grads"], expected["grads"], strict=True):
+                torch.testing.assert_close(a, b[first : first + 2], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(result[name]["stats"], expected["stats"])
+
+
+def mistakes(rank, folder):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "particle"))
+    family, said = FAMILIES["vit"], {}
+
+    def trial(name, function):
+        try:
+            function()
+        except (RuntimeError, ValueError, TypeError) as error:
+            said[name] = str(error)
+
+    def build(particles=K, mesh=mesh, seed=0):
+        return ml.get_particle_model(
+            family.build(), family.config(), particles, seed=seed, mesh=mesh
+        )
+
+    trial("uneven", lambda: build(particles=3))
+    unnamed = init_device_mesh("cpu", (4,))
+    trial("unnamed", lambda: build(mesh=unnamed))
+    trial("misnamed", lambda: build(mesh=init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))))
+    # Processes that should hold the same particles and do not.
+    model = build(seed=mesh.get_local_rank("data"))
+    trial("different particles", lambda: ml.Ensemble(model))
+    model = build()
+    x, y = family.inputs(batch=4)["x"], torch.arange(4) % 3 + rank
+    for kind in (ml.Ensemble, ml.IBDR):
+        method = kind(model)
+        trial(kind.__name__, lambda method=method: method.backward(lambda: (model(x), y)))
+    fully_shard(model, mesh=mesh["data"])
+    trial("sharded", lambda: ml.Ensemble(model))
+    return said
+
+
+def test_mistakes_are_named_in_all_processes(tmp_path):
+    for said in run_in_processes(4, mistakes, tmp_path):
+        assert said["uneven"] == "3 particles cannot be shared equally by 2 processes"
+        for name, got in (("unnamed", "no names"), ("misnamed", "('dp',)")):
+            assert said[name].startswith("mesh needs axes named ('data', 'particle')")
+            assert said[name].endswith(f"got {got}")
+        assert "start equal" in said["different particles"]
+        for name in ("Ensemble", "IBDR"):
+            assert "need the same batch: the processes of the particle axis differ" in said[name]
+        assert "ignored_params=set(model.particle_parameters())" in said["sharded"]
+
+
+def predictions(rank, folder):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("particle",))
+    model, _ = everything("vit", torch.arange(B), "mesh", mesh=mesh)
+    set_particles(model, rank * 2)
+    return ml.predict(model, FAMILIES["vit"].inputs())
+
+
+def test_predictions_are_of_all_particles(tmp_path):
+    model, _ = everything("vit", torch.arange(B), "mesh")
+    perturb(model)
+    expected = ml.predict(model, FAMILIES["vit"].inputs())
+    for got in run_in_processes(2, predictions, tmp_path):
+        torch.testing.assert_close(got, expected)

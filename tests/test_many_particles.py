@@ -4,6 +4,7 @@ import copy
 
 import peft
 import pytest
+import timm
 import torch
 from models import FAMILIES, logits_of, particles_of
 from torch import nn
@@ -448,3 +449,12 @@ def test_nonfinite_choices():
     model, _ = problem("mlp")
     with pytest.raises(ValueError, match='"raise", "skip" or "ignore"; got \'stop\''):
         ml.Ensemble(model, nonfinite="stop")
+
+
+def test_trainable_numbers_of_bellas_clip():
+    # CLIP's ViT-B/32, its MLPs, r = 4: 12 blocks of two linears with r (768 + 3072) numbers each.
+    with torch.device("meta"):
+        base = timm.create_model("vit_base_patch32_clip_224", pretrained=False)
+    config = peft.LoraConfig(r=4, target_modules=["mlp.fc1", "mlp.fc2"])
+    model = ml.get_particle_model(base, config, 2)
+    assert sum(p[0].numel() for p in model.particle_parameters()) == 368_640

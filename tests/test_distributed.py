@@ -1,19 +1,25 @@
 """Processes that share the data, the particles or both take the steps of one process."""
 
 import os
+import subprocess
+import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from models import FAMILIES, logits_of, perturb
+from readme import block
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import multilora as ml
+from multilora.model import particle_seeds
 
+ROOT = Path(__file__).parent.parent
 K, B = 4, 8
 METHODS = {
     "ensemble": (ml.Ensemble, {}),
@@ -249,3 +255,40 @@ def test_predictions_are_of_all_particles(tmp_path):
     expected = ml.predict(model, FAMILIES["vit"].inputs())
     for got in run_in_processes(2, predictions, tmp_path):
         torch.testing.assert_close(got, expected)
+
+
+PREAMBLE = """
+import peft, torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+import multilora as ml
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
+config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+x = torch.randn(256, 6)
+dataset = TensorDataset(x, (x[:, 0] > 0).long())
+"""
+
+
+def test_the_script_that_the_readme_shows(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(PREAMBLE + block("### On many devices", "python"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "4", str(script)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    scope = {}
+    exec(PREAMBLE, scope)
+    base, (x, y) = scope["base"], scope["dataset"].tensors
+    model = ml.load_particle_model(base, tmp_path / "particles")
+    assert model.num_particles == 4
+    assert model.seeds == tuple(particle_seeds(0, 4))
+    p = ml.predict(model, x)
+    assert (p.mean(0).argmax(-1) == y).float().mean() > 0.7

@@ -1,12 +1,14 @@
 """Chunks of particles and the shared trunk: less memory and time, the same gradients."""
 
 import copy
+import math
 
 import peft
 import pytest
 import timm
 import torch
 from models import FAMILIES, logits_of, particles_of
+from readme import block
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -193,8 +195,8 @@ def tower(depth=4, between=None):
             self.blocks = body
 
         def forward(self, x):
-            for block in self.blocks.values():
-                x = block(x) if between is None else between(block(x))
+            for layer in self.blocks.values():
+                x = layer(x) if between is None else between(layer(x))
             return x
 
     config = peft.LoraConfig(r=2, target_modules=r"blocks\.[23]\.module\.0")
@@ -338,9 +340,9 @@ def test_checkpointed_tower_repeats_what_it_did():
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     plain = model(x)
     (expected,) = torch.autograd.grad(plain.square().sum(), x)
-    for block in model.base.blocks.values():
-        # Each block runs under a checkpoint, whose second run is outside of the model's forward.
-        block.module = _Checkpointed(block.module)
+    for layer in model.base.blocks.values():
+        # Each runs under a checkpoint, whose second run is outside of the model's forward.
+        layer.module = _Checkpointed(layer.module)
     got = model(x)
     torch.testing.assert_close(got, plain)
     (grad,) = torch.autograd.grad(got.square().sum(), x)
@@ -458,3 +460,22 @@ def test_trainable_numbers_of_bellas_clip():
     config = peft.LoraConfig(r=4, target_modules=["mlp.fc1", "mlp.fc2"])
     model = ml.get_particle_model(base, config, 2)
     assert sum(p[0].numel() for p in model.particle_parameters()) == 368_640
+
+
+def test_the_loop_that_the_readme_shows():
+    family = FAMILIES["mlp"]
+    x = torch.randn(64, 6)
+    y = (x[:, 0] > 0).long()
+    scope = {
+        "ml": ml,
+        "torch": torch,
+        "base": family.build(torch.float32),
+        "config": family.config(),
+    }
+    scope["loader"] = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)] * 4
+    exec(block("### With many particles", "python"), scope)
+    model, p = scope["model"], scope["probabilities"]
+    assert p.shape == (100, 8, 4) and model.num_particles == 100
+    nll = -p.mean(0).log()[torch.arange(8), scope["y"]].mean()
+    assert nll < 0.8 * math.log(4)
+    torch.testing.assert_close(p, ml.predict(model, scope["x"]))

@@ -86,7 +86,7 @@ def evaluate(
     logits, targets = _at_least_float32(logits[:, valid]), targets[valid]
     particles, examples, classes = logits.shape
     members = logits.log_softmax(-1)  # (K, N, C)
-    mean = _log_mean(members)  # (N, C), log of the mean probabilities
+    mean = log_mean(members)  # (N, C), log of the mean probabilities
     log_p = mean if combine == "prob" else logits.mean(0).log_softmax(-1)
     p = log_p.exp()
     nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
@@ -113,7 +113,7 @@ def evaluate(
     if ood_logits is not None:
         ood_logits = _at_least_float32(ood_logits)
         ood_members = ood_logits.log_softmax(-1)
-        ood_mean = _log_mean(ood_members)
+        ood_mean = log_mean(ood_members)
         ood_log_p = ood_mean if combine == "prob" else ood_logits.mean(0).log_softmax(-1)
         ood_entropy = _entropy(ood_log_p)
         ood_mi = _mutual_information(ood_members, ood_mean)
@@ -137,8 +137,8 @@ def _at_least_float32(t: Tensor) -> Tensor:
     return t.to(accumulator(t.dtype))
 
 
-def _log_mean(members: Tensor) -> Tensor:
-    """log mean_k p_k (N, C) from log p_k (K, N, C), without leaving log space."""
+def log_mean(members: Tensor) -> Tensor:
+    """log mean_k p_k (...) from log p_k (K, ...), without leaving log space."""
     # Rounding can lift a certain prediction above probability one.
     return (torch.logsumexp(members, 0) - math.log(members.shape[0])).clamp_max(0)
 

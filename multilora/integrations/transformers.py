@@ -164,6 +164,10 @@ class ParticleTrainer(Trainer):
             raise ValueError(f"labels must be the integers {wanted}; got {got}")
         if not self._causal:
             return inputs, labels
+        tokens = inputs.get("input_ids", labels)
+        if tokens.shape != labels.shape:
+            shapes = f"{tuple(labels.shape)} for input_ids {tuple(tokens.shape)}"
+            raise ValueError(f"a language model needs a label for every token; got {shapes}")
         # Position t predicts token t + 1, and the last one nothing.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         first = int((targets != IGNORE_INDEX).any(0).byte().argmax())

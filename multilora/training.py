@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
+import random
 import statistics
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multilora import metrics, recipes
+from multilora import files, metrics, recipes
 from multilora.checkpoint import load_particle_model
 from multilora.integrations import commonsense, vtab
 from multilora.methods import IBDR, SVGD, Ensemble, Method
@@ -169,12 +171,17 @@ def train(
     particle_k/ and multilora.json, metrics.json, reliability.png.
 
     resume: continue from OUT/checkpoint.pt (from the start where a run was stopped before its
-    first). Raises ValueError where OUT holds a run and resume is False, or one of other settings.
+    first): a run that was killed at any time, also while it wrote, ends with the numbers of one
+    that was not. The random state is PyTorch's, NumPy's and Python's, seeded here.
+
+    Raises ValueError where OUT holds a run and resume is False, or one of other settings, or where
+    its checkpoint is damaged or another run's, which is found before the model is changed;
+    NotADirectoryError where OUT is a file.
     """
     out = Path(out)
     _claim(out, settings, resume)
     task = make_task(settings, report)
-    torch.manual_seed(settings.seed)
+    _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
     method = make_method(settings.method, model, settings.seed, dict(settings.method_args))
     optimizer = torch.optim.AdamW(
@@ -191,12 +198,17 @@ def train(
         ],
         [warm_up],
     )
-    state = _State(out / _CHECKPOINT, model, method, optimizer, schedule)
+    state = _State(out / _CHECKPOINT, settings, model, method, optimizer, schedule)
     done, step_ms = state.load() if resume else (0, [])
 
     model.train()
+    # Its own generator: a loader draws a number when it starts, which is once more in a run that
+    # was stopped.
     batches = DataLoader(
-        task.train, batch_sampler=_Batches(task.train, settings, done), collate_fn=task.collate
+        task.train,
+        batch_sampler=_Batches(task.train, settings, done),
+        collate_fn=task.collate,
+        generator=torch.Generator(),
     )
     stats: dict[str, float] = {}
     for step, (x, y) in enumerate(batches, start=done + 1):
@@ -326,64 +338,134 @@ class _Batches(Sampler):
             yield order[position * size : (position + 1) * size].tolist()
 
 
+def _seed_everything(seed: int) -> None:
+    """What a data set may draw from: augmentations use all three."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 class _State:
     """What a killed run continues from, in one file that is replaced as a whole."""
 
-    def __init__(self, file: Path, model, method, optimizer, schedule):
-        self.file, self.model = file, model
+    def __init__(self, file: Path, settings: Settings, model, method, optimizer, schedule):
+        self.file, self.settings, self.model = file, settings, model
         self.parts = {"method": method, "optimizer": optimizer, "schedule": schedule}
 
     def save(self, step: int, step_ms: list[float]) -> None:
-        trained = dict(self.model.named_parameters())
-        trained = {name: p.detach() for name, p in trained.items() if p.requires_grad}
+        kind, keys, *rest = np.random.get_state()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {
+            "settings": asdict(self.settings),
             "step": step,
             "step_ms": step_ms,
-            "parameters": trained,
+            "parameters": {name: p.detach() for name, p in self._trained().items()},
             "base": _fingerprint(self.model),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "numpy_rng": (kind, keys.tolist(), *rest),
+            "python_rng": random.getstate(),
         }
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        with open(temporary, "wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, self.file)
+        files.write_file(self.file, lambda stream: torch.save(state, stream))
 
     def load(self) -> tuple[int, list[float]]:
         if not self.file.is_file():
             return 0, []
         state = _read_state(self.file)
-        _check_base(self.file, state, self.model)
-        parameters = dict(self.model.named_parameters())
+        self._check(state)
+        try:
+            for name, part in self.parts.items():
+                what = f"state of the {name}"
+                part.load_state_dict(state[name])
+            what = "random state"
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            np.random.set_state(state["numpy_rng"])
+            random.setstate(state["python_rng"])
+        except Exception as error:
+            raise ValueError(f"{self.file}: the {what} does not fit: {error!r}") from error
+        parameters = self._trained()
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 parameters[name].copy_(value)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
         return state["step"], state["step_ms"]
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where `state` is not of this run."""
+        keys = "settings step step_ms parameters base rng cuda_rng numpy_rng python_rng".split()
+        missing = [key for key in [*keys, *self.parts] if key not in state]
+        if missing:
+            raise ValueError(
+                f"{self.file} lacks {missing}: another version of multilora, or none, wrote it"
+            )
+        different = _differences(state["settings"], asdict(self.settings))
+        if different:
+            raise ValueError(
+                f"{self.file} is of a run of other settings (there, here): {different}"
+            )
+        _check_base(self.file, state, self.model)
+        step, steps = state["step"], self.settings.steps
+        if type(step) is not int or not 1 <= step <= steps or len(state["step_ms"]) != step:
+            raise ValueError(
+                f"{self.file} is damaged: it is of step {step!r} of {steps}, and has "
+                f"{len(state['step_ms'])} times of steps"
+            )
+        trained, optimizer = self._trained(), self.parts["optimizer"]
+        self._check_layout(state["parameters"], trained, "parameters")
+        self._check_layout(state["method"], self.parts["method"].state_dict(), "method")
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        expected = {
+            # AdamW's two means of every parameter; "step" is a number.
+            i: {"step": None, "exp_avg": p, "exp_avg_sq": p}
+            for i, p in enumerate(tensors)
+        }
+        expected = {"state": expected, "param_groups": None}
+        self._check_layout(state["optimizer"], expected, "optimizer")
+
+    def _check_layout(self, there: Any, here: Any, what: str) -> None:
+        """Raise ValueError where dictionaries differ in keys or tensors in shape, at any depth."""
+        if isinstance(here, dict):
+            keys = list(there) if isinstance(there, dict) else type(there).__name__
+            if not isinstance(there, dict) or set(keys) != set(here):
+                raise ValueError(f"{self.file}: {what} has {keys}, this run {list(here)}")
+            for key, value in here.items():
+                self._check_layout(there[key], value, f"{what}.{key}")
+        elif isinstance(here, Tensor):
+            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
+            if shape != tuple(here.shape):
+                raise ValueError(
+                    f"{self.file}: {what} has shape {shape}, this run {tuple(here.shape)}"
+                )
 
 
 def _read_state(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with open(file, "rb") as stream:
+            # torch.save writes checksums, and torch.load does not look at them.
+            broken = zipfile.ZipFile(stream).testzip()
+            if broken is not None:
+                raise ValueError(f"the checksum of {broken} is wrong")
+            stream.seek(0)
+            state = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds a {type(state).__name__} and not the state of a run")
+    return state
 
 
 def _check_base(file: Path, state: dict[str, Any], model: ParticleModel) -> None:
     here = _fingerprint(model)
-    if state["base"] != here:
+    if state.get("base") != here:
         raise ValueError(
             f"{file} was trained over another base model: sums of its frozen weights are "
-            f"{state['base']}, here {here}"
+            f"{state.get('base')}, here {here}"
         )
 
 
@@ -401,13 +483,18 @@ def _claim(out: Path, settings: Settings, resume: bool) -> None:
             raise ValueError(
                 f"{out} holds a run already; continue it with --resume, or choose another --out"
             )
-        theirs, ours = asdict(_read_settings(out)), asdict(settings)
-        different = {k: (theirs[k], ours[k]) for k in ours if theirs[k] != ours[k]}
+        different = _differences(asdict(_read_settings(out)), asdict(settings))
         if different:
             raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out)
     _write_json(out / _SETTINGS, asdict(settings))
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (theirs, ours)} of the settings that differ."""
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    return {n: (theirs.get(n), ours.get(n)) for n in names if theirs.get(n) != ours.get(n)}
 
 
 def _read_settings(folder: Path) -> Settings:
@@ -420,7 +507,7 @@ def _read_settings(folder: Path) -> Settings:
         for name in ("model_args", "method_args"):
             values[name] = tuple((k, v) for k, v in values.get(name, ()))
         return Settings(**values)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
 
 
@@ -442,6 +529,4 @@ def _defined(value: Any) -> Any:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(to_json(value) + "\n")
-    os.replace(temporary, file)
+    files.write_text(file, to_json(value) + "\n")

@@ -1,0 +1,146 @@
+"""Files that are written whole or not at all, one by one and as a set.
+
+Contents reach the disk before the rename that shows them, and the rename before the function
+returns, so that neither a killed process nor a power cut leaves half a file under its own name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+_STAGING = ".multilora-staging-"
+_COMMIT = ".multilora-commit"
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it. Raises NotADirectoryError where a file is in the way."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} cannot be a folder: {error.filename} is a file") from (
+            error
+        )
+    for made in missing:
+        _sync(made.parent)
+
+
+def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace `file` by what write(stream) writes; a reader finds the old file or the new one."""
+    for left_by_a_kill in file.parent.glob(f".{file.name}.*.tmp"):
+        left_by_a_kill.unlink(missing_ok=True)
+    # A name of its own: two processes that write one file must not write into each other's.
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(file.parent)
+
+
+def write_text(file: Path, text: str) -> None:
+    write_file(file, lambda stream: stream.write(text.encode()))
+
+
+def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a set of files below `folder`, all of them or none; its other files are left.
+
+    write(staging) makes the set below an empty folder. One rename inside `folder` then makes it
+    the set that `newest` finds, and after that each file is moved into its place. A process that
+    is killed before the rename leaves what nobody reads, after it what everybody reads; the next
+    call clears up either. Where two processes write to one folder at once, one of them may raise
+    OSError; their sets are never mixed.
+    """
+    make_folder(folder)
+    _move_into_place(folder)
+    for left_by_a_kill in folder.glob(f"{_STAGING}*"):
+        _discard(left_by_a_kill)
+    staging = _staging(folder)
+    staging.mkdir()
+    try:
+        write(staging)
+        for inner in staging.rglob("*"):
+            _sync(inner)
+        _sync(staging)
+        # Refused by the system where another process has a set there.
+        os.rename(staging, folder / _COMMIT)
+    except BaseException:
+        _discard(staging)
+        raise
+    _sync(folder)
+    _move_into_place(folder)
+
+
+def newest(folder: Path, name: str) -> Path:
+    """Where the file `name` of the last complete set of `folder` is."""
+    committed = folder / _COMMIT / name
+    return committed if committed.is_file() else folder / name
+
+
+def digest(file: Path) -> str:
+    """SHA-256, as sha256sum prints it."""
+    sha = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _move_into_place(folder: Path) -> None:
+    """Finish what `replace_files` was killed in, if anything."""
+    commit = folder / _COMMIT
+    if not commit.is_dir():
+        return
+    inside = sorted(commit.rglob("*"))
+    folders = [commit, *(f for f in inside if f.is_dir())]
+    places = [folder / f.relative_to(commit) for f in folders]
+    for place in places:
+        make_folder(place)
+    for file in inside:
+        if file not in folders:
+            os.replace(file, folder / file.relative_to(commit))
+    for place in places:
+        _sync(place)
+    for empty in reversed(folders):
+        # Refused by the system where another process has put files there meanwhile.
+        empty.rmdir()
+
+
+def _staging(folder: Path) -> Path:
+    return folder / f"{_STAGING}{uuid.uuid4().hex}"
+
+
+def _discard(staging: Path) -> None:
+    # Renamed first: its writer, if it lives, then fails to commit it instead of committing what
+    # is left of it.
+    trash = _staging(staging.parent)
+    try:
+        os.rename(staging, trash)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """The contents of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, or have nothing to sync.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -5,15 +5,17 @@ Inside a particle model the particles ride on the batch axis, particle first: a 
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from multilora.ops import lora_linear
+from multilora.ops import lora_add, lora_linear
 
 
 class ParticleRows:
@@ -113,11 +115,8 @@ class LoraLayer(ParticleLayer):
         dropout: float,
     ):
         super().__init__(rows)
-        weight = base_layer.weight
-        # Masters of half-precision layers are float32, as PEFT does it.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         d_out, d_in = self.weight_shape(base_layer)
-        factory = {"dtype": dtype, "device": weight.device}
+        factory = self.masters(base_layer)
         self.base_layer = base_layer
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
         self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
@@ -131,6 +130,15 @@ class LoraLayer(ParticleLayer):
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
         """(d_out, d_in) of the layer's weight as a matrix."""
         raise NotImplementedError
+
+    @staticmethod
+    def masters(base_layer: nn.Module) -> dict[str, Any]:
+        """The factors' dtype and device: float32 for half-precision layers, as PEFT does it."""
+        weight = base_layer.weight
+        return {
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+            "device": weight.device,
+        }
 
     @property
     def weight(self) -> Tensor:
@@ -178,6 +186,67 @@ class LoraLinear(LoraLayer):
         else:
             y = lora_linear(base_rows, weight, self.lora_A, self.lora_B, bias, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class LoraForeignLinear(LoraLayer):
+    """K adapters on a linear whose product is its own: see `is_foreign_linear`.
+
+    The base layer is called once, with the rows of all particles; the low-rank part is added to
+    its output, whose dtype stays.
+    """
+
+    @staticmethod
+    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+        # The weight may be packed, or a shard.
+        return base_layer.out_features, base_layer.in_features
+
+    @staticmethod
+    def masters(base_layer: nn.Module) -> dict[str, Any]:
+        like = next(_tensors_of(base_layer))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return {"dtype": dtype, "device": like.device}
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.split_rows(x)  # (K, T, d_in)
+        particles, is_first = rows.shape[0], self.is_first()
+        if is_first:
+            # The same rows for all particles: one product, repeated.
+            x = x[: x.shape[0] // particles]
+        y = self.base_layer(x)
+        self._check_output(x, y)
+        if is_first:
+            y, x = y.repeat(particles, *[1] * (y.ndim - 1)), rows
+        if self.training and self.dropout > 0:
+            rows = F.dropout(rows, self.dropout)
+        elif is_first:
+            rows = rows[:1]
+        if not torch.compiler.is_compiling() and self._is_held(x, y):
+            y = y.clone()
+        return lora_add(y, rows, self.lora_A, self.lora_B, self.scaling)
+
+    def _check_output(self, x: Tensor, y: Any) -> None:
+        name, expected = type(self.base_layer).__name__, (*x.shape[:-1], self.lora_B.shape[1])
+        if type(y) is not Tensor:
+            raise TypeError(f"the base layer {name} must return a plain tensor; got {type(y)}")
+        if y.shape != expected:
+            raise ValueError(
+                f"the base layer {name} must return {expected} for its input {tuple(x.shape)}; got "
+                f"{tuple(y.shape)}. A layer that computes a shard of its features must gather them."
+            )
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"the base layer {name} gives no gradient to its input, which the layers before it "
+                "need: it cannot be differentiated"
+            )
+
+    def _is_held(self, x: Tensor, y: Tensor) -> bool:
+        """Whether y's memory may be read again: x's or the layer's own, or what a hook has seen."""
+        base = self.base_layer
+        memory = y.untyped_storage().data_ptr()
+        return bool(base._forward_hooks) or any(
+            type(t) in (Tensor, nn.Parameter) and t.untyped_storage().data_ptr() == memory
+            for t in (x, *_tensors_of(base), *vars(base).values())
+        )
 
 
 class LoraConv2d(LoraLayer):
@@ -298,6 +367,36 @@ class StackedModule(ParticleLayer):
             # The padding row has no gradient, in every particle.
             y = torch.where((ids == self.template.padding_idx).unsqueeze(-1), y.detach(), y)
         return y
+
+
+def is_foreign_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear that only its own forward computes.
+
+    That is an nn.Linear with another forward, with hooks, or with a weight of a tensor class of its
+    own (bitsandbytes, torchao, DTensor), or any module without children that has the sizes of one,
+    in_features and out_features (GPTQ, AWQ).
+    """
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if any(module.children()) or not all(isinstance(size, int) and size > 0 for size in sizes):
+        return False
+    if isinstance(module, nn.Linear):
+        # Its users read the weight and call nothing.
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return False
+        return not (
+            type(module).forward is nn.Linear.forward
+            and "forward" not in vars(module)
+            and type(getattr(module, "weight", None)) in (nn.Parameter, Tensor)
+            and not any(vars(module)[hooks] for hooks in _HOOKS)
+        )
+    return True
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _linear_weight(base_layer: nn.Module) -> Tensor:

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import LoraConv2d, LoraLayer, LoraLinear, ParticleLayer, StackedModule
+from multilora.layers import (
+    LoraConv2d,
+    LoraForeignLinear,
+    LoraLayer,
+    LoraLinear,
+    ParticleLayer,
+    StackedModule,
+    is_foreign_linear,
+)
 from multilora.parallel import Ranks
 from multilora.trunk import TrunkRows, share_forwards
 
@@ -233,7 +241,9 @@ def get_particle_model(
     """K LoRA particles over `base`, which is frozen and changed in place.
 
     base: any module. Targets are nn.Linear, transformers' Conv1D and nn.Conv2d (one group, no
-        dilation, zero padding), found and named by PEFT itself.
+        dilation, zero padding), found and named by PEFT itself, and linears whose forward is their
+        own (`layers.is_foreign_linear`): quantised ones, tensor-parallel ones that return all
+        features. Such a layer runs as it is, once for all particles.
     config: honoured are r, lora_alpha, target_modules, exclude_modules, lora_dropout (a mask of
         its own for every particle), use_rslora, rank_pattern, alpha_pattern, layers_to_transform,
         init_lora_weights (True or "gaussian"), modules_to_save (a stacked copy a particle),
@@ -273,8 +283,7 @@ def get_particle_model(
     vocabulary = _vocabulary(base)
     redrawn = []
     for name, target in targets.items():
-        layer_type = LoraConv2d if isinstance(target.layer, nn.Conv2d) else LoraLinear
-        layer = layer_type(
+        layer = _layer_type(target.layer)(
             target.layer, num_particles, rows, target.rank, target.scaling, target.dropout
         )
         redrawn.append((layer, (config.init_lora_weights,)))
@@ -292,6 +301,12 @@ def get_particle_model(
             layer.reset_particle(particle, generator, *how)
     share_forwards(base, rows)
     return ParticleModel(base, config, num_particles, seeds, rows, share_trunk, ranks)
+
+
+def _layer_type(target: nn.Module) -> type[LoraLayer]:
+    if isinstance(target, nn.Conv2d):
+        return LoraConv2d
+    return LoraForeignLinear if is_foreign_linear(target) else LoraLinear
 
 
 def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
@@ -365,6 +380,10 @@ def _resolve(
     # PEFT changes a model's modules, hooks and attributes. It gets a copy of them, over the same
     # tensors.
     shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    # Of linears with a forward of their own it knows some. It gets plain ones of their sizes.
+    for module in filter(is_foreign_linear, base.modules()):
+        sizes = (module.in_features, module.out_features)
+        shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
     shadow = copy.deepcopy(base, shared)
     targets, saved = {}, {}
     try:
@@ -420,15 +439,32 @@ def _check_targets(targets: dict[str, _Target], saved: dict[str, nn.Module]) -> 
                 f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
                 "never calls it: an adapter there would do nothing"
             )
+        elif is_foreign_linear(layer):
+            if not any(True for _ in (*layer.parameters(), *layer.buffers())):
+                raise TypeError(
+                    f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
+                    "which would say on which device its adapters belong"
+                )
         elif not (
             isinstance(layer, Conv1D)
             or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
         ):
             raise TypeError(
                 f"target {name!r} is a {type(layer).__name__}; particles support nn.Linear, "
-                "transformers' Conv1D and nn.Conv2d"
+                "transformers' Conv1D, nn.Conv2d, and modules without children that are linears of "
+                "in_features and out_features"
             )
     for name, module in saved.items():
+        quantised = [
+            type(m).__name__
+            for m in module.modules()
+            if is_foreign_linear(m) and not _is_trainable(m)
+        ]
+        if quantised:
+            raise TypeError(
+                f"modules_to_save {name!r} contains a {quantised[0]}, whose packed weight cannot "
+                "be trained; adapt it, or keep it out of the quantisation"
+            )
         if any(isinstance(m, _BatchNorm) for m in module.modules()):
             raise TypeError(
                 f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
@@ -441,6 +477,11 @@ def _check_targets(targets: dict[str, _Target], saved: dict[str, nn.Module]) -> 
                     f"modules_to_save {name!r} contains {inner}: inside another module, particles "
                     "support embeddings without padding_idx and max_norm"
                 )
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.is_floating_point() for p in parameters)
 
 
 def _is_particular(embedding: nn.Embedding) -> bool:

@@ -19,11 +19,17 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
-def define(schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()) -> Any:
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+    function: Callable[..., Any] | None = None,
+) -> Any:
     """Register the operator `multilora::<schema>` and return its overload.
 
     One CompositeExplicitAutograd kernel serves every device: it asks `dispatch` for the
-    backend's function of the same name. `fake` gives shapes, dtypes and strides to the compiler.
+    backend's function of the same name, or is `function`, where the operator is made of others.
+    `fake` gives shapes, dtypes and strides to the compiler.
     """
     name = schema.split("(", 1)[0]
 
@@ -37,7 +43,9 @@ def define(schema: str, fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = 
             return kernel(*args)
 
     _lib.define(schema, tags=tags)
-    torch.library.impl(f"multilora::{name}", "CompositeExplicitAutograd", route, lib=_lib)
+    torch.library.impl(
+        f"multilora::{name}", "CompositeExplicitAutograd", function or route, lib=_lib
+    )
     torch.library.register_fake(f"multilora::{name}", fake, lib=_lib)
     return getattr(torch.ops.multilora, name).default
 

@@ -29,9 +29,10 @@ _forward_op = define(
     " float scaling) -> (Tensor, Tensor)",
     _fake_forward,
 )
-# needs: which of dx, dA, dB to compute; the others come back empty.
-_backward_op = define(
-    "lora_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B,"
+# needs: which of dx, dA, dB to compute; the others come back empty. Without a weight, dx is that of
+# the low-rank part (lora_add).
+backward_op = define(
+    "lora_linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B,"
     " Tensor shrunk, float scaling, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
@@ -50,13 +51,13 @@ def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 6
     needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    grads = _backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scaling, needs)
+    grads = backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scaling, needs)
     dx, dA, dB = (g if need else None for g, need in zip(grads, needs))
     return dx, None, dA, dB, None, None
 
 
 register_autograd(_forward_op, _backward, _setup_context)
-refuse_gradient(_backward_op)
+refuse_gradient(backward_op)
 
 
 def lora_linear(
@@ -89,15 +90,19 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias)
     particles = lora_A.shape[0]
+    y, _ = _forward_op(rows_of(x), weight, lora_A, lora_B, bias, float(scaling))
+    return y if x.ndim == 3 else y.view(particles, *x.shape[1:-1], weight.shape[0])
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (K or 1, *, d_in) -> (K or 1, T, d_in): one row set where all particles read the same."""
     if x.shape[0] > 1 and x.stride(0) == 0:
         # One particle's rows stand for all. A leaf that is itself expanded keeps K gradients.
         expanded_leaf = torch.is_grad_enabled() and x.requires_grad and x.is_leaf
         x = x if expanded_leaf else x[:1]
     if x.ndim == 3:
-        return _forward_op(x, weight, lora_A, lora_B, bias, float(scaling))[0]
-    rows = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
-    y, _ = _forward_op(rows, weight, lora_A, lora_B, bias, float(scaling))
-    return y.view(particles, *x.shape[1:-1], weight.shape[0])
+        return x
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
 def _check(x, weight, lora_A, lora_B, bias) -> None:

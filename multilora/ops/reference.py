@@ -25,25 +25,39 @@ def lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
-    particles, rank, _ = lora_A.shape
-    rows = x.shape[1]
-    lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    particles, rows = lora_A.shape[0], x.shape[1]
     # One GEMM over all rows of all particles, in two dimensions: an expanded x would make three
     # a broadcast product.
     base = F.linear(x.flatten(0, 1), weight, bias).view(x.shape[0], rows, weight.shape[0])
     if x.shape[0] == particles:
-        shrunk = torch.bmm(x, lora_A.mT)
-        return base.baddbmm_(shrunk, lora_B.mT, alpha=scaling), shrunk
-    shrunk = F.linear(x[0], lora_A.flatten(0, 1))  # (T, K·r)
-    shrunk = shrunk.view(rows, particles, rank).transpose(0, 1).contiguous()
+        return base, lora_add_(base, x, lora_A, lora_B, scaling)
+    shrunk = _shrink(x, lora_A)
     base = base.expand(particles, -1, -1)
-    return torch.baddbmm(base, shrunk, lora_B.mT, alpha=scaling), shrunk
+    return torch.baddbmm(base, shrunk, lora_B.to(x.dtype).mT, alpha=scaling), shrunk
+
+
+def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """y (K·T rows of d_out) += scaling·(x Aᵀ) Bᵀ for x (K or 1, T, d_in) -> S = x Aᵀ (K, T, r)."""
+    shrunk = _shrink(x, lora_A)
+    rows = y.view(*shrunk.shape[:2], lora_B.shape[1])
+    rows.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
+    return shrunk
+
+
+def _shrink(x: Tensor, lora_A: Tensor) -> Tensor:
+    """S = x Aᵀ (K, T, r) in x's dtype, in one product where the particles share x."""
+    particles, rank, _ = lora_A.shape
+    lora_A = lora_A.to(x.dtype)
+    if x.shape[0] == particles:
+        return torch.bmm(x, lora_A.mT)
+    shrunk = F.linear(x[0], lora_A.flatten(0, 1))  # (T, K·r)
+    return shrunk.view(x.shape[1], particles, rank).transpose(0, 1).contiguous()
 
 
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
@@ -52,7 +66,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r); empty where not needed.
 
-    dS = s·dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = s·dYᵀ·S.
+    dS = s·dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = s·dYᵀ·S. Without a weight dX = dS·A.
     """
     needs_x, needs_A, needs_B = needs
     particles, rank, d_in = lora_A.shape
@@ -67,11 +81,12 @@ def lora_linear_backward(
         d_shrunk = torch.bmm(grad, turned.mT)  # (K, T, r)
     if needs_x:
         A = lora_A.to(grad.dtype)
-        if shared:
+        if weight is None:
+            dx = expand_gradient(d_shrunk, A, shared)
+        elif shared:
             # The rows are the same for all particles, so dY is summed before the large product.
             dx = torch.mm(grad.sum(0), weight)
-            by_row = d_shrunk.transpose(0, 1).reshape(rows, particles * rank)
-            dx = dx.addmm_(by_row, A.flatten(0, 1)).unsqueeze(0)
+            dx = dx.addmm_(_by_row(d_shrunk), A.flatten(0, 1)).unsqueeze(0)
         else:
             dx = torch.mm(grad.flatten(0, 1), weight).view(particles, rows, d_in)
             dx = dx.baddbmm_(d_shrunk, A)
@@ -86,6 +101,18 @@ def lora_linear_backward(
         dB = lora_B.new_empty(lora_B.shape)
         torch.mul(torch.bmm(shrunk.mT, grad).mT, scaling, out=dB)
     return dx, dA, dB
+
+
+def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:
+    """dX = dS·A (K, T, d_in); (1, T, d_in), summed over the particles, where they share x."""
+    if shared:
+        return torch.mm(_by_row(d_shrunk), lora_A.flatten(0, 1)).unsqueeze(0)
+    return torch.bmm(d_shrunk, lora_A)
+
+
+def _by_row(d_shrunk: Tensor) -> Tensor:
+    """(K, T, r) -> (T, K·r)."""
+    return d_shrunk.transpose(0, 1).flatten(1, 2)
 
 
 # --- adapter geometry ----------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from multilora.ops.cuda.volume import (
     particle_loss,
     particle_loss_backward,
 )
+from multilora.ops.reference import lora_add_
 
 __all__ = [
     "gram_volume",
     "gram_volume_backward",
+    "lora_add_",
     "lora_gram",
     "lora_gram_backward",
     "lora_linear",

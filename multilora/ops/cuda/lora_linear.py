@@ -7,7 +7,8 @@ that compute dS and dB together.
 
 float32 and float64, chips other than compute capability 9.0, widths that are not multiples of 8
 (the kernel's copies need rows of a multiple of 16 bytes) and an input that all particles share
-leave the GEMM to the vendor's library: there, and where x needs no gradient, the reference runs.
+leave the GEMM to the vendor's library: there, where x needs no gradient, and without a weight, the
+reference runs.
 
 Dims: K particles, T rows, r rank.
 """
@@ -47,7 +48,7 @@ def lora_linear(
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
@@ -56,7 +57,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
     needs_x, needs_A, needs_B = needs
-    if not (needs_x and _is_ours(x, weight, lora_A)):
+    if not (needs_x and weight is not None and _is_ours(x, weight, lora_A)):
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )

@@ -6,7 +6,7 @@ from multilora.ops.triton.geometry import (
     pairwise_frobenius,
     svgd_update,
 )
-from multilora.ops.triton.lora_linear import lora_linear, lora_linear_backward
+from multilora.ops.triton.lora_linear import lora_add_, lora_linear, lora_linear_backward
 from multilora.ops.triton.proven import is_proven
 from multilora.ops.triton.volume import (
     gram_volume,
@@ -19,6 +19,7 @@ __all__ = [
     "gram_volume",
     "gram_volume_backward",
     "is_proven",
+    "lora_add_",
     "lora_gram",
     "lora_gram_backward",
     "lora_linear",

@@ -43,10 +43,24 @@ def lora_linear(
     return y, shrunk
 
 
+def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """y (K·T rows of d_out) += scaling·(x Aᵀ) Bᵀ for x (K or 1, T, d_in) -> S = x Aᵀ (K, T, r)."""
+    particles, rank, d_in = lora_A.shape
+    rows, d_out = x.shape[1], lora_B.shape[1]
+    if 0 in (rows, d_in, d_out):
+        return reference.lora_add_(y, x, lora_A, lora_B, scaling)
+    shrunk = x.new_empty(particles, rows, rank)
+    thin_pass(x.contiguous(), lora_A.mT, shrunk, None, particles, rank, 1.0)
+    # A product as thin as this is y's one read and one write: the vendor's does no more.
+    y = y.view(particles, rows, d_out)
+    y.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
+    return shrunk
+
+
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
@@ -56,7 +70,7 @@ def lora_linear_backward(
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
     needs_x, needs_A, needs_B = needs
     particles, rank, d_in = lora_A.shape
-    rows, d_out = x.shape[1], weight.shape[0]
+    rows, d_out = x.shape[1], lora_B.shape[1]
     if 0 in (rows, d_in, d_out):
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
@@ -81,7 +95,9 @@ def lora_linear_backward(
     if needs_A:
         dA = lora_A.new_empty(lora_A.shape)
         reduce(thin_pass(x, None, None, d_shrunk, particles, rank, 1.0), dA.mT, 1.0)
-    if needs_x:
+    if needs_x and weight is None:
+        dx = reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared)
+    elif needs_x:
         # The rows are the same for all particles, so dY is summed before the large product.
         rest = grad.sum(0, keepdim=True) if shared else grad
         config = configs.lora_gemm(

@@ -95,7 +95,11 @@ def _run_linear(
     weight, bias = _meta(dtype, d_out, d_in), _meta(dtype, d_out)
     lora_A, lora_B = _meta(master, particles, rank, d_in), _meta(master, particles, d_out, rank)
     y, shrunk = backend.lora_linear(x, weight, lora_A, lora_B, bias, 2.0)
-    backend.lora_linear_backward(y, x, weight, lora_A, lora_B, shrunk, 2.0, [True, True, True])
+    needs = [True, True, True]
+    backend.lora_linear_backward(y, x, weight, lora_A, lora_B, shrunk, 2.0, needs)
+    # Over a base layer whose product is its own.
+    shrunk = backend.lora_add_(y, x, lora_A, lora_B, 2.0)
+    backend.lora_linear_backward(y, x, None, lora_A, lora_B, shrunk, 2.0, needs)
 
 
 def _geometry(

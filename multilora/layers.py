@@ -202,9 +202,12 @@ class LoraForeignLinear(LoraLayer):
 
     @staticmethod
     def masters(base_layer: nn.Module) -> dict[str, Any]:
-        like = next(_tensors_of(base_layer))
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return {"dtype": dtype, "device": like.device}
+        tensors = list(_tensors_of(base_layer))
+        double = any(t.dtype == torch.float64 for t in tensors)
+        return {
+            "dtype": torch.float64 if double else torch.float32,
+            "device": tensors[0].device,
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.split_rows(x)  # (K, T, d_in)

@@ -84,6 +84,23 @@ def test_non_contiguous_views(shared):
     check_against_oracle(*views, -1.5)
 
 
+def test_the_result_may_be_changed_in_place():
+    # As models do with what a layer returns.
+    x, weight, lora_A, lora_B, bias = problem()
+    upstream = torch.randn(3, 5, 11)
+
+    def doubled(x, A, B):
+        y = ml.lora_linear(x, weight, A, B, bias)
+        y += 1
+        return y.mul_(2)
+
+    got = gradients(doubled, [x, lora_A, lora_B], upstream)
+    plain = gradients(
+        lambda x, A, B: ml.lora_linear(x, weight, A, B, bias), [x, lora_A, lora_B], 2 * upstream
+    )
+    torch.testing.assert_close(got, plain)
+
+
 def test_expanded_upstream_gradient():
     # y.sum() hands the backward a gradient whose strides are all zero.
     x, weight, lora_A, lora_B, _ = problem()

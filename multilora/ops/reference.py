@@ -27,8 +27,12 @@ def lora_linear(
     """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
     particles, rows = lora_A.shape[0], x.shape[1]
     # One GEMM over all rows of all particles, in two dimensions: an expanded x would make three
-    # a broadcast product.
-    base = F.linear(x.flatten(0, 1), weight, bias).view(x.shape[0], rows, weight.shape[0])
+    # a broadcast product. Its output is no view, which autograd would let nobody change in place.
+    base = x.new_empty(x.shape[0], rows, weight.shape[0])
+    if bias is None:
+        torch.mm(x.flatten(0, 1), weight.T, out=base.flatten(0, 1))
+    else:
+        torch.addmm(bias, x.flatten(0, 1), weight.T, out=base.flatten(0, 1))
     if x.shape[0] == particles:
         return base, lora_add_(base, x, lora_A, lora_B, scaling)
     shrunk = _shrink(x, lora_A)

@@ -16,7 +16,7 @@ from oracles import double_gradients, gradients, relative_error
 from test_lora_linear import SHAPES
 
 import multilora as ml
-from multilora.ops import dispatch
+from multilora.ops import dispatch, lora_add
 from multilora.ops.triton import common, configs, is_proven, lora_gemm, lora_pass
 from multilora.ops.triton.common import A100, H200, Chip, precision
 
@@ -203,6 +203,13 @@ def test_only_what_is_needed(own_gemm, monkeypatch):
         )
         assert kernels == launched, needs
         assert [g.numel() > 0 for g in grads] == list(needs)
+    # Onto what a base layer has computed: the rest is the vendor's.
+    kernels.clear()
+    shrunk = torch.ops.multilora.lora_add_(y, x, lora_A, lora_B, 1.0)
+    torch.ops.multilora.lora_linear_backward(
+        y, x, None, lora_A, lora_B, shrunk, 1.0, [True, True, True]
+    )
+    assert kernels == ["pass", "pass", "reduce", "pass", "reduce"]
 
 
 # --- configurations ------------------------------------------------------------------------------
@@ -312,10 +319,11 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
     logits, targets = torch.randn(3, 5, 4, requires_grad=True), torch.randint(4, (5,))
     loss = ml.lora_linear(leaves[0], weight, leaves[1], leaves[2], bias).sum()
+    loss = loss + lora_add(loss.expand(3, 5, 8), *leaves).sum()
     loss = loss + ml.lora_gram(lora_A, lora_B).sum() + ml.pairwise_frobenius(lora_A, lora_B).sum()
     loss = loss + ml.gram_volume(logits, targets).sum() + ml.particle_loss(logits, targets)[1]
     loss.backward()
-    assert len(set(asked)) == 9
+    assert len(set(asked)) == 10
 
 
 @pytest.mark.parametrize("proven", [False, True])

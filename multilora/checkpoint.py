@@ -18,6 +18,7 @@ from multilora.model import ParticleModel, get_particle_model
 
 if TYPE_CHECKING:
     import peft
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Format 1 has no list of its files; it is still read.
 FORMAT = 2
@@ -42,36 +43,43 @@ def save_pretrained(model: ParticleModel, path: str | Path) -> None:
     beside old ones until the next save.) Other files in `path` are left, among them the folders of
     a larger K that it held before; multilora.json says how many count.
 
+    Where processes share the particles (a mesh), all of them call this, and the first one writes.
+
     Raises NotADirectoryError where `path` is a file.
     """
+    whole = _whole(model)
+    particles = len(model.seeds)
 
     def write(folder: Path) -> None:
-        for particle in range(model.num_particles):
-            tensors = _particle(model, particle)
+        for particle in range(particles):
+            tensors = _particle(model, particle, whole)
             _write_adapter(folder / f"particle_{particle}", tensors, model.peft_config)
         index = {
             "format": FORMAT,
-            "num_particles": model.num_particles,
+            "num_particles": particles,
             "seeds": model.seeds,
             "files": {
                 name: {
                     "bytes": (folder / name).stat().st_size,
                     "sha256": files.digest(folder / name),
                 }
-                for name in _names(model.num_particles)
+                for name in _names(particles)
             },
         }
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-    files.replace_files(Path(path), write)
+    _write(model, path, write)
 
 
-def load_particle_model(base: nn.Module, path: str | Path | Sequence[str | Path]) -> ParticleModel:
+def load_particle_model(
+    base: nn.Module, path: str | Path | Sequence[str | Path], mesh: DeviceMesh | None = None
+) -> ParticleModel:
     """The particle model that `save_pretrained` wrote to `path`, over the plain model `base`.
 
     path: that folder, or a sequence of K PEFT LoRA adapter folders of one configuration, trained
     by anything, which become the K particles. The files of a folder must be those that its
     multilora.json lists; a sequence of its particle folders is read whatever is in them.
+    mesh: as in `get_particle_model`; it need not be the one that the particles were trained on.
 
     Raises FileNotFoundError or ValueError, naming the file and the mismatch, where a file is
     missing, damaged, of another save, not finite, or does not fit the others: `base` is then as it
@@ -81,7 +89,12 @@ def load_particle_model(base: nn.Module, path: str | Path | Sequence[str | Path]
     saved = _read(path)
     try:
         model = get_particle_model(
-            base, saved.configs[0], len(saved.configs), seed=saved.seeds, head_init="copy"
+            base,
+            saved.configs[0],
+            len(saved.configs),
+            seed=saved.seeds,
+            head_init="copy",
+            mesh=mesh,
         )
     except NotImplementedError as error:
         raise ValueError(f"{saved.config_files[0]}: {error}") from error
@@ -102,10 +115,9 @@ def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]
     and checked before the model is changed.
     """
     saved = _read(path)
-    if len(saved.configs) != model.num_particles:
+    if len(saved.configs) != len(model.seeds):
         raise ValueError(
-            f"{saved.source} has {len(saved.configs)} particles; the model has "
-            f"{model.num_particles}"
+            f"{saved.source} has {len(saved.configs)} particles; the model has {len(model.seeds)}"
         )
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, ours = getattr(saved.configs[0], key), getattr(model.peft_config, key)
@@ -132,15 +144,16 @@ def soup(model: ParticleModel, path: str | Path, kind: str = "exact") -> None:
         raise ValueError(f'kind must be "exact" or "svd"; got {kind!r}')
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    whole = _whole(model)
     for name, layer in model.lora_layers():
-        A, B = _mean_factors(layer.lora_A.detach(), layer.lora_B.detach() * layer.scaling)
+        A, B = _mean_factors(whole[layer.lora_A], whole[layer.lora_B] * layer.scaling)
         if kind == "svd":
             A, B = _truncate(A, B, layer.rank)
         ranks[name] = A.shape[0]
         tensors |= _adapter_tensors(name, layer, A, B)
     for name, stacked in model.stacked_modules():
         for inner, parameter in stacked.module.named_parameters():
-            tensors[f"{_PREFIX}{name}.{inner}"] = parameter.detach().mean(0)
+            tensors[f"{_PREFIX}{name}.{inner}"] = whole[parameter].mean(0)
         tensors |= _buffers(name, stacked.module)
     config = copy.deepcopy(model.peft_config)
     # The scaling is inside B now: alpha = rank everywhere.
@@ -148,7 +161,7 @@ def soup(model: ParticleModel, path: str | Path, kind: str = "exact") -> None:
     config.use_rslora = False
     config.rank_pattern = {f"^{name}": rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = dict(config.rank_pattern)
-    files.replace_files(Path(path), lambda folder: _write_adapter(folder, tensors, config))
+    _write(model, path, lambda folder: _write_adapter(folder, tensors, config))
 
 
 def _mean_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,15 +185,33 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return A.to(dtype), B.to(dtype)
 
 
-def _particle(model: ParticleModel, particle: int) -> dict[str, Tensor]:
+def _write(model: ParticleModel, path: str | Path, write: Callable[[Path], object]) -> None:
+    device = next(iter(model.parameters())).device
+    model.ranks.write(lambda: files.replace_files(Path(path), write), device)
+
+
+def _stacked(model: ParticleModel) -> list[Tensor]:
+    layers = [layer for _, layer in (*model.lora_layers(), *model.stacked_modules())]
+    return [parameter for layer in layers for _, _, parameter in layer.stacked()]
+
+
+def _whole(model: ParticleModel) -> dict[Tensor, Tensor]:
+    """Every stacked tensor with the particles of all processes."""
+    stacked = _stacked(model)
+    return dict(zip(stacked, model.ranks.gather_all(stacked)))
+
+
+def _particle(
+    model: ParticleModel, particle: int, whole: dict[Tensor, Tensor]
+) -> dict[str, Tensor]:
     """One particle's tensors under PEFT's names and in PEFT's shapes."""
     tensors: dict[str, Tensor] = {}
     for name, layer in model.lora_layers():
-        A, B = layer.lora_A.detach()[particle], layer.lora_B.detach()[particle]
+        A, B = whole[layer.lora_A][particle], whole[layer.lora_B][particle]
         tensors |= _adapter_tensors(name, layer, A, B)
     for name, stacked in model.stacked_modules():
         for inner, parameter in stacked.module.named_parameters():
-            tensors[f"{_PREFIX}{name}.{inner}"] = parameter.detach()[particle]
+            tensors[f"{_PREFIX}{name}.{inner}"] = whole[parameter][particle]
         tensors |= _buffers(name, stacked.module)
     return tensors
 
@@ -347,7 +378,7 @@ def _is_text(value: object) -> bool:
 
 def _fill(model: ParticleModel, saved: _Saved, whose: str) -> None:
     """Copy the tensors into the model, once all of them are known to fit."""
-    expected = _particle(model, 0)
+    expected = _particle(model, 0, {p: p.detach() for p in _stacked(model)})
     for file, loaded in zip(saved.tensor_files, saved.tensors):
         missing = sorted(expected.keys() - loaded.keys())
         unexpected = sorted(loaded.keys() - expected.keys())
@@ -372,7 +403,7 @@ def _fill(model: ParticleModel, saved: _Saved, whose: str) -> None:
     for name, stacked in model.stacked_modules():
         shared |= _buffers(name, stacked.module)
     with torch.no_grad():
-        for particle, loaded in enumerate(saved.tensors):
+        for particle, loaded in enumerate(model.ranks.own(saved.tensors)):
             for key, tensor in loaded.items():
                 slot = shared[key] if key in shared else slots[key][particle]
                 slot.copy_(tensor.reshape(slot.shape))

@@ -70,7 +70,7 @@ class ParticleModel(nn.Module):
         self.base = base
         self.peft_config = config
         self.num_particles = num_particles
-        self.seeds = tuple(seeds)
+        self.seeds = tuple(seeds)  # of all processes' particles
         self.rows = rows
         self.share_trunk = share_trunk
         self.ranks = ranks or Ranks()
@@ -273,8 +273,8 @@ def get_particle_model(
     if head_init not in ("reset", "copy"):
         raise ValueError(f'head_init must be "reset" or "copy"; got {head_init!r}')
     ranks = Ranks.of_mesh(mesh)
-    seeds = ranks.own(_seeds(seed, num_particles))
-    num_particles = len(seeds)
+    seeds = _seeds(seed, num_particles)
+    num_particles = len(ranks.own(seeds))
     config, targets, saved = _resolve(base, config)
     _check_targets(targets, saved)
     for parameter in base.parameters():
@@ -295,7 +295,7 @@ def get_particle_model(
         if head_init == "reset" and module not in vocabulary:
             redrawn.append((stacked, ()))
         _replace(base, name, stacked)
-    for particle, particle_seed in enumerate(seeds):
+    for particle, particle_seed in enumerate(ranks.own(seeds)):
         generator = torch.Generator().manual_seed(particle_seed)
         for layer, how in redrawn:
             layer.reset_particle(particle, generator, *how)

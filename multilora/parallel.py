@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -60,18 +60,22 @@ class Ranks:
         return _gather(t, self.particle).flatten(0, 1)
 
     def gather_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same of many tensors in one communication."""
-        if self.particle_size == 1 or not tensors:
+        """The same of many tensors in one communication a dtype."""
+        if self.particle_size == 1:
             return [t.detach() for t in tensors]
-        flat = self.gather(torch.cat([t.detach().flatten(1) for t in tensors], 1))
-        parts = flat.split([t[0].numel() for t in tensors], 1)
-        return [part.reshape(-1, *t.shape[1:]) for part, t in zip(parts, tensors)]
+        gathered = {}
+        for dtype in {t.dtype: None for t in tensors}:
+            group = [t for t in tensors if t.dtype == dtype]
+            flat = self.gather(torch.cat([t.detach().flatten(1) for t in group], 1))
+            parts = flat.split([t[0].numel() for t in group], 1)
+            gathered |= {t: p.reshape(-1, *t.shape[1:]) for t, p in zip(group, parts)}
+        return [gathered[t] for t in tensors]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its mean over the data, in one communication a dtype."""
         if self.data_size == 1:
             return
-        for dtype in {t.dtype for t in tensors}:
+        for dtype in {t.dtype: None for t in tensors}:
             group = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.flatten() for t in group])
             dist.all_reduce(flat, group=self.data)
@@ -94,6 +98,24 @@ class Ranks:
         if self.data_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MIN, group=self.data)
         return self.gather(flags).bool()
+
+    def write(self, function: Callable[[], object], device: torch.device) -> None:
+        """function() in the first process; the others return when it has, or raise where it did."""
+        error = None
+        first = self.particle_rank == 0 and (self.data is None or self.data.rank() == 0)
+        if first:
+            try:
+                function()
+            except BaseException as raised:
+                error = raised
+        failed = torch.tensor([error is not None], dtype=torch.uint8, device=device)
+        for group in (self.particle, self.data):
+            if group is not None:
+                dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+        if error is not None:
+            raise error
+        if bool(failed):
+            raise RuntimeError("the first process could not write; its error says why")
 
     def require_equal(self, tensors: Sequence[Tensor], axis: str, message: str) -> None:
         """Raise RuntimeError, in all processes, where tensors differ along "data" or "particle"."""

@@ -11,7 +11,7 @@ def block(heading: str, language: str) -> str:
     text = README.read_text()
     start = f"\n{heading}\n"
     assert text.count(start) == 1, f"README.md needs the line {heading!r} once"
-    section = re.split(r"\n#+ ", text.partition(start)[2])[0]
+    section = re.split(r"\n##+ ", text.partition(start)[2])[0]
     found = re.search(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     assert found, f"README.md has no {language} block under {heading!r}"
     return found.group(1)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from models import FAMILIES, logits_of, perturb
 from readme import block
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -242,19 +243,44 @@ def test_mistakes_are_named_in_all_processes(tmp_path):
         assert "ignored_params=set(model.particle_parameters())" in said["sharded"]
 
 
-def predictions(rank, folder):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("particle",))
-    model, _ = everything("vit", torch.arange(B), "mesh", mesh=mesh)
-    set_particles(model, rank * 2)
-    return ml.predict(model, FAMILIES["vit"].inputs())
+def saving(rank, folder):
+    """Save from two by two processes; load again as four, each with one particle."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "particle"))
+    model, _ = everything("vit", torch.arange(B), "mesh", mesh=mesh, seed=5)
+    set_particles(model, mesh.get_local_rank("particle") * 2)
+    model.save_pretrained(folder / "particles")
+    model.soup(folder / "soup")
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("particle",))
+    base = FAMILIES["vit"].build()
+    loaded = ml.load_particle_model(base, folder / "particles", mesh=mesh)
+    ml.checkpoint.load_particles(model, folder / "particles")
+    inputs = FAMILIES["vit"].inputs()
+    try:
+        model.save_pretrained(folder / "particles" / "multilora.json" / "inside")
+        said = "nothing"
+    except (OSError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return loaded.num_particles, ml.predict(loaded, inputs), ml.predict(model, inputs), said
 
 
-def test_predictions_are_of_all_particles(tmp_path):
-    model, _ = everything("vit", torch.arange(B), "mesh")
+def test_particles_are_saved_and_predict_together(tmp_path):
+    model, _ = everything("vit", torch.arange(B), "mesh", seed=5)
     perturb(model)
     expected = ml.predict(model, FAMILIES["vit"].inputs())
-    for got in run_in_processes(2, predictions, tmp_path):
-        torch.testing.assert_close(got, expected)
+    for rank, (k, loaded, kept, said) in enumerate(run_in_processes(4, saving, tmp_path)):
+        assert k == 1
+        torch.testing.assert_close(loaded, expected)
+        torch.testing.assert_close(kept, expected)
+        assert said.startswith("RuntimeError: the first process could not" if rank else "NotADir")
+    alone = ml.load_particle_model(FAMILIES["vit"].build(), tmp_path / "particles")
+    assert alone.seeds == model.seeds
+    for a, b in zip(alone.particle_parameters(), model.particle_parameters()):
+        assert torch.equal(a, b)
+    model.soup(tmp_path / "expected")
+    soups = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("soup", "expected")]
+    assert soups[0].keys() == soups[1].keys()
+    for name, tensor in soups[0].items():
+        torch.testing.assert_close(tensor, soups[1][name])
 
 
 PREAMBLE = """
@@ -267,7 +293,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
 config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-x = torch.randn(256, 6)
+x = torch.randn(4096, 6)
 dataset = TensorDataset(x, (x[:, 0] > 0).long())
 """
 

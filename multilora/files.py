@@ -21,14 +21,13 @@ _COMMIT = ".multilora-commit"
 
 def make_folder(folder: Path) -> None:
     """Make `folder` and those above it. Raises NotADirectoryError where a file is in the way."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()]
+    missing_or_file = [f for f in (folder, *folder.parents) if not f.is_dir()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{folder} cannot be a folder: {error.filename} is a file") from (
-            error
-        )
-    for made in missing:
+        file = next(f for f in missing_or_file if f.exists())
+        raise NotADirectoryError(f"{folder} cannot be a folder: {file} is a file") from error
+    for made in missing_or_file:
         _sync(made.parent)
 
 
@@ -60,8 +59,10 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
     write(staging) makes the set below an empty folder. One rename inside `folder` then makes it
     the set that `newest` finds, and after that each file is moved into its place. A process that
     is killed before the rename leaves what nobody reads, after it what everybody reads; the next
-    call clears up either. Where two processes write to one folder at once, one of them may raise
-    OSError; their sets are never mixed.
+    call clears up either.
+
+    Raises OSError where another process wrote to `folder` at the same time; the sets of the two are
+    never mixed, and at least one of them is there.
     """
     make_folder(folder)
     _move_into_place(folder)
@@ -76,8 +77,9 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
         _sync(staging)
         # Refused by the system where another process has a set there.
         os.rename(staging, folder / _COMMIT)
-    except BaseException:
-        _discard(staging)
+    except BaseException as error:
+        if not _discard(staging) or (folder / _COMMIT).is_dir():
+            raise _disturbed(folder) from error
         raise
     _sync(folder)
     _move_into_place(folder)
@@ -103,34 +105,45 @@ def _move_into_place(folder: Path) -> None:
     commit = folder / _COMMIT
     if not commit.is_dir():
         return
-    inside = sorted(commit.rglob("*"))
-    folders = [commit, *(f for f in inside if f.is_dir())]
-    places = [folder / f.relative_to(commit) for f in folders]
-    for place in places:
-        make_folder(place)
-    for file in inside:
-        if file not in folders:
-            os.replace(file, folder / file.relative_to(commit))
-    for place in places:
-        _sync(place)
-    for empty in reversed(folders):
-        # Refused by the system where another process has put files there meanwhile.
-        empty.rmdir()
+    try:
+        inside = sorted(commit.rglob("*"))
+        folders = [commit, *(f for f in inside if f.is_dir())]
+        places = [folder / f.relative_to(commit) for f in folders]
+        for place in places:
+            make_folder(place)
+        for file in inside:
+            if file not in folders:
+                os.replace(file, folder / file.relative_to(commit))
+        for place in places:
+            _sync(place)
+        for empty in reversed(folders):
+            empty.rmdir()
+    except OSError as error:
+        # Files that somebody else has moved, or the next set where an empty folder was.
+        if error.errno in (errno.ENOENT, errno.ENOTEMPTY):
+            raise _disturbed(folder) from error
+        raise
 
 
 def _staging(folder: Path) -> Path:
     return folder / f"{_STAGING}{uuid.uuid4().hex}"
 
 
-def _discard(staging: Path) -> None:
+def _disturbed(folder: Path) -> OSError:
+    return OSError(f"another process saved to {folder} at the same time; let one process save")
+
+
+def _discard(staging: Path) -> bool:
+    """Whether `staging` was still there."""
     # Renamed first: its writer, if it lives, then fails to commit it instead of committing what
     # is left of it.
     trash = _staging(staging.parent)
     try:
         os.rename(staging, trash)
     except FileNotFoundError:
-        return
+        return False
     shutil.rmtree(trash, ignore_errors=True)
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -211,27 +211,6 @@ def test_other_commands_say_what_is_wrong(tmp_path, capsys):
     assert "run.json is damaged" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(run, tmp_path):
-    settings = training.Settings(steps=24, shots=10, lr=0.02, particles=3)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(settings, tmp_path, save_every=1, on_step=_stop)
-    file = tmp_path / "checkpoint.pt"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
-        training.train(settings, tmp_path, resume=True)
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    state["base"] = [0.0, 0.0]
-    torch.save(state, file)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt was trained over another base"):
-        training.train(settings, tmp_path, resume=True)
-
-
-def _stop(step, steps, stats):
-    if step == 2:
-        raise KeyboardInterrupt
-
-
 def test_info_lists_backends_and_versions(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out

@@ -51,8 +51,17 @@ def settings(method: str = "ibdr", **changes) -> training.Settings:
     return training.Settings(method=method, **small | changes)
 
 
-def train(out: Path, method: str, die: tuple[str, int] | None = None, pause: float = 0.0) -> None:
-    """A run that is started or resumed; die: where, and at the how manieth time."""
+def train(
+    out: Path,
+    method: str,
+    die: tuple[str, int] | None = None,
+    save_every: int = SAVE_EVERY,
+    pause: float = 0.0,
+) -> None:
+    """A run that is started or resumed.
+
+    die: where, and at the how manieth time; pause: seconds after every step.
+    """
     torch.set_num_threads(1)
     training.make_task = small_task
     training.reliability_diagram = lambda *_: None  # takes as long as the rest
@@ -70,7 +79,7 @@ def train(out: Path, method: str, die: tuple[str, int] | None = None, pause: flo
             die_now()
 
     training.train(
-        settings(method), out, resume=True, save_every=SAVE_EVERY, report=print, on_step=on_step
+        settings(method), out, resume=True, save_every=save_every, report=print, on_step=on_step
     )
 
 

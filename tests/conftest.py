@@ -61,6 +61,16 @@ def poison():
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """accelerate keeps a process's settings: forget them, and what Trainer tells it by variable."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(params=available_backends(DEVICE))
 def backend(request, poison):
     """Run the test once on every backend that this machine has, in poisoned memory."""

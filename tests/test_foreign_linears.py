@@ -6,7 +6,6 @@ of their own, outputs that are views, hooks, assigned forwards.
 
 import copy
 import importlib.util
-from types import SimpleNamespace
 
 import peft
 import pytest
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import multilora as ml
-from multilora.layers import LoraForeignLinear, LoraLinear, is_foreign_linear
+from multilora.layers import LoraForeignLinear, LoraLinear, ParticleRows, is_foreign_linear
 
 K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
 
@@ -276,11 +275,18 @@ def test_the_base_is_called_once_and_its_output_becomes_the_result(stub, grad, m
     for name in ("first", "last"):
         layer = model.base.get_submodule(name)
         layer.register_forward_hook(lambda module, args, y: results.append(y.data_ptr()))
+    model.share_trunk = False
     with torch.set_grad_enabled(grad):
         output = model(inputs()[0])
     assert output.requires_grad == grad
     assert [shape for shape, _ in calls] == [(K * BATCH, TOKENS, D_IN), (K * BATCH, D_OUT)]
     assert [memory for _, memory in calls] == results
+    # The first layer's rows are the same for all particles.
+    calls.clear()
+    model.share_trunk = True
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(model(inputs()[0]), output)
+    assert [shape for shape, _ in calls] == [(BATCH, TOKENS, D_IN), (K * BATCH, D_OUT)]
 
 
 class Held(nn.Linear):
@@ -503,7 +509,7 @@ def layer_of(forward, sizes=(D_IN, D_OUT)) -> LoraForeignLinear:
     """A particle layer over a linear with this forward."""
     linear = nn.Linear(*sizes)
     linear.forward = forward
-    rows = SimpleNamespace(count=None)
+    rows = ParticleRows()
     return LoraForeignLinear(linear.requires_grad_(False), K, rows, 2, 1.0, 0.0)
 
 

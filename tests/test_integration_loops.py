@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from models import FAMILIES, particles_of
 from readme import block, sides
 from safetensors.torch import load_file
@@ -19,13 +18,10 @@ K = 3
 METHODS = [ml.Ensemble, ml.SVGD, ml.IBDR]
 LOOPS = ["### In a PyTorch loop", "### With accelerate"]
 # transformers' old names.
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-
-
-@pytest.fixture(autouse=True)
-def accelerate_forgets():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("fresh_accelerate"),
+]
 
 
 # --- the README's loops --------------------------------------------------------------------------

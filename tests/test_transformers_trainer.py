@@ -32,7 +32,10 @@ METHODS = {
 }
 EVERY = METHODS | {"learnt": lambda model: ml.IBDR(model, sigma=5e-2, learn_sigma=True)}
 NAMES = ["llama", "gpt2", "bert"]
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("fresh_accelerate"),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -379,13 +382,13 @@ def test_activation_checkpointing(name, tmp_path):
 
 def test_bfloat16(tmp_path):
     ran = []
+    exact = trainer_of("llama", "ibdr", tmp_path)
+    exact.train()
     trainer = trainer_of("llama", "ibdr", tmp_path, bf16=True)
     layer = trainer.model.base.model.layers[0].mlp.up_proj
     layer.register_forward_hook(lambda module, inputs, output: ran.append(output.dtype))
     trainer.train()
     assert set(ran) == {torch.bfloat16} and len(ran) == 2 * 6
-    exact = trainer_of("llama", "ibdr", tmp_path)
-    exact.train()
     got, expected = train_lines(trainer)[-1], train_lines(exact)[-1]
     # 2⁻⁹ is a rounding of bfloat16, and the logits are small.
     assert got["nll"] == pytest.approx(expected["nll"], rel=2**-9)

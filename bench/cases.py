@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import multilora as ml
 from bench import peers
 from bench.measure import OURS, Case, Run
+from multilora.ops import lora_add
 from multilora.tasks import DIGITS_MODEL, DIGITS_TARGETS
 from multilora.training import Settings
 
@@ -203,6 +204,13 @@ def linear_ours(x: Tensor, weight: Tensor, lora_A: Tensor, *rest: Any) -> Tensor
     return ml.lora_linear(x, weight, lora_A, *rest)
 
 
+def linear_added(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, scaling: float
+) -> Tensor:
+    """As over a layer with a forward of its own, for which a plain one stands in."""
+    return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
+
+
 def base_gemm(passes: str, i: Linear) -> Run:
     """The frozen layer alone on the same rows, the product that gives dX, or both."""
     x = i.x if i.x.ndim == 2 else i.x.flatten(0, 1)
@@ -232,9 +240,11 @@ def _linear_cases() -> list[Case]:
         "vmap": partial(linear_stacked, peers.lora_vmap),
         OURS: partial(linear_stacked, linear_ours),
     }
+    added = {**makers, OURS: partial(linear_stacked, linear_added)}
+    groups = [("lora_linear", makers, sizes), ("lora_add", added, sizes[:4])]
     return [
         Case(
-            f"lora_linear {name}",
+            f"{operator} {name}",
             str(size),
             size.inputs,
             {peer: wrap(make) for peer, make in makers.items()},
@@ -242,6 +252,7 @@ def _linear_cases() -> list[Case]:
             flops=size.flops(name != "forward"),
             half_precision=True,
         )
+        for operator, makers, sizes in groups
         for name, wrap in PASSES.items()
         if name != "backward"
         for size in sizes

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from multilora.ops import lora_add, lora_linear
@@ -229,7 +230,7 @@ class LoraForeignLinear(LoraLayer):
 
     def _check_output(self, x: Tensor, y: Any) -> None:
         name, expected = type(self.base_layer).__name__, (*x.shape[:-1], self.lora_B.shape[1])
-        if type(y) is not Tensor:
+        if not isinstance(y, Tensor) or is_traceable_wrapper_subclass(y):
             raise TypeError(f"the base layer {name} must return a plain tensor; got {type(y)}")
         if y.shape != expected:
             raise ValueError(

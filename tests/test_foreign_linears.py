@@ -231,6 +231,14 @@ def test_compiled(stub):
     assert_same_gradients(got, gradients(foreign, x, weights), 1e-13)
 
 
+def test_exported():
+    foreign, _ = pair(Packed4Bit)
+    x = inputs()[0]
+    with torch.no_grad():
+        exported = torch.export.export(foreign, (x,))
+        assert relative_error(exported.module()(x), foreign(x)) < 1e-14
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_lies_before_A_only(training):
     model = particles_of(nets(Int8Linear)[0], config(lora_dropout=0.5), K).train(training)

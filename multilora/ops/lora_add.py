@@ -66,9 +66,8 @@ class _AddInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, x, lora_A, lora_B, scaling):
+        # Its last step is PyTorch's: a layer that keeps y for its own backward hears of it there.
         shrunk = _in_place_op(y, x, lora_A, lora_B, scaling)
-        # A layer that keeps y for its own backward hears of the change there.
-        torch.autograd.graph.increment_version(y)
         _save(ctx, x, lora_A, lora_B, shrunk, scaling)
         # The memory under a new tensor. As y itself, marked dirty, autograd would copy the whole
         # gradient three times where y is a view, and every F.linear of 3-D rows returns one.

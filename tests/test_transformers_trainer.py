@@ -340,9 +340,12 @@ def test_the_best_model_comes_back(tmp_path):
 
 
 def test_a_learnt_sigma_is_trained_and_not_decayed(tmp_path):
-    grads = []
+    grads, left = [], []
 
     class Remember(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            left.append(trainer.method.sigma.grad)
+
         def on_pre_optimizer_step(self, *_, **__):
             grads.append(trainer.method.sigma.grad.clone())
 
@@ -352,7 +355,8 @@ def test_a_learnt_sigma_is_trained_and_not_decayed(tmp_path):
     )  # fmt: skip
     start = trainer.method.sigma.detach().clone()
     trainer.train()
-    # Plain descent along its gradients, each of its own step: none was kept for the next one.
+    assert left == [None] * 6
+    # Plain descent along its gradients.
     torch.testing.assert_close(trainer.method.sigma, start - 1e-3 * sum(grads))
     assert len(grads) == 6 and all(g.abs().max() > 0 for g in grads)
     # A second call goes on with the same method and optimizer.

@@ -1,6 +1,7 @@
 """Particles under transformers' Trainer."""
 
 import gc
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from models import FAMILIES, VOCABULARY, particles_of
 from readme import block
+from test_distributed import run_in_processes
 from torch import nn
 from transformers import (
     BertConfig,
@@ -297,7 +299,6 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(name, method, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert_equal(values(resumed.model), values(whole.model))
     assert_equal(resumed.method.parameters(), whole.method.parameters())
-    assert resumed.model.seeds == whole.model.seeds
     assert train_lines(resumed)[-1]["nll"] == train_lines(whole)[-1]["nll"]
     assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
 
@@ -412,6 +413,41 @@ def test_a_gradient_scaler_takes_part(tmp_path):
     assert_equal(trained[1], trained[0], rtol=1e-4, atol=1e-6)
 
 
+def in_two_processes(rank, folder, method):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    trainer = trainer_of("llama", method, folder, examples=24, **SHARED, save_steps=2)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    kinds = [type(trainer.model_wrapped).__name__, trainer.args.world_size]
+    return kinds, values(trainer.model), trainer.evaluate()["eval_loss"], train_lines(trainer)[-1]
+
+
+# Two micro-batches a step, in an order that is the same however many take part.
+SHARED = {
+    "max_steps": 3, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4,
+    "optim": "sgd", "learning_rate": 1.0, "save_strategy": "steps", "logging_steps": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(method, tmp_path):
+    """Each with half of every micro-batch, and resumed halfway."""
+    results = run_in_processes(2, in_two_processes, tmp_path, method)
+    one = SHARED | {"per_device_train_batch_size": 8, "save_strategy": "no"}
+    trainer = trainer_of("llama", method, tmp_path / "one", examples=24, **one)
+    before = values(trainer.model)
+    trainer.train()
+    for kinds, parameters, loss, line in results:
+        assert kinds == ["DistributedDataParallel", 2]
+        assert_equal(parameters, values(trainer.model), rtol=1e-4, atol=1e-6)
+        assert loss == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+        expected = train_lines(trainer)[-1]
+        for key in ("loss", "nll", "nll_particle_0"):
+            assert line[key] == pytest.approx(expected[key], abs=2e-4)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(before, values(trainer.model)))
+
+
 def test_a_tokenizers_answers(tmp_path, monkeypatch):
     """The README's trainer, on questions with one-word answers and a tokenizer made for them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -518,6 +554,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"does not support {message}"):
             trainer_of("bert", "svgd", tmp_path, options=options, **changes)
 
+    def test_a_mesh(self, tmp_path):
+        def refused(rank, folder):
+            mesh = torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("particle",))
+            with pytest.raises(ValueError, match="without a mesh"):
+                trainer_of("bert", "svgd", folder, particles("bert", mesh=mesh))
+
+        run_in_processes(1, refused, tmp_path)
+
     def test_data_parallel(self, tmp_path):
         args = arguments(tmp_path)
         args._n_gpu = 2
@@ -621,11 +665,11 @@ class TestDamagedCheckpoints:
 
     def test_another_run(self, folder):
         checkpoint = str(folder / "checkpoint-6")
-        with pytest.raises(ValueError, match="holds 3 particles, the model 2"):
+        with pytest.raises(ValueError, match="has 3 particles; the model has 2"):
             self.resume(folder, model=particles("bert", 2), checkpoint=checkpoint)
         config = FAMILIES["bert"].config(lora_alpha=7)
         other = ml.get_particle_model(FAMILIES["bert"].build(torch.float32), config, K)
-        with pytest.raises(ValueError, match="lora_alpha = 16, the model has 7"):
+        with pytest.raises(ValueError, match="lora_alpha = 16; the model has lora_alpha = 7"):
             self.resume(folder, model=other, checkpoint=checkpoint)
         weights = folder / "checkpoint-6" / "particle_1" / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:500])

@@ -63,6 +63,8 @@ class ParticleTrainer(Trainer):
             raise TypeError(f"model must be a ParticleModel; got {type(model).__name__}")
         if not callable(method):
             raise TypeError(f"method must be a callable, model -> Method; got {method!r}")
+        if model.ranks.data is not None or model.ranks.particle is not None:
+            raise ValueError("make the model without a mesh: Trainer shares the data by itself")
         _check_options(args, options)
         base = model.base
         self._columns = list(inspect.signature(base.forward).parameters)

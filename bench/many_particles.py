@@ -153,7 +153,7 @@ def main() -> int:
     parser.add_argument("--out", default="latest-many", help="the record is results/OUT.json")
     parser.add_argument("--quick", action="store_true", help="a smoke run: too short to quote")
     parser.add_argument("--particles", type=int, help="one K, in this process")
-    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2)
     args = parser.parse_args()
     if args.particles:
@@ -162,7 +162,7 @@ def main() -> int:
     record: dict[str, Any] = {"machine": machine(default_device()), "quick": args.quick}
     record["cases"] = []
     for targets, method in itertools.product(TARGETS, METHODS):
-        case = trunk(method, targets, *((1, 1.0, 3) if args.quick else (4, 30.0, 7)))
+        case = trunk(method, targets, *((1, 1.0, 3) if args.quick else (2, 20.0, 5)))
         record["cases"].append(case)
         if case["failures"]:
             print(f"{case['name']}: WRONG, not compared: {case['failures']}")

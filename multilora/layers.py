@@ -46,6 +46,8 @@ class ParticleLayer(nn.Module):
         super().__init__()
         self.rows = rows
         self._was_first = False
+        # By mode: whether the rows of all particles were the same when they had to be.
+        self._known_first: dict[bool, bool] = {}
 
     @property
     def num_particles(self) -> int:
@@ -57,14 +59,20 @@ class ParticleLayer(nn.Module):
         for name, parameter in self._parameters.items():
             yield self, name, parameter
 
-    def is_first(self) -> bool:
-        """Whether all particles give this layer the same rows; behind it they differ.
+    def is_first(self, x: Tensor | None = None) -> bool:
+        """Whether all particles give this layer the same rows x; behind it they differ.
 
         To be asked once a forward. A checkpoint's recomputation has the answer of its forward.
         """
         if torch.compiler.is_compiling() or not self.rows.recomputing:
-            self._was_first = self.rows.still_shared()
+            first = self.rows.still_shared() and x is not None and self.num_particles > 1
             self.rows.shared = None
+            if first and (x.device.type == "cpu" or self.training not in self._known_first):
+                # What is random need not draw from PyTorch's generators. (On a GPU to look is to
+                # wait: once.)
+                rows = self.split(x)
+                self._known_first[self.training] = bool((rows[1:] == rows[:1]).all())
+            self._was_first = first and self._known_first[self.training]
         return self._was_first
 
     def check_rows(self, x: Tensor) -> None:
@@ -177,7 +185,7 @@ class LoraLinear(LoraLayer):
         weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
         rows = self.split_rows(x)  # (K, T, d_in)
         # Rows that are the same for all particles need one base product.
-        base_rows = rows[:1] if self.is_first() else rows
+        base_rows = rows[:1] if self.is_first(x) else rows
         if self.training and self.dropout > 0:
             # The mask lies before A only, so the two products read different inputs.
             dropped = F.dropout(rows, self.dropout)
@@ -212,7 +220,7 @@ class LoraForeignLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.split_rows(x)  # (K, T, d_in)
-        particles, is_first = rows.shape[0], self.is_first()
+        particles, is_first = rows.shape[0], self.is_first(x)
         if is_first:
             # The same rows for all particles: one product, repeated.
             x = x[: x.shape[0] // particles]

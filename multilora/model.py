@@ -113,10 +113,12 @@ class ParticleModel(nn.Module):
             return t.view(particles, batch, *t.shape[1:])
 
         shared = batch if self.share_trunk and not per_particle else None
-        self.rows.start(particles * batch, shared, (args, kwargs))
-        args, kwargs = _map_tensors(fold, args), _map_kwargs(fold, kwargs)
         check_use = not self._used_layers_checked and not torch.compiler.is_compiling()
         try:
+            if not torch.compiler.is_compiling():
+                self.rows.devices = self.devices()
+            self.rows.start(particles * batch, shared, (args, kwargs))
+            args, kwargs = _map_tensors(fold, args), _map_kwargs(fold, kwargs)
             output = self._first_forward(args, kwargs) if check_use else self.base(*args, **kwargs)
         finally:
             self.rows.stop()
@@ -151,6 +153,10 @@ class ParticleModel(nn.Module):
             for module, name, parameter in stacked:
                 module._parameters[name] = parameter
             self.num_particles, self._window = before
+
+    def devices(self) -> list[torch.device]:
+        """Where the model's parameters are, without repetition."""
+        return list({p.device: None for p in self.parameters()})
 
     def particle_parameters(self) -> list[nn.Parameter]:
         """The stacked trainable tensors, particle axis first: adapters and heads."""

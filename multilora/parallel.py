@@ -30,6 +30,9 @@ class Ranks:
         self.particle_size = 1 if particle is None else particle.size()
         self.particle_rank = 0 if particle is None else particle.rank()
 
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        return self
+
     @staticmethod
     def of_mesh(mesh: DeviceMesh | None) -> Ranks:
         """Raises ValueError for a mesh with other axes than "data" and "particle"."""

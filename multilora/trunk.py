@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ class TrunkRows(ParticleRows):
     """The forward that is under way, and what its trunk gave for the same inputs before."""
 
     def __init__(self):
-        self.device = torch.device("cpu")
-        self._random: list[Tensor] = []
+        self.devices: list[torch.device] = []  # of the model, whose generators may be drawn from
+        self._random: list[tuple[torch.device, Tensor]] = []
         self._memory: dict[Any, Any] | None = None
         self._inputs: list[tuple[Any, int]] = []
         self._calls: Counter = Counter()
@@ -45,14 +45,13 @@ class TrunkRows(ParticleRows):
             return  # one particle, one forward: nothing to share
         leaves, _ = tree_flatten(inputs)
         self.shared = shared
-        self.device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-        self._random = random_state(self.device)
+        self._random = random_state(self.devices)
         if self._memory is None:
             return
         self._calls.clear()
-        inputs = [(leaf, leaf._version if isinstance(leaf, Tensor) else 0) for leaf in leaves]
+        inputs = [(leaf, _version(leaf)) for leaf in leaves]
         same = len(inputs) == len(self._inputs) and all(
-            _is_same(a, b) and version == other
+            _is_same(a, b) and version == other and version is not None
             for (a, version), (b, other) in zip(inputs, self._inputs)
         )
         if not same:
@@ -65,7 +64,7 @@ class TrunkRows(ParticleRows):
     def still_shared(self) -> bool:
         """Whether the particles' rows are still the same: no layer and no random number came
         between them."""
-        if self.shared is not None and not _equal(self._random, random_state(self.device)):
+        if self.shared is not None and not _equal(self._random, random_state(self.devices)):
             self.shared = None
         return self.shared is not None
 
@@ -84,17 +83,17 @@ class TrunkRows(ParticleRows):
 
     def recall(self, shared: SharedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's output, from memory where this forward is a repetition."""
-        if self._memory is None:
+        leaves, _ = tree_flatten((args, kwargs))
+        if self._memory is None or any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
             return shared.inner(*args, **kwargs)
         self._calls[id(shared)] += 1
         key = (id(shared), self._calls[id(shared)], shared.module.training, _autocast())
-        if key in self._memory:
-            return self._memory[key]
-        output = shared.inner(*args, **kwargs)
-        leaves, _ = tree_flatten(output)
-        if not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
+        if key not in self._memory:
+            output = shared.inner(*args, **kwargs)
+            if not self.still_shared():
+                return output
             self._memory[key] = output
-        return output
+        return self._memory[key]
 
 
 class _Plan(NamedTuple):
@@ -130,23 +129,31 @@ class SharedForward:
         rows = self.rows
         if torch.compiler.is_compiling():
             return self.inner(*args, **kwargs)
-        if not rows.recomputing:
-            self.last = None
-            if not rows.still_shared():
+        if rows.recomputing:
+            # A checkpoint that runs its part of a forward again does what that forward did.
+            if self.last is None:
                 return self.inner(*args, **kwargs)
-            leaves, form = tree_flatten((args, kwargs))
-            flags = [_has_rows(leaf, rows.count) for leaf in leaves]
-            key = (self.module.training, rows.count == rows.shared, repr(form), *flags)
-            if key not in self.known:
-                self.known[key] = self._try(leaves, flags, form)
-            if self.known[key] is None:
-                rows.shared = None
-                return self.inner(*args, **kwargs)
-            self.last = _Plan(rows.count, rows.shared, flags, self.known[key])
-        # A checkpoint that runs its part of a forward again does what that forward did.
-        if self.last is None:
+            return self._once(self.last, args, kwargs)
+        self.last = None
+        if not rows.still_shared():
             return self.inner(*args, **kwargs)
-        return self._once(self.last, args, kwargs)
+        count, batch = rows.count, rows.shared
+        leaves, form = tree_flatten((args, kwargs))
+        flags = [_has_rows(leaf, count) for leaf in leaves]
+        key = (self.module.training, count == batch, repr(form), *flags)
+        if key not in self.known:
+            self.known[key] = self._try(leaves, flags, form)
+        if self.known[key] is not None:
+            self.last = _Plan(count, batch, flags, self.known[key])
+            state = random_state(rows.devices)
+            output = self._once(self.last, args, kwargs)
+            if rows.still_shared():
+                return output
+            # It drew random numbers, for one particle, which it did not when it was tried.
+            set_random_state(state)
+            self.known[key] = self.last = None
+        rows.shared = None
+        return self.inner(*args, **kwargs)
 
     def _once(self, plan: _Plan, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The outputs for one particle's rows, repeated for all."""
@@ -172,21 +179,32 @@ class SharedForward:
         count, batch = self.rows.count, self.rows.shared
         if not all(isinstance(leaf, _PLAIN) for leaf in leaves) or not any(flags):
             return None
-        state, outputs = random_state(self.rows.device), []
+        # Weights that FSDP gathers inside: every process must run such a module equally often.
+        if any(hasattr(p, "placements") for p in self.module.parameters()):
+            return None
+        state, outputs = random_state(self.rows.devices), []
+        buffers = [(b, b.clone()) for b in self.module.buffers()]
         for inputs in (leaves, _narrowed(leaves, flags, batch)):
             # Copies: a module that writes into its inputs must not do so twice, nor be shared.
             inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+            before = [_version(leaf) for leaf in inputs]
             args, kwargs = tree_unflatten(inputs, form)
             try:
                 with torch.no_grad():
                     outputs.append(self.inner(*args, **kwargs))
+            except torch.OutOfMemoryError:
+                raise
             except Exception:
                 # It may well refuse fewer rows; an error of its own comes back in the real call.
-                set_random_state(state, self.rows.device)
-                return None
-            drawn = not _equal(state, random_state(self.rows.device))
-            set_random_state(state, self.rows.device)
-            if drawn or any(leaf._version for leaf in inputs if isinstance(leaf, Tensor)):
+                outputs.append(None)
+            pure = _equal(state, random_state(self.rows.devices))
+            pure = pure and before == [_version(leaf) for leaf in inputs]
+            set_random_state(state)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    pure = False
+                    buffer.copy_(value)
+            if not pure or outputs[-1] is None:
                 return None
         (full, form), (once, other) = map(tree_flatten, outputs)
         if form != other:
@@ -203,6 +221,7 @@ def share_forwards(base: nn.Module, rows: TrunkRows) -> None:
         if isinstance(module, ParticleLayer)
     }
     # Every ancestor of a particle layer.
+    seen: set[nn.Module] = set()
     holders |= {h[:i] for h in list(holders) for i, c in enumerate(h) if c == "."} | {""}
 
     def visit(module: nn.Module, name: str) -> None:
@@ -212,7 +231,8 @@ def share_forwards(base: nn.Module, rows: TrunkRows) -> None:
         if name in holders or container:
             for child, inner in module.named_children():
                 visit(inner, f"{name}.{child}" if name else child)
-        elif next(module.parameters(), None) is not None:
+        elif next(module.parameters(), None) is not None and module not in seen:
+            seen.add(module)
             module.forward = SharedForward(module, rows)
 
     visit(base, "")
@@ -233,9 +253,13 @@ def _agree(full: Any, once: Any, count: int, batch: int) -> bool | None:
     if not full.is_floating_point():
         return has_rows if bool((full == once).all()) else None
     # Other batch sizes round otherwise; anything that mixes rows or draws differs by far more.
-    error = torch.linalg.vector_norm((full - once).double())
-    scale = torch.linalg.vector_norm(full.double())
-    return has_rows if bool(error <= torch.finfo(full.dtype).eps ** 0.5 * scale) else None
+    error, size = (t.double().square() for t in (full - once, full))
+    axes = tuple(range(2 if has_rows else 1, full.ndim))
+    if axes:
+        error, size = error.mean(axes), size.mean(axes)
+    # Of every row by itself; a row of zeros may round too.
+    scale = torch.finfo(full.dtype).eps * (size + 1e-6 * size.mean())
+    return has_rows if bool((error <= scale).all()) else None
 
 
 def _narrowed(leaves: list[Any], flags: list[bool], batch: int) -> list[Any]:
@@ -252,6 +276,13 @@ def _is_same(a: Any, b: Any) -> bool:
     )
 
 
+def _version(leaf: Any) -> int | None:
+    """What changes when a tensor is written to; None for an inference tensor, which keeps none."""
+    if not isinstance(leaf, Tensor):
+        return 0
+    return None if leaf.is_inference() else leaf._version
+
+
 def _autocast() -> tuple:
     return tuple(
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
@@ -263,19 +294,24 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _equal(before: list[Tensor], now: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, now))
+def _equal(
+    before: list[tuple[torch.device, Tensor]], now: list[tuple[torch.device, Tensor]]
+) -> bool:
+    return all(torch.equal(a, b) for (_, a), (_, b) in zip(before, now))
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """The states of PyTorch's generators of the CPU and `device`; a random number changes one."""
-    state = [torch.get_rng_state()]
-    if device.type == "cuda":
-        state.append(torch.cuda.get_rng_state(device))
+def random_state(devices: Iterable[torch.device]) -> list[tuple[torch.device, Tensor]]:
+    """The states of PyTorch's generators of the CPU and `devices`; a random number changes one."""
+    state = [(torch.device("cpu"), torch.get_rng_state())]
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            state.append((device, torch.get_device_module(device).get_rng_state(device)))
     return state
 
 
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], device)
+def set_random_state(state: list[tuple[torch.device, Tensor]]) -> None:
+    for device, value in state:
+        if device.type == "cpu":
+            torch.set_rng_state(value)
+        else:
+            torch.get_device_module(device).set_rng_state(value, device)

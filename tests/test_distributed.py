@@ -1,5 +1,6 @@
 """Processes that share the data, the particles or both take the steps of one process."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -226,6 +227,16 @@ def mistakes(rank, folder):
     for kind in (ml.Ensemble, ml.IBDR):
         method = kind(model)
         trial(kind.__name__, lambda method=method: method.backward(lambda: (model(x), y)))
+    copy.deepcopy(model)
+    # It would give all processes the particles of the first.
+    wrapped = DistributedDataParallel(build())
+    trial("wrapped", lambda: ml.Ensemble(wrapped))
+    ml.Ensemble(DistributedDataParallel(build(), process_group=mesh["data"].get_group()))
+    alone = ml.get_particle_model(family.build(), family.config(modules_to_save=None), 2, mesh=mesh)
+    with torch.no_grad():
+        for p in alone.particle_parameters():
+            p.zero_()
+    trial("identical", lambda: ml.SVGD(alone))
     fully_shard(model, mesh=mesh["data"])
     trial("sharded", lambda: ml.Ensemble(model))
     return said
@@ -240,6 +251,8 @@ def test_mistakes_are_named_in_all_processes(tmp_path):
         assert "start equal" in said["different particles"]
         for name in ("Ensemble", "IBDR"):
             assert "need the same batch: the processes of the particle axis differ" in said[name]
+        assert "has given them all the particles of one" in said["wrapped"]
+        assert "all 2 particles are identical" in said["identical"]
         assert "ignored_params=set(model.particle_parameters())" in said["sharded"]
 
 

@@ -326,6 +326,91 @@ def test_modules_that_mix_examples_or_write_into_their_input_are_not_shared():
         assert torch.equal(got[0], expected) and torch.equal(got[1], expected)
 
 
+def test_trunk_in_inference_mode():
+    model, _ = tower()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        got = model(x)
+        z = x.clone()
+    torch.testing.assert_close(got, model(x))
+    ml.IBDR(model, particle_chunk=2).backward(lambda: (model(z), torch.arange(3)))
+
+
+def test_a_module_of_two_parents_is_shared_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(6, 6)
+            self.inner = nn.Sequential(self.shared)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.head(self.inner(x) + self.shared(x))
+
+    model = ml.get_particle_model(Twice(), peft.LoraConfig(r=2, target_modules=["head"]), K)
+    x = torch.randn(3, 6)
+    got = [model(x), model(x)]
+    model.share_trunk = False
+    for y in got:
+        torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.parametrize("how", ["mode", "rate"])
+def test_dropout_that_begins_later_is_not_shared(how):
+    model, _ = tower()
+    dropout = nn.Dropout(0.5 if how == "mode" else 0.0)
+    model.base.blocks["0"].module.append(dropout)
+    model.train(how == "rate")
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model(x), model(x)
+    if how == "mode":
+        dropout.train()
+    dropout.p = 0.5
+    for _ in range(2):
+        torch.manual_seed(3)
+        got = model(x)
+        model.share_trunk = False
+        torch.manual_seed(3)
+        assert torch.equal(got, model(x))
+        model.share_trunk = True
+
+
+def test_numbers_from_another_generator_are_seen():
+    generator = torch.Generator()
+
+    def noisy(x):
+        return x + torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    model, _ = tower(between=noisy)
+    # All blocks adapted but for the first, so that noise comes right before a particle layer.
+    x = torch.randn(3, 6, dtype=torch.float64)
+    model.base.blocks["1"] = nn.Identity()
+    for _ in range(2):
+        generator.manual_seed(0)
+        got = model(x)
+        model.share_trunk = False
+        generator.manual_seed(0)
+        torch.testing.assert_close(got, model(x))
+        model.share_trunk = True
+
+
+def test_a_module_that_counts_is_not_shared_and_counts_right():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 6)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    base = nn.Sequential(Counting(), nn.Linear(6, 4))
+    model = ml.get_particle_model(base, peft.LoraConfig(r=2, target_modules=["1"]), K)
+    for _ in range(3):
+        model(torch.randn(3, 6))
+    assert base[0].calls == 3
+
+
 def test_trunk_under_checkpointing():
     model, closure = problem("llama", target_modules=r".*layers\.1.*(q_proj|down_proj)")
     expected = step(model, ml.Ensemble(model), closure)
@@ -432,6 +517,40 @@ def test_the_others_go_on_as_if_it_were_not_there(method, chunk):
     for p, q in zip(method.parameters(), reference.parameters()):
         torch.testing.assert_close(p.grad[rest], q.grad)
         assert p.grad[3] == 0
+
+
+def test_a_particle_that_breaks_on_its_climb_is_not_in_the_others_climb():
+    theta = torch.randn(K, 6, 5, dtype=torch.float64, requires_grad=True)
+    y, calls = torch.arange(6) % 5, []
+
+    def closure(broken=None):
+        calls.append(None)
+        logits = 1 * theta
+        if broken is not None and not torch.equal(theta[broken], start[broken]):
+            logits = logits.index_fill(0, torch.tensor(broken), torch.nan)
+        return logits, y
+
+    start = theta.detach().clone()
+    method = ml.IBDR([theta], alpha=0.5, nonfinite="skip")
+    with pytest.warns(UserWarning, match="particle 3 "):
+        method.backward(lambda: closure(3))
+    rest = [0, 1, 2, 4]
+    small = theta.detach()[rest].clone().requires_grad_()
+    ml.IBDR([small], alpha=0.5).backward(lambda: (small * 1, y))
+    torch.testing.assert_close(theta.grad[rest], small.grad)
+    assert not theta.grad[3].any() and torch.equal(theta, start)
+
+
+def test_autocast_sees_the_particles_that_climbed():
+    weight = torch.randn(3, 8, 5, requires_grad=True)
+    x, y = torch.randn(3, 6, 8), torch.arange(6) % 5
+    grads = []
+    for cached in (True, False):
+        weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            ml.IBDR([weight], clip=10.0).backward(lambda: (torch.bmm(x, weight), y))
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("method", ["ensemble", "svgd", "ibdr"])

@@ -616,7 +616,7 @@ class NaiveIBDR:
         cost = sum(c.square().sum() for climb in climbs for c in climb) / K
         if self.cost == "output":
             change = [(a.softmax(-1) - b.softmax(-1)).square().sum(-1) for a, b in zip(z, z_higher)]
-            cost = torch.stack(change).mean()
+            cost = torch.stack(change)[:, y != -100].mean()
         low, high = self.lambda_bounds
         moved = self.lambda_ - self.lambda_lr * (self.rho - cost.item())
         self.lambda_ = min(max(moved, low), high)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from multilora.methods.passes import Closure, Passes
+from multilora.parallel import Ranks
 
 
 class Method:
@@ -149,9 +150,17 @@ def require_different_particles(model: Any, params: list[Tensor], why: str) -> N
     for adapter in model.adapters() if hasattr(model, "adapters") else ():
         # Frozen factors tell particles apart too.
         tensors += [adapter.lora_A, adapter.lora_B]
-    if params[0].shape[0] > 1 and all(bool((t == t[:1]).all()) for t in tensors):
+    same = torch.stack([(t == t[:1]).all() for t in tensors]).all()
+    ranks = getattr(model, "ranks", None) or Ranks()
+    if ranks.particle_size > 1:
+        # Of the first of every process, a sum that tells them apart.
+        first = sum(t[:1].detach().double().abs().sqrt().sum() for t in tensors).reshape(1)
+        first = ranks.gather(first)
+        same = ranks.all_true(same.expand(len(params[0]))).all() & (first == first[0]).all()
+    particles = len(params[0]) * ranks.particle_size
+    if particles > 1 and bool(same):
         raise ValueError(
-            f"all {params[0].shape[0]} particles are identical, so {why} has zero gradient and "
+            f"all {particles} particles are identical, so {why} has zero gradient and "
             "they stay identical; start them from different seeds"
         )
 

@@ -23,10 +23,11 @@ _warned_own_batches = False
 
 
 class _Pass(NamedTuple):
-    """One forward and backward: logits (K, N, C) of all processes' particles, gradients of this
-    one's, the indices of the finite ones (None: all), what to log."""
+    """One forward and backward: logits (K, N, C) of all processes' particles with their targets,
+    gradients of this one's, the indices of the finite ones (None: all), what to log."""
 
     logits: Tensor
+    targets: Tensor
     grads: list[Tensor]
     finite: Tensor | None
     stats: dict[str, Tensor]
@@ -50,7 +51,7 @@ class IBDR(Method):
     step_size: α₁ of "step".
     rho: ρ, the radius. lambda_init, lambda_bounds, lambda_lr: λ₀, its bounds and α_λ;
         λ ← clamp(λ − α_λ (ρ − c̄)) once a call, c̄ = mean_i ‖θ'_i − θ_i‖², or with
-        cost="output" the mean squared distance of the predicted probabilities.
+        cost="output" the mean squared distance of the predicted probabilities at valid targets.
     sigma: σ, the standard deviation of the noise; 1e-3 … 1e-2 is a sensible range where both
         factors are noisy (0.1 perturbs ΔW as much as the weights themselves).
         noise="A" adds it to lora_A only, noise="all" to every tensor.
@@ -147,22 +148,17 @@ class IBDR(Method):
         mu = [p.detach().clone() for p in self.params]
         try:
             noise = self._draw_noise()
-            if noise is not None:
-                self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
-            first = self._pass(closure, scale)
-            # Scaled before differentiating, for half precision; unscaled after.
-            climb = self._climb(flatten(first.grads) / scale)
-            self._move(climb)
-            cost = climb.square().sum(1)
-            first = first._replace(grads=[])
-            del climb
-            second = self._pass(closure, scale, first)
-        except FloatingPointError:
+            first, moved, second = self._climb_and_descend(closure, scale, mu, noise, None)
+            while second.finite is not first.finite:
+                # A particle that broke on its climb was in the others' climb too.
+                first, moved, second = self._climb_and_descend(
+                    closure, scale, mu, noise, second.finite
+                )
+        except BaseException:
             self.generator.set_state(drawn_from)
             raise
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.params, mu)
+            self._put_back(mu)
 
         grads, finite = second.grads, second.finite
         if self.sigma.requires_grad:
@@ -174,13 +170,44 @@ class IBDR(Method):
             grads = [g + (scale * 2 * self.beta) * m for g, m in zip(grads, mu)]
             grads = self.without_others(grads, finite)
         accumulate(self.params, grads)
-        cost = self._update_lambda(cost, first.logits, second)
+        cost = self._update_lambda(moved, first.logits, second)
         stats = self.passes.log(second.stats)
         return stats | {"lambda": self.lambda_.clone(), "cost": cost}
 
-    def _pass(self, closure: Closure, scale: float | Tensor, before: _Pass | None = None) -> _Pass:
-        """The gradients of Σ_i ℓ_i + α ℓ_div where the particles are now."""
-        finite = None if before is None else before.finite
+    def _climb_and_descend(
+        self,
+        closure: Closure,
+        scale: float | Tensor,
+        mu: list[Tensor],
+        noise: Tensor | None,
+        finite: Tensor | None,
+    ) -> tuple[_Pass, Tensor, _Pass]:
+        """The pass at θ, ‖θ'_i − θ_i‖² of this process's particles and the pass at θ'."""
+        self._put_back(mu)
+        if noise is not None:
+            self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
+        first = self._pass(closure, scale, None, finite)
+        # Scaled before differentiating, for half precision; unscaled after.
+        climb = self._climb(flatten(first.grads) / scale)
+        self._move(climb)
+        moved = climb.square().sum(1)
+        first = first._replace(grads=[])
+        del climb
+        return first, moved, self._pass(closure, scale, first, first.finite)
+
+    @torch.no_grad()
+    def _put_back(self, mu: list[Tensor]) -> None:
+        torch._foreach_copy_(self.params, mu)
+        torch.clear_autocast_cache()
+
+    def _pass(
+        self,
+        closure: Closure,
+        scale: float | Tensor,
+        before: _Pass | None,
+        finite: Tensor | None,
+    ) -> _Pass:
+        """The gradients of Σ_i ℓ_i + α ℓ_div where the particles are now, of those `finite`."""
         while True:
             logits, targets = self.passes.predict(closure)
             total, each, stats = self._objective(logits, targets, before, finite)
@@ -192,7 +219,7 @@ class IBDR(Method):
                 still = self.finite_particles(self.particle_nll, grads, scale, finite)
             if still is finite:
                 grads = self.without_others(grads, finite)
-                return _Pass(logits.detach(), grads, finite, stats)
+                return _Pass(logits.detach(), targets, grads, finite, stats)
             # Once more without them: their predictions are in everybody's divergence.
             finite = still
 
@@ -297,6 +324,8 @@ class IBDR(Method):
     @torch.no_grad()
     def _move(self, by: Tensor) -> None:
         torch._foreach_add_(self.params, unflatten(by, self.params))
+        # Autocast keeps half-precision copies of leaves, which are other ones now.
+        torch.clear_autocast_cache()
 
     def _update_lambda(self, moved: Tensor, before: Tensor, second: _Pass) -> Tensor:
         """moved: ‖θ'_i − θ_i‖² of this process's particles. -> c̄"""
@@ -305,8 +334,9 @@ class IBDR(Method):
         else:
             dtype = accumulator(before.dtype)
             change = second.logits.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
-            distance = change.square().sum(-1).mean(-1)
-            self.passes.ranks.mean_([distance])
+            valid = second.targets != IGNORE_INDEX
+            distance = (change.square().sum(-1) * valid).sum(-1) / valid.sum(-1).clamp_min(1)
+            distance = self.passes.mean(distance * self.passes.weight(second.targets))
         distance = (distance if second.finite is None else distance[second.finite]).mean()
         moved = self.lambda_ - self.lambda_lr * (self.rho - distance)
         moved = moved.clamp(*self.lambda_bounds)

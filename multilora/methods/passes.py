@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,10 +30,13 @@ class Passes:
         self.model, self._wrapper = _unwrap(model)
         self.params = stacked_parameters(self.model)
         self.num_particles = self.params[0].shape[0]
-        self.device = self.params[0].device
+        self.devices = list({p.device: None for p in self.params})
+        if hasattr(self.model, "devices"):
+            self.devices = self.model.devices()
         self.ranks = getattr(self.model, "ranks", None) or Ranks()
         if self._wrapper is not None and self.ranks.data is None:
             self.ranks = Ranks(self._wrapper.process_group, self.ranks.particle)
+        self._check_wrapper()
         self.total = self.num_particles * self.ranks.particle_size
         chunk = self.num_particles if particle_chunk is None else particle_chunk
         if type(chunk) is not int or chunk < 1:
@@ -42,11 +46,24 @@ class Passes:
         starts = range(0, self.num_particles, chunk)
         self._parts = [slice(i, min(i + chunk, self.num_particles)) for i in starts]
         self._graph: Tensor | None = None
-        self._states: list[list[Tensor]] = []
+        self._states: list[Any] = []
         self._batch_checked = False
         self.ranks.require_equal(
             self.params, "data", "the particles must start equal in all processes that hold them"
         )
+
+    def _check_wrapper(self) -> None:
+        """DistributedDataParallel makes its processes equal: they must not hold other particles."""
+        if self._wrapper is None or self.ranks.particle_size == 1:
+            return
+        copies = dist.get_process_group_ranks(self._wrapper.process_group)
+        others = dist.get_process_group_ranks(self.ranks.particle)
+        if len(set(copies) & set(others)) > 1:
+            raise ValueError(
+                f"DistributedDataParallel over the processes {copies} has given them all the "
+                f"particles of one, and {others} hold different ones: use it without, as the "
+                "method averages by itself"
+            )
 
     @contextlib.contextmanager
     def running(self, repeats: bool) -> Iterator[None]:
@@ -86,7 +103,7 @@ class Passes:
         else:
             self._states, parts = [], []
             for part in self._parts:
-                self._states.append(random_state(self.device))
+                self._states.append(random_state(self.devices))
                 with torch.no_grad(), self._only(part):
                     logits, targets = self._call(closure, part)
                 parts.append((logits, targets))
@@ -105,7 +122,7 @@ class Passes:
             return self._mean_all(gradients(logits, self.params, own))
         grads = []
         for part, state in zip(self._parts, self._states):
-            set_random_state(state, self.device)
+            set_random_state(state)
             with self._only(part) as params:
                 logits, _ = self._call(closure, part)
                 if logits.shape != own[part].shape:
@@ -261,7 +278,7 @@ def gradients(
             "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
             "their gradients would be zero; checkpoint with use_reentrant=False"
         )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+    return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
 
 
 def _has_node(output: Tensor, name: str) -> bool:

@@ -426,10 +426,10 @@ def train_in_two(rank, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     trainer = trainer_of(
         "gpt2", "ibdr", folder, particles("gpt2").double(), examples=24, **SHARED,
-        save_strategy="steps", save_steps=2,
+        save_strategy="steps", save_steps=1,
     )  # fmt: skip
     trainer.train()
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     kinds = [type(trainer.model_wrapped).__name__, trainer.args.world_size]
     return kinds, values(trainer.model), trainer.evaluate()["eval_loss"], train_lines(trainer)
 

@@ -25,7 +25,7 @@ import multilora as ml
 from bench.measure import default_device, interleave, machine, quartiles
 from bench.memory import status
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "many_particles"
 PARTICLES, CHUNK = (4, 20, 100), 4
 #: Trainable numbers a particle: 12 blocks · 2 linears · r (768 + 3072).
 TRAINABLE = 368_640
@@ -48,8 +48,8 @@ def bella_model(particles: int) -> ml.ParticleModel:
     return ml.get_particle_model(base, config, particles)
 
 
-def bella(particles: int, images: int, steps: int) -> dict[str, Any]:
-    """Resident memory and seconds of SVGD steps with AdamW, in this process."""
+def bella(particles: int, images: int) -> dict[str, Any]:
+    """Resident memory and seconds of an SVGD step with AdamW, in this process."""
     device = default_device()
     before = status("VmRSS")
     model = bella_model(particles).to(device).train()
@@ -58,32 +58,33 @@ def bella(particles: int, images: int, steps: int) -> dict[str, Any]:
         raise AssertionError(f"{trainable} trainable numbers a particle, not {TRAINABLE}")
     method = ml.SVGD(model, particle_chunk=CHUNK)
     optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-3)
+    # A step in the middle of training: AdamW's state is there.
+    for p in model.particle_parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
     x = torch.randn(images, 3, 224, 224, device=device)
     y = torch.randint(100, (images,), device=device)
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        method.backward(lambda: (model(x), y))
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    # The first step also finds out which modules can be shared.
-    return {"resident": status("VmHWM") - before, "seconds": min(seconds[1:])}
+    wall, cpu = time.perf_counter(), time.process_time()
+    method.backward(lambda: (model(x), y))
+    optimizer.step()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {"resident": status("VmHWM") - before, "seconds": wall, "cpu_seconds": cpu}
 
 
-def growth(images: int, steps: int, particles: tuple[int, ...]) -> list[dict[str, Any]]:
+def growth(images: int, particles: tuple[int, ...]) -> list[dict[str, Any]]:
     results = []
     for k in particles:
         command = [sys.executable, "-m", "bench.many_particles", "--particles", str(k)]
-        command += ["--images", str(images), "--steps", str(steps)]
+        command += ["--images", str(images), "--threads", str(torch.get_num_threads())]
         root = Path(__file__).parent.parent
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
         results.append({"particles": k, "chunk": CHUNK, "images": images, **measured})
         print(
             f"CLIP ViT-B/32, SVGD, K = {k:3}, {CHUNK} at a time, {images} images: "
-            f"{measured['resident'] / 2**20:.0f} MiB, {measured['seconds']:.2f} s a step, "
-            f"{measured['seconds'] / k:.3f} s a particle",
+            f"{measured['resident'] / 2**20:.0f} MiB, {measured['cpu_seconds']:.1f} s of CPU, "
+            f"{measured['cpu_seconds'] / k:.2f} s a particle",
             flush=True,
         )
     return results
@@ -150,43 +151,57 @@ def trunk(method: str, targets: str, images: int, seconds: float, rounds: int) -
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.many_particles", description=__doc__)
-    parser.add_argument("--out", default="latest-many", help="the record is results/OUT.json")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: too short to quote")
+    parser.add_argument("part", nargs="?", choices=("growth", "trunk"), help="one question alone")
+    parser.add_argument("--out", default="latest", help="results/many_particles/PART-OUT.json")
     parser.add_argument("--particles", type=int, help="one K, in this process")
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--images", type=int, help="[16 of growth, 1 of trunk]")
+    parser.add_argument("--rounds", type=int, default=5, help="of trunk")
+    parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
+    parser.add_argument("--threads", type=int, help="PyTorch's threads")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.particles:
-        print(json.dumps(bella(args.particles, args.images, args.steps)))
+        print(json.dumps(bella(args.particles, args.images or 16)))
         return 0
-    record: dict[str, Any] = {"machine": machine(default_device()), "quick": args.quick}
-    record["cases"] = []
-    for targets, method in itertools.product(TARGETS, METHODS):
-        case = trunk(method, targets, *((1, 1.0, 3) if args.quick else (2, 20.0, 5)))
-        record["cases"].append(case)
-        if case["failures"]:
-            print(f"{case['name']}: WRONG, not compared: {case['failures']}")
-            continue
-        low, median, high = case["speedup"]
+    wrong = 0
+    if args.part != "growth":
+        cases = []
+        for targets, method in itertools.product(args.targets, METHODS):
+            case = trunk(method, targets, args.images or 1, 0.0, args.rounds)
+            cases.append(case)
+            wrong += bool(case["failures"])
+            if case["failures"]:
+                print(f"{case['name']}: WRONG, not compared: {case['failures']}")
+                continue
+            low, median, high = case["speedup"]
+            print(
+                f"{case['name']}: {case['seconds']['shared'][1]:.2f} s against "
+                f"{case['seconds']['off'][1]:.2f} s, ×{median:.2f} [{low:.2f}, {high:.2f}] "
+                f"(goal {TRUNK_GOAL}: {'met' if case['met'] else 'missed'})",
+                flush=True,
+            )
+        save(f"trunk-{args.out}", {"cases": cases})
+    if args.part != "trunk":
+        measured = growth(args.images or 16, PARTICLES)
+        first, last = measured[0], measured[-1]
+        memory = last["resident"] / first["resident"]
+        time_ratio = last["cpu_seconds"] / first["cpu_seconds"]
         print(
-            f"{case['name']}: {case['seconds']['shared'][1]:.2f} s against "
-            f"{case['seconds']['off'][1]:.2f} s, ×{median:.2f} [{low:.2f}, {high:.2f}] "
-            f"(goal {TRUNK_GOAL}: {'met' if case['met'] else 'missed'})",
-            flush=True,
+            f"K = {last['particles']} against {first['particles']}: ×{memory:.3f} memory "
+            f"(goal {MEMORY_GOAL}), ×{time_ratio:.1f} time"
         )
-    particles = (4, 8) if args.quick else PARTICLES
-    record["growth"] = growth(2 if args.quick else args.images, args.steps, particles)
-    first, last = record["growth"][0], record["growth"][-1]
-    record["memory_ratio"] = last["resident"] / first["resident"]
-    record["time_ratio"] = last["seconds"] / first["seconds"]
-    print(
-        f"K = {last['particles']} against {first['particles']}: ×{record['memory_ratio']:.2f} "
-        f"memory (goal {MEMORY_GOAL}), ×{record['time_ratio']:.1f} time"
-    )
-    file = RESULTS / f"{args.out}.json"
+        ratios = {"memory_ratio": memory, "memory_goal": MEMORY_GOAL, "time_ratio": time_ratio}
+        save(f"growth-{args.out}", {"growth": measured} | ratios)
+    return 1 if wrong else 0
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    record = {"machine": machine(default_device())} | results
     short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{name}.json"
     file.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
-    return 1 if any(case["failures"] for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

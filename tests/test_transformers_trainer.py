@@ -424,12 +424,12 @@ def train_in_two(rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     # accelerate wants them; the processes have met already.
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    trainer = trainer_of(
-        "gpt2", "ibdr", folder, particles("gpt2").double(), examples=24, **SHARED,
-        save_strategy="steps", save_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    for checkpoint in (None, folder / "checkpoint-1"):
+        trainer = trainer_of(
+            "gpt2", "ibdr", folder, particles("gpt2").double(), examples=32, **SHARED,
+            save_strategy="steps", save_steps=1,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     kinds = [type(trainer.model_wrapped).__name__, trainer.args.world_size]
     return kinds, values(trainer.model), trainer.evaluate()["eval_loss"], train_lines(trainer)
 
@@ -437,7 +437,7 @@ def train_in_two(rank, folder):
 def test_two_processes_train_as_one(tmp_path):
     results = run_in_processes(2, train_in_two, tmp_path)
     trainer = trainer_of(
-        "gpt2", "ibdr", tmp_path / "one", particles("gpt2").double(), examples=24, **SHARED,
+        "gpt2", "ibdr", tmp_path / "one", particles("gpt2").double(), examples=32, **SHARED,
         per_device_train_batch_size=8,
     )  # fmt: skip
     before = values(trainer.model)

@@ -45,8 +45,9 @@ class ParticleTrainer(Trainer):
     and each particle's, come with it for classifiers, unless args.prediction_loss_only.
 
     checkpoint-N holds K PEFT adapters and no base model, and a run resumed from it ends with the
-    numbers of one that was never stopped. resume_from_checkpoint=True passes over checkpoints whose
-    writing was interrupted.
+    numbers of one that was never stopped. (Trainer of transformers 4.51 skips wrong batches where
+    accumulation does not divide an epoch.) resume_from_checkpoint=True passes over checkpoints
+    whose writing was interrupted.
 
     Raises TypeError for another model or method, ValueError for labels or options that do not fit.
     """

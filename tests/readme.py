@@ -1,6 +1,7 @@
 """The code that the README shows, for the tests that run it."""
 
 import re
+import shlex
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
@@ -24,3 +25,12 @@ def sides(diff: str) -> tuple[str, str]:
     before = [line[1:] for line in lines if not line.startswith("+")]
     after = [line[1:] for line in lines if not line.startswith("-")]
     return "\n".join(before), "\n".join(after)
+
+
+def recipe(option: str) -> list[str]:
+    """The arguments of the recipe that has this option: `multilora` runs with them."""
+    lines = block("### Recipes", "bash").splitlines()
+    [line] = [line for line in lines if f" {option} " in line]
+    program, *arguments = shlex.split(line)
+    assert program == "multilora"
+    return arguments

@@ -7,6 +7,7 @@ import datasets
 import peft
 import pytest
 import torch
+from readme import recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -383,6 +384,18 @@ def test_train_learns_and_evaluate_gives_the_same_measures(run, capsys):
     again = json.loads(capsys.readouterr().out)
     assert again["accuracy"] == metrics["accuracy"]
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+
+
+def test_the_recipe_of_the_readme(folder, tmp_path, monkeypatch):
+    (tmp_path / "MODEL_OR_FOLDER").symlink_to(folder)
+    for part, size in (("Train", 20), ("Test", 10)):
+        file = tmp_path / "ARC-Challenge" / f"ARC-Challenge-{part}.jsonl"
+        write_lines(file, [arc(i, "1234") for i in range(size)])
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*recipe("--task arc_challenge"), "--steps", "2"]) == 0
+    assert numbers(tmp_path / "runs" / "arc")["num_examples"] == 10
+    settings = json.loads((tmp_path / "runs" / "arc" / "run.json").read_text())
+    assert settings["batch_size"] == 8 and settings["targets"] == ["q_proj", "v_proj"]
 
 
 def test_a_particle_is_an_adapter_of_the_language_model(run, folder):

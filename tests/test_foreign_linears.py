@@ -5,8 +5,8 @@ of their own, outputs that are views, hooks, assigned forwards.
 """
 
 import copy
-import importlib.util
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -14,10 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from models import load_peft, particle_tensors, particles_of, peft_tensors
 from oracles import relative_error
+from readme import block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multilora as ml
 from multilora.layers import LoraForeignLinear, LoraLinear, ParticleRows, is_foreign_linear
@@ -461,14 +463,8 @@ def test_peft_over_the_same_base(stub, tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: its layers are tested where it is",
-)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes(bits, tmp_path):
-    import bitsandbytes as bnb
-
     def quantise(linear: nn.Linear) -> nn.Module:
         sizes = (linear.in_features, linear.out_features)
         if bits == 8:
@@ -493,6 +489,42 @@ def test_bitsandbytes(bits, tmp_path):
     model = particles_of(base, config(), K)
     assert type(model.base.first) is type(model.base.last) is LoraForeignLinear
     assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
+
+
+def test_the_quantised_base_of_the_readme(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "MODEL_OR_FOLDER")
+    monkeypatch.chdir(tmp_path)
+    scope = {"peft": peft, "ml": ml}
+    exec(block("### Over a quantised base", "python"), scope)
+    model = scope["model"]
+    layers = dict(model.lora_layers())
+    assert len(layers) == 4 and model.num_particles == 4
+    for layer in layers.values():
+        assert type(layer.base_layer) is bnb.nn.Linear4bit
+        assert layer.base_layer.weight.dtype == torch.uint8
+
+    ids = torch.randint(64, (2, 8))
+    method = ml.IBDR(model)
+    optimizer = torch.optim.AdamW(model.particle_parameters(), lr=0.02)
+    losses = []
+    for _ in range(5):
+        closure = lambda: (model(input_ids=ids).logits[:, :, :-1], ids[:, 1:])  # noqa: E731
+        losses.append(method.backward(closure)["nll"])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+
+    model.save_pretrained("particles")
+    expected = model(input_ids=ids).logits
+    for k in (0, 3):
+        base = AutoModelForCausalLM.from_pretrained(
+            "MODEL_OR_FOLDER", quantization_config=scope["quantised"]
+        )
+        theirs = load_peft(base, f"particles/particle_{k}")
+        assert relative_error(expected[k], theirs(input_ids=ids).logits) < 1e-5
 
 
 def test_files_and_soups_over_packed_weights(tmp_path):

@@ -4,6 +4,7 @@ import types
 
 import peft
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from models import FAMILIES, particles_of
@@ -100,6 +101,28 @@ def test_an_ensemble_of_one_is_the_ordinary_loop(heading, tmp_path, monkeypatch)
         # Some 40 steps of AdamW, whose first ones amplify the rounding of small gradients.
         torch.testing.assert_close(particle[key], tensor, rtol=1e-3, atol=1e-4)
         assert (tensor - first[key]).abs().max() > 0.01
+
+
+def test_the_first_loop_trains_a_timm_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked, create = [], timm.create_model
+
+    def without_download(name, pretrained, **more):
+        asked.append((name, pretrained))
+        return create(name, pretrained=False, depth=2, **more)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    images = TensorDataset(torch.randn(4, 3, 224, 224), torch.arange(4))
+    scope = {"loader": DataLoader(images, batch_size=2)}
+    exec(block("## In a loop of your own", "python"), scope)
+    assert asked == [("vit_small_patch16_224", True)]
+    assert scope["probabilities"].shape == (4, 2, 10)
+    assert "'accuracy'" in capsys.readouterr().out
+    base = create("vit_small_patch16_224", depth=2, num_classes=10)
+    loaded = ml.load_particle_model(base, tmp_path / "particles")
+    for mine, saved in zip(scope["model"].particle_parameters(), loaded.particle_parameters()):
+        assert torch.equal(mine, saved)
+    assert all(a.lora_B.abs().max() > 0 for a in loaded.adapters())
 
 
 # --- mixed precision, accumulation, compilation, checkpointing ---------------------------------

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 from PIL import Image
+from readme import recipe
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -19,6 +20,8 @@ NAME = "vit_tiny_patch16_224.augreg_in21k"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MODEL = ["--model", NAME, "--no-pretrained", "--model-args"]
 MODEL += [f"{key}={value}" for key, value in MODEL_ARGS.items()]
+#: What makes a recipe short, behind its own options.
+SHORT = ["--no-pretrained", *MODEL[3:], "--steps", "2", "--batch-size", "4"]
 PARTS = {"train800": 16, "val200": 8, "test": 12}
 
 
@@ -71,6 +74,37 @@ def test_train_and_evaluate(kitti, tmp_path, capsys):
     assert cli.main(["evaluate", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+
+
+def test_the_recipe_of_the_readme_for_vtab(kitti, tmp_path, monkeypatch):
+    kitti.rename(kitti.parent / "cifar")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*recipe("--task vtab"), *SHORT]) == 0
+    assert numbers(tmp_path / "runs" / "cifar")["num_examples"] == PARTS["test"]
+    settings = json.loads((tmp_path / "runs" / "cifar" / "run.json").read_text())
+    assert settings["model"] == NAME.replace("tiny", "base") and settings["particles"] == 4
+    particle = json.loads((tmp_path / "runs/cifar/particle_3/adapter_config.json").read_text())
+    assert particle["r"] == 8 and particle["lora_alpha"] == 8
+
+
+def test_the_recipe_of_the_readme_for_images(kitti, tmp_path, monkeypatch):
+    for part, folder in (("train800", "train"), ("val200", "val")):
+        for i in range(PARTS[part]):
+            name = f"{i:06}.png"
+            path = tmp_path / "PHOTOS" / folder / "red green blue brown".split()[i % 4] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (kitti / "images" / part / name).rename(path)
+    monkeypatch.chdir(tmp_path)
+    augmented = []
+    load = Augmented.__getitem__
+    monkeypatch.setattr(
+        Augmented, "__getitem__", lambda self, i: (augmented.append(i), load(self, i))[1]
+    )
+    assert cli.main([*recipe("--augment"), *SHORT]) == 0
+    assert len(augmented) == 8
+    assert numbers(tmp_path / "runs" / "photos")["num_examples"] == PARTS["val200"]
+    settings = json.loads((tmp_path / "runs" / "photos" / "run.json").read_text())
+    assert settings["model"] == "vit_small_patch16_224"
 
 
 @pytest.mark.parametrize(

@@ -86,13 +86,13 @@ class Passes:
 
         loss: "particle", the cross-entropy, or a callable (logits, targets) -> one a particle.
         """
-        losses, grads = [], []
+        losses, grads = [], self._buffers()
         for part in self._parts:
             with self._only(part) as params:
                 values = self._losses(closure, loss, part)
-                grads.append(gradients(values.sum() * scale, params))
+                grads = _filled(grads, part, gradients(values.sum() * scale, params))
             losses.append(values.detach())
-        return self.mean(torch.cat(losses)), self._joined(grads)
+        return self.mean(torch.cat(losses)), self._mean_all(grads)
 
     def predict(self, closure: Closure) -> tuple[Tensor, Tensor]:
         """-> the logits (K, N, C) of all processes' particles, a leaf of its own, and targets (N,)
@@ -120,7 +120,7 @@ class Passes:
         if self._graph is not None:
             logits, self._graph = self._graph, None
             return self._mean_all(gradients(logits, self.params, own))
-        grads = []
+        grads = self._buffers()
         for part, state in zip(self._parts, self._states):
             set_random_state(state)
             with self._only(part) as params:
@@ -130,8 +130,8 @@ class Passes:
                         "the closure must return the same batch at each of its calls; got logits "
                         f"{tuple(logits.shape)} after {tuple(own[part].shape)}"
                     )
-                grads.append(gradients(logits, params, own[part]))
-        return self._joined(grads)
+                grads = _filled(grads, part, gradients(logits, params, own[part]))
+        return self._mean_all(grads)
 
     def weight(self, targets: Tensor) -> Tensor | float:
         """Brings means over this process's valid targets to those over all processes' data: their
@@ -209,11 +209,12 @@ class Passes:
             )
         return values
 
-    def _joined(self, parts: list[list[Tensor]]) -> list[Tensor]:
-        """The gradients of all chunks as one tensor a parameter."""
-        if len(parts) == 1:
-            return self._mean_all(parts[0])
-        return self._mean_all([torch.cat(grads) for grads in zip(*parts)])
+    def _buffers(self) -> list[Tensor] | None:
+        """Room for the gradients of all chunks, made before the first runs: memory that stays would
+        otherwise lie between activations that go."""
+        if len(self._parts) == 1:
+            return None
+        return [torch.empty_like(p, requires_grad=False) for p in self.params]
 
     def _mean_all(self, grads: list[Tensor]) -> list[Tensor]:
         self.ranks.mean_(grads)
@@ -279,6 +280,14 @@ def gradients(
             "their gradients would be zero; checkpoint with use_reentrant=False"
         )
     return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
+
+
+def _filled(buffers: list[Tensor] | None, part: slice, grads: list[Tensor]) -> list[Tensor]:
+    """The gradients of all chunks, with those of one."""
+    if buffers is None:
+        return grads
+    torch._foreach_copy_([buffer[part] for buffer in buffers], grads)
+    return buffers
 
 
 def _has_node(output: Tensor, name: str) -> bool:

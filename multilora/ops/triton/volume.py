@@ -32,6 +32,9 @@ _IGNORED = tl.constexpr(IGNORE_INDEX)
 # with device_assert, stay off.
 _ASSERTS = {"debug": True, "sanitize_overflow": False}
 
+# All that a thread can have. Left to itself ptxas may spill a few, to fit one more block on an SM.
+_REGISTERS = {"maxnreg": 255}
+
 
 @triton.jit
 def _labels(targets_ptr, examples, N, C):
@@ -533,7 +536,7 @@ def _forward(
     launch(
         _volume_forward_kernel, (cdiv(examples, config.block_n), max(1, config.splits)),
         *tensors, *sizes, K=particles, KIND=kind, SPLIT=partial is not None,
-        **_meta(config), **_ASSERTS,
+        **_meta(config), **_ASSERTS, **_REGISTERS,
     )  # fmt: skip
     if config.splits:
         launch(

@@ -66,7 +66,7 @@ def everything(family, ids, wrap, **options):
     """All particles' model, with inputs and targets of examples `ids`."""
     family = FAMILIES[family]
     # One of the blocks that FSDP shards lies in the shared trunk.
-    lora = {"target_modules": r"blocks\.1\..*(qkv|fc1)"} if wrap == "fsdp" else {}
+    lora = {"target_modules": r"blocks\.1\..*(qkv|fc1)"} if wrap.startswith("fsdp") else {}
     model = ml.get_particle_model(family.build(), family.config(**lora), K, **options).train()
     inputs = {key: t[ids] for key, t in family.inputs(batch=B).items()}
     if "input_ids" in inputs:
@@ -105,10 +105,11 @@ def steps_of(rank, folder, shape, family, wrap):
     forward = model
     if wrap == "ddp":
         forward = DistributedDataParallel(model)
-    if wrap == "fsdp":
+    if wrap.startswith("fsdp"):
         ignored = set(model.particle_parameters())
         for block in model.base.blocks:
-            fully_shard(block, mesh=mesh["data"], ignored_params=ignored)
+            part = block if wrap == "fsdp" else block.mlp
+            fully_shard(part, mesh=mesh["data"], ignored_params=ignored)
         fully_shard(model, mesh=mesh["data"], ignored_params=ignored)
         assert sum(p.numel() for p in ignored) == sum(
             p.numel() for p in model.parameters() if not hasattr(p, "placements")
@@ -118,6 +119,10 @@ def steps_of(rank, folder, shape, family, wrap):
         for chunk in (None, 1):
             method = kind(forward, **options, particle_chunk=chunk)
             results[name, chunk] = step(model, method, closure, forward)
+    if wrap.startswith("fsdp"):
+        # A module is not shared whose weights are gathered inside of it.
+        shared = model.base.blocks[0].forward.known.values()
+        assert len(shared) and all((flags is None) == (wrap != "fsdp") for flags in shared)
     return results
 
 
@@ -133,6 +138,7 @@ def steps_of(rank, folder, shape, family, wrap):
         ("llama", (2, 2), "mesh"),
         ("vit", (2, 1), "ddp"),
         ("vit", (2, 1), "fsdp"),
+        ("vit", (2, 1), "fsdp inside a block"),
         ("vit", (2, 2), "fsdp"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 import multilora as ml
+from multilora.methods.passes import gradients
 from multilora.trunk import SharedForward
 
 K = 5
@@ -163,6 +164,14 @@ def test_predictions_in_chunks():
     torch.testing.assert_close(ml.predict(model, inputs, particle_chunk=2), expected)
     with pytest.raises(ValueError, match="particle_chunk must be an integer >= 1; got 0"):
         ml.predict(model, inputs, particle_chunk=0)
+
+
+def test_gradients_are_contiguous():
+    # Processes average them in place, which an expanded one would not survive.
+    p = torch.ones(3, 4, requires_grad=True)
+    assert not torch.autograd.grad(p.sum(), p)[0].is_contiguous()
+    (gradient,) = gradients(p.sum(), [p])
+    assert gradient.is_contiguous()
 
 
 # --- the shared trunk ----------------------------------------------------------------------------
@@ -411,12 +420,16 @@ def test_a_module_that_counts_is_not_shared_and_counts_right():
     assert base[0].calls == 3
 
 
-def test_trunk_under_checkpointing():
+@pytest.mark.parametrize("method", ["ensemble", "ibdr"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_trunk_under_checkpointing(method, chunk):
+    # Inputs that require a gradient are those of one graph, and of no other chunk's.
+    kind, options = METHODS[method]
     model, closure = problem("llama", target_modules=r".*layers\.1.*(q_proj|down_proj)")
-    expected = step(model, ml.Ensemble(model), closure)
+    expected = step(model, kind(model, **options), closure)
     model.base.gradient_checkpointing_enable({"use_reentrant": False})
     model.base.enable_input_require_grads()
-    assert_same(step(model, ml.Ensemble(model), closure), expected, 1e-6)
+    assert_same(step(model, kind(model, **options, particle_chunk=chunk), closure), expected, 1e-6)
 
 
 def test_checkpointed_tower_repeats_what_it_did():

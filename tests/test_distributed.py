@@ -312,7 +312,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
 config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-x = torch.randn(4096, 6)
+x = torch.randn(2048, 6)
 dataset = TensorDataset(x, (x[:, 0] > 0).long())
 """
 

@@ -234,9 +234,11 @@ def test_autocast_does_not_touch_it(function, oracle):
 
 
 @both
-def test_gradcheck(function, oracle):
-    lora_A, lora_B = (t.requires_grad_() for t in factors(3, 3, 4, 2, torch.float64))
-    assert torch.autograd.gradcheck(lambda A, B: function(A, B, 0.5), (lora_A, lora_B))
+def test_gradcheck(function, oracle, backend):
+    factor = [t.requires_grad_() for t in factors(3, 3, 4, 2, torch.float64)]
+    # Triton's interpreter takes half a minute for one difference an element.
+    fast = backend == "triton"
+    assert torch.autograd.gradcheck(lambda A, B: function(A, B, 0.5), factor, fast_mode=fast)
 
 
 @both

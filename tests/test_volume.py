@@ -35,7 +35,7 @@ SHAPES = [
     (3, 11, 7),
     (4, 5, 5),
     (5, 7, 5),
-    (5, 17, 10),
+    (5, 9, 10),
     (7, 3, 4),
     (8, 9, 3),
     (8, 3, 101),
@@ -325,9 +325,10 @@ def test_gradcheck(shape, kind, backend):
         assert torch.autograd.gradcheck(of_logits, (logits,), fast_mode=fast)
 
 
-@kinds
 @pytest.mark.parametrize(
-    "shape", [(3, 7, 5), (6, 7, 4), (4, 7, 4), (3, 7, 2)], ids=["K<C", "K>C", "K=C", "C=2"]
+    "shape, kind",
+    [((3, 7, 5), "logdet"), ((6, 7, 4), "det"), ((4, 7, 4), "logdet"), ((3, 7, 2), "det")],
+    ids=["K<C", "K>C", "K=C", "C=2"],
 )
 @pytest.mark.parametrize("name", ["gram_volume", "particle_loss"])
 def test_opcheck(name, shape, kind):

@@ -94,7 +94,8 @@ def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Rep
         target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
         ptxas = get_ptxas(int(target[3:5])).path
         said = run_tool(ptxas, f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
-        code = run_tool(triton.knobs.nvidia.nvdisasm.path, str(cubin))
+        # The instructions alone, without the analysis that takes most of the tool's time.
+        code = run_tool(triton.knobs.nvidia.nvdisasm.path, "-ndf", str(cubin))
     stored = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Report(
         name,

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"multilora: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
@@ -246,7 +246,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from multilora.training import evaluate, load_run, to_json
 
     model, task, settings = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
-    result, _, _ = evaluate(model, task)
+    chunk = dict(settings.method_args).get("particle_chunk")
+    result, _, _ = evaluate(model, task, particle_chunk=chunk)
     if args.json:
         print(to_json(result))
     else:

@@ -22,8 +22,6 @@ def predict(model: nn.Module, x: Any, particle_chunk: int | None = None) -> Tens
 
     particle_chunk: run that many particles at a time, with their memory.
     """
-    if particle_chunk is not None and (type(particle_chunk) is not int or particle_chunk < 1):
-        raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
 
     def run() -> Tensor:
         output = model(**x) if isinstance(x, Mapping) else model(x)
@@ -32,16 +30,7 @@ def predict(model: nn.Module, x: Any, particle_chunk: int | None = None) -> Tens
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        if particle_chunk is None:
-            p = run()
-        else:
-            parts = []
-            with model.rows.remembering():
-                for start in range(0, model.num_particles, particle_chunk):
-                    stop = min(start + particle_chunk, model.num_particles)
-                    with model.particles(start, stop):
-                        parts.append(run())
-            p = torch.cat(parts)
+        p = run() if particle_chunk is None else model.in_chunks(particle_chunk, run)
     finally:
         for module in training:
             module.training = True

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -153,6 +153,22 @@ class ParticleModel(nn.Module):
             for module, name, parameter in stacked:
                 module._parameters[name] = parameter
             self.num_particles, self._window = before
+
+    def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
+        """run() (K, ...) from its results for `particle_chunk` particles at a time, joined.
+
+        The trunk runs once where `run` calls this model on the same inputs each time.
+        """
+        if type(particle_chunk) is not int or particle_chunk < 1:
+            raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
+        if particle_chunk >= self.num_particles:
+            return run()
+        parts = []
+        with self.rows.remembering():
+            for start in range(0, self.num_particles, particle_chunk):
+                with self.particles(start, min(start + particle_chunk, self.num_particles)):
+                    parts.append(run())
+        return torch.cat(parts)
 
     def devices(self) -> list[torch.device]:
         """Where the model's parameters are, without repetition."""

@@ -153,6 +153,10 @@ def make_method(
         raise ValueError(f"{name} has the arguments {known}; got {unknown}")
     if kind is IBDR:
         keywords["seed"] = seed
+    for key, value in keywords.items():
+        default = inspect.signature(kind).parameters[key].default
+        if isinstance(value, str) and isinstance(default, (int, float)):
+            raise ValueError(f"{key} of {name} is a number or true or false; got {value!r}")
     return kind(model, **keywords)
 
 
@@ -178,8 +182,10 @@ def train(
     its checkpoint is damaged or another run's, which is found before the model is changed;
     NotADirectoryError where OUT is a file.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1; got {save_every}")
     out = Path(out)
-    _claim(out, settings, resume)
+    _check_free(out, settings, resume)
     task = make_task(settings, report)
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
@@ -200,6 +206,8 @@ def train(
     )
     state = _State(out / _CHECKPOINT, settings, model, method, optimizer, schedule)
     done, step_ms = state.load() if resume else (0, [])
+    # From here on the folder is this run's: nothing is wrong with its settings.
+    _write_json(out / _SETTINGS, asdict(settings))
 
     model.train()
     # Its own generator: a loader draws a number when it starts, which is once more in a run that
@@ -229,7 +237,8 @@ def train(
             state.save(step, step_ms)
 
     model.save_pretrained(out)
-    result, predictions, targets = evaluate(model, task)
+    chunk = dict(settings.method_args).get("particle_chunk")
+    result, predictions, targets = evaluate(model, task, particle_chunk=chunk)
     result = {
         "method": settings.method,
         "particles": settings.particles,
@@ -267,21 +276,24 @@ def load_run(folder: str | Path, report: Report = print) -> tuple[ParticleModel,
 
 
 def evaluate(
-    model: ParticleModel, task: Task, batch_size: int | None = None
+    model: ParticleModel,
+    task: Task,
+    batch_size: int | None = None,
+    particle_chunk: int | None = None,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Measures on the clean, corrupted and out-of-distribution examples.
 
-    batch_size: examples a forward; the task's own where it is None. -> the measures (clean at the
-    top, "corrupted": means over the corruptions, "ood"), and the clean predictions (K, N, C) with
-    their targets.
+    batch_size: examples a forward; the task's own where it is None. particle_chunk: particles a
+    forward; all where it is None. -> the measures (clean at the top, "corrupted": means over the
+    corruptions, "ood"), and the clean predictions (K, N, C) with their targets.
     """
-    batch_size = batch_size or task.evaluation_batch
-    log_p, targets = _predictions(model, task, task.test, batch_size)
-    ood = None if task.ood is None else _predictions(model, task, task.ood, batch_size)[0]
+    sizes = batch_size or task.evaluation_batch, particle_chunk or model.num_particles
+    log_p, targets = _predictions(model, task, task.test, *sizes)
+    ood = None if task.ood is None else _predictions(model, task, task.ood, *sizes)[0]
     result = metrics.evaluate(log_p, targets, ood_logits=ood)
     if task.corrupted:
         each = {
-            name: metrics.evaluate(*_predictions(model, task, data, batch_size))
+            name: metrics.evaluate(*_predictions(model, task, data, *sizes))
             for name, data in task.corrupted.items()
         }
         measures = ("accuracy", "nll", "ece", "brier", "mutual_information")
@@ -293,7 +305,7 @@ def evaluate(
 
 @torch.no_grad()
 def _predictions(
-    model: ParticleModel, task: Task, data: Dataset, batch_size: int
+    model: ParticleModel, task: Task, data: Dataset, batch_size: int, particle_chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (K, N, C) and targets (N,) on the CPU."""
     device = next(model.parameters()).device
@@ -301,7 +313,9 @@ def _predictions(
     model.eval()
     rows, targets = [], []
     for x, y in DataLoader(data, batch_size, collate_fn=task.collate):
-        rows.append(task.predict(model, _to(x, device)).float().log_softmax(-1).cpu())
+        x = _to(x, device)
+        logits = model.in_chunks(particle_chunk, lambda x=x: task.predict(model, x))
+        rows.append(logits.float().log_softmax(-1).cpu())
         targets.append(y)
     model.train(training)
     return torch.cat(rows, 1), torch.cat(targets)
@@ -476,8 +490,8 @@ def _fingerprint(model: ParticleModel) -> list[float]:
     return [float(f"{s:.9g}") for s in sums]
 
 
-def _claim(out: Path, settings: Settings, resume: bool) -> None:
-    """Make `out` this run's folder."""
+def _check_free(out: Path, settings: Settings, resume: bool) -> None:
+    """Make `out`, which must hold no other run."""
     if (out / _SETTINGS).is_file():
         if not resume:
             raise ValueError(
@@ -486,9 +500,7 @@ def _claim(out: Path, settings: Settings, resume: bool) -> None:
         different = _differences(asdict(_read_settings(out)), asdict(settings))
         if different:
             raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
-        return
     files.make_folder(out)
-    _write_json(out / _SETTINGS, asdict(settings))
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,8 @@ Inside a particle model every batch has K·B rows, and until the first particle 
 of all particles are the same. A frozen module that runs before it is therefore given the B rows of
 one particle, and its outputs are repeated. That this is right is checked, not assumed: at first a
 module runs both ways, and is shared from then on only if both gave the same. A module that draws
-random numbers (dropout in training), mixes examples or keeps a state (a key-value cache) is not.
+random numbers (dropout in training), mixes examples or keeps a state (a key-value cache) is not,
+nor is one with hooks inside of it, which are to see the rows of all particles.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from multilora.layers import ParticleLayer, ParticleRows
 
 # An input or output of any other type may hold a state, and its module is not shared.
-_PLAIN = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+_VALUES = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_PLAIN = (Tensor, *_VALUES)
+#: Forms of its inputs in which a module is tried. One that is called with ever new numbers is not
+#: shared beyond.
+_MOST_FORMS = 64
 
 
 class TrunkRows(ParticleRows):
@@ -32,7 +37,7 @@ class TrunkRows(ParticleRows):
         self.devices: list[torch.device] = []  # of the model, whose generators may be drawn from
         self._random: list[tuple[torch.device, Tensor]] = []
         self._memory: dict[Any, Any] | None = None
-        self._inputs: list[tuple[Any, int]] = []
+        self._inputs: tuple[Any, list[tuple[Any, int | None]]] = (None, [])
         self._calls: Counter = Counter()
 
     def start(self, count: int, shared: int | None, inputs: Any) -> None:
@@ -43,20 +48,21 @@ class TrunkRows(ParticleRows):
             return
         if self._memory is None and shared == count:
             return  # one particle, one forward: nothing to share
-        leaves, _ = tree_flatten(inputs)
+        leaves, form = tree_flatten(inputs)
         self.shared = shared
         self._random = random_state(self.devices)
         if self._memory is None:
             return
         self._calls.clear()
-        inputs = [(leaf, _version(leaf)) for leaf in leaves]
-        same = len(inputs) == len(self._inputs) and all(
+        versions = [(leaf, _version(leaf)) for leaf in leaves]
+        before, theirs = self._inputs
+        same = form == before and all(
             _is_same(a, b) and version == other and version is not None
-            for (a, version), (b, other) in zip(inputs, self._inputs)
+            for (a, version), (b, other) in zip(versions, theirs)
         )
         if not same:
             self._memory.clear()
-            self._inputs = inputs
+            self._inputs = form, versions
 
     def stop(self) -> None:
         self.count = self.shared = None
@@ -78,7 +84,7 @@ class TrunkRows(ParticleRows):
         try:
             yield
         finally:
-            self._memory, self._inputs = None, []
+            self._memory, self._inputs = None, (None, [])
             self._calls.clear()
 
     def recall(self, shared: SharedForward, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -94,6 +100,10 @@ class TrunkRows(ParticleRows):
                 return output
             self._memory[key] = output
         return self._memory[key]
+
+
+class _OtherOutputs(RuntimeError):
+    """A module's outputs are not of the form that they had when it was tried."""
 
 
 class _Plan(NamedTuple):
@@ -112,7 +122,8 @@ class SharedForward:
         self.module, self.rows = module, rows
         # Somebody else's stand-in, such as a hook of accelerate.
         self.override = module.__dict__.get("forward")
-        # By mode and form of the inputs: the flags of the outputs, or None: not to be shared.
+        # By mode and by form and values of the inputs: the flags of the outputs, or None: not to be
+        # shared.
         self.known: dict[Any, list[bool] | None] = {}
         self.last: _Plan | None = None
 
@@ -137,23 +148,37 @@ class SharedForward:
         self.last = None
         if not rows.still_shared():
             return self.inner(*args, **kwargs)
+        if self._has_hooks():
+            rows.shared = None
+            return self.inner(*args, **kwargs)
         count, batch = rows.count, rows.shared
         leaves, form = tree_flatten((args, kwargs))
         flags = [_has_rows(leaf, count) for leaf in leaves]
-        key = (self.module.training, count == batch, repr(form), *flags)
-        if key not in self.known:
+        values = (leaf if isinstance(leaf, _VALUES) else type(leaf) for leaf in leaves)
+        key = (self.module.training, count == batch, repr(form), *flags, *values)
+        if key not in self.known and len(self.known) < _MOST_FORMS:
             self.known[key] = self._try(leaves, flags, form)
-        if self.known[key] is not None:
+        if self.known.get(key) is not None:
             self.last = _Plan(count, batch, flags, self.known[key])
             state = random_state(rows.devices)
-            output = self._once(self.last, args, kwargs)
-            if rows.still_shared():
-                return output
-            # It drew random numbers, for one particle, which it did not when it was tried.
+            with contextlib.suppress(_OtherOutputs):
+                output = self._once(self.last, args, kwargs)
+                if rows.still_shared():
+                    return output
+            # It drew random numbers, for one particle, or gave outputs of another form, which it
+            # did not when it was tried.
             set_random_state(state)
             self.known[key] = self.last = None
         rows.shared = None
         return self.inner(*args, **kwargs)
+
+    def _has_hooks(self) -> bool:
+        """Whether somebody looks at what is computed inside; hooks of the module itself see all."""
+        return any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in self.module.modules()
+            if module is not self.module
+        )
 
     def _once(self, plan: _Plan, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The outputs for one particle's rows, repeated for all."""
@@ -164,6 +189,10 @@ class SharedForward:
         else:
             output = self.rows.recall(self, args, kwargs)
         leaves, form = tree_flatten(output)
+        if len(leaves) != len(plan.outputs) or not all(
+            _has_rows(leaf, plan.batch) for leaf, flag in zip(leaves, plan.outputs) if flag
+        ):
+            raise _OtherOutputs(f"{type(self.module).__name__} gave outputs of another form")
         particles = plan.count // plan.batch
         # Copies, all of them: what is remembered must not be changed in place.
         repeated = [

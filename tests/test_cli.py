@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 
+import multilora as ml
 from multilora import cli, tasks, training
 from multilora.integrations.timm import default_targets
 
@@ -189,12 +190,39 @@ def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
         (["--data", "{tmp}/none", *MODEL, "--out", "{tmp}/run"], "does not exist"),
         (["--method", "single", "--particles", "3", "--out", "{tmp}"], "1 particle; got 3"),
         (["--steps", "0", "--out", "{tmp}"], "at least 1; got 0"),
+        (["--save-every", "0", "--out", "{tmp}/run"], "save_every must be at least 1; got 0"),
+        (["--method-args", "alpha=abc", "--out", "{tmp}/run"], "alpha of ibdr is a number"),
     ],
 )
 def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     assert cli.main(["train", "--steps", "2", "--shots", "2", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_never_began_leaves_its_folder_free(tmp_path, capsys):
+    command = ["train", *SHORT, "--out", str(tmp_path / "run")]
+    assert cli.main([*command, "--method-args", "loss=nonsense"]) == 1
+    assert "loss must be one of" in capsys.readouterr().err
+    assert cli.main(command) == 0
+
+
+def test_particles_are_evaluated_in_the_chunks_of_training(image_folder, tmp_path, monkeypatch):
+    command = ["train", "--data", str(image_folder), *MODEL, "--steps", "2", "--particles", "3"]
+    numbers_of, chunks = {}, []
+    in_chunks = ml.ParticleModel.in_chunks
+    monkeypatch.setattr(
+        ml.ParticleModel,
+        "in_chunks",
+        lambda self, chunk, run: (chunks.append(chunk), in_chunks(self, chunk, run))[1],
+    )
+    for name, more in (("whole", []), ("chunks", ["--method-args", "particle_chunk=2"])):
+        assert cli.main([*command, *more, "--out", str(tmp_path / name)]) == 0
+        numbers_of[name] = numbers(tmp_path / name)
+    assert chunks == [3, 2]
+    assert numbers_of["chunks"]["nll"] == pytest.approx(numbers_of["whole"]["nll"], rel=1e-4)
+    assert cli.main(["evaluate", str(tmp_path / "chunks")]) == 0
+    assert chunks == [3, 2, 2]
 
 
 def test_a_run_over_another_base_is_refused(run, monkeypatch, capsys):

@@ -316,6 +316,118 @@ def test_what_is_random_is_not_shared(drawn):
     assert rows[1][-1] == 3
 
 
+class Told(nn.Module):
+    """A linear whose outputs depend on a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.always_both = nn.Linear(6, 6), False
+
+    def forward(self, x, both=False, mix=False, sign=1.0):
+        y = self.linear(x) * sign
+        if mix:
+            y = y - y.mean(0)
+        return (y, x) if both or self.always_both else y
+
+
+class Asked(nn.Module):
+    """Hands on what it is told to a module of the trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.told, self.last = Told(), nn.Linear(6, 4)
+
+    def forward(self, x, plus=None, minus=None, **flags):
+        x = x if plus is None else x + plus
+        x = x if minus is None else x - minus
+        y = self.told(x, **flags)
+        return self.last(y[0] + y[1] if isinstance(y, tuple) else y)
+
+
+def asked():
+    model = ml.get_particle_model(Asked(), peft.LoraConfig(r=2, target_modules=["last"]), K)
+    for adapter in model.adapters():
+        nn.init.normal_(adapter.lora_B)
+    return model, torch.randn(3, 6)
+
+
+def unshared(model, *args, **kwargs):
+    model.share_trunk = False
+    try:
+        return model(*args, **kwargs)
+    finally:
+        model.share_trunk = True
+
+
+def test_modules_are_tried_again_with_other_flags():
+    model, x = asked()
+    for flags in ({}, {"both": True}, {"mix": True}, {"mix": False}, {"both": True}):
+        torch.testing.assert_close(model(x, **flags), unshared(model, x, **flags))
+    # Ever new numbers end the trials.
+    for i in range(100):
+        torch.testing.assert_close(model(x, sign=0.1 * i), unshared(model, x, sign=0.1 * i))
+    assert 5 < len(model.base.told.forward.known) < 100
+
+
+def test_a_module_whose_outputs_change_their_form_is_not_shared():
+    model, x = asked()
+    model(x)
+    model.base.told.always_both = True
+    torch.testing.assert_close(model(x), unshared(model, x))
+
+
+def test_inputs_are_remembered_by_name():
+    model, x = asked()
+    z = torch.randn(3, 6)
+
+    def closure():
+        logits = torch.cat([model(x=x, plus=z), model(x=x, minus=z)], 1)
+        return logits, torch.arange(6) % 4
+
+    for chunk in (None, 2):
+        shared = step(model, ml.IBDR(model, particle_chunk=chunk), closure)
+        model.share_trunk = False
+        assert_same(shared, step(model, ml.IBDR(model, particle_chunk=chunk), closure), 1e-5)
+        model.share_trunk = True
+
+
+def test_hooks_inside_the_trunk_see_all_rows():
+    model, rows = tower()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    seen = []
+    # Of a module of the trunk itself and of one inside of it, before the first forward and after.
+    model.base.blocks["1"].register_forward_hook(lambda m, args, y: seen.append(len(y)))
+    model(x)
+    hook = (
+        model.base.blocks["0"]
+        .module[1]
+        .register_forward_hook(lambda m, args, y: seen.append(len(y)))
+    )
+    for r in rows:
+        r.clear()
+    model(x)
+    assert seen == [3 * K] * 3 and rows[:2] == [[3 * K], [3 * K]]
+    hook.remove()
+    model(x)
+    assert rows[:2] == [[3 * K, 3], [3 * K, 3]]
+
+
+def test_attentions_are_those_of_all_particles():
+    base = FAMILIES["llama"].build()
+    base.set_attn_implementation("eager")
+    config = FAMILIES["llama"].config(target_modules=r".*layers\.1.*(q_proj|down_proj)")
+    model = particles_of(base, config, K)
+    inputs = FAMILIES["llama"].inputs(batch=2)
+    model(**inputs)
+    first, second = (model(**inputs, output_attentions=True).attentions for _ in range(2))
+    expected = unshared(model, **inputs, output_attentions=True).attentions
+    assert len(first) == len(second) == len(expected) == 2
+    for triple in zip(first, second, expected):
+        assert all(t.shape == (K, 2, *t.shape[2:]) for t in triple)
+        torch.testing.assert_close(triple[0], triple[2])
+        torch.testing.assert_close(triple[1], triple[2])
+
+
 def test_modules_that_mix_examples_or_write_into_their_input_are_not_shared():
     class Mixing(nn.Linear):
         def forward(self, x):
@@ -564,6 +676,20 @@ def test_autocast_sees_the_particles_that_climbed():
             ml.IBDR([weight], clip=10.0).backward(lambda: (torch.bmm(x, weight), y))
         grads.append(weight.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped, the others go on")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_scalars_are_logged_when_one_particle_is_left(method):
+    kind, options = METHODS[method]
+    model, closure = problem("vit", 2)
+    method = kind(model, **options, nonfinite="skip")
+    whole = method.backward(closure)
+    with torch.no_grad():
+        model.adapters()[0].lora_B[0] = torch.nan
+    left = method.backward(closure)
+    assert left.keys() == whole.keys()
+    assert all(torch.isfinite(value) for value in left.values())
 
 
 @pytest.mark.parametrize("method", ["ensemble", "svgd", "ibdr"])

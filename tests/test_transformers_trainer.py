@@ -224,6 +224,24 @@ def test_an_ensemble_is_two_runs_of_a_loop(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
+def test_evaluation_takes_the_memory_of_a_chunk(name, tmp_path):
+    model = particles_of(FAMILIES[name].build(torch.float32), FAMILIES[name].config(), K)
+    model.share_trunk = False
+    sizes = []
+    embedding = model.base.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, y: sizes.append(len(y)))
+    results = []
+    for chunk, most in ((None, 7 * K), (2, 7 * 2)):
+        trainer = trainer_of(name, "svgd", tmp_path, model)
+        trainer._make_method = lambda model, chunk=chunk: ml.SVGD(model, particle_chunk=chunk)
+        sizes.clear()
+        result = trainer.evaluate()
+        assert max(sizes) == most
+        results.append({k: v for k, v in result.items() if "second" not in k and "time" not in k})
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
 def test_evaluation_is_of_the_averaged_predictive(name, tmp_path):
     model = particles_of(FAMILIES[name].build(torch.float32), FAMILIES[name].config(), K)
     seen = []

@@ -199,8 +199,12 @@ class ParticleTrainer(Trainer):
         **__: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs, targets = self._split(self._prepare_inputs(inputs))
+        # As many particles at a time as the method runs. (Over several processes it is made by
+        # `train`, and wraps the model.)
+        method = self.method if self.args.world_size == 1 else self._method
+        chunk = self.model.num_particles if method is None else method.passes.chunk
         with self.compute_loss_context_manager():
-            logits = self._logits(model, inputs, targets)
+            logits = self.model.in_chunks(chunk, lambda: self._logits(model, inputs, targets))
         members, loss = logits.to(accumulator(logits.dtype)).log_softmax(-1), None
         if targets is not None:
             valid = targets != IGNORE_INDEX

@@ -38,7 +38,7 @@ class Passes:
             self.ranks = Ranks(self._wrapper.process_group, self.ranks.particle)
         self._check_wrapper()
         self.total = self.num_particles * self.ranks.particle_size
-        chunk = self.num_particles if particle_chunk is None else particle_chunk
+        self.chunk = chunk = self.num_particles if particle_chunk is None else particle_chunk
         if type(chunk) is not int or chunk < 1:
             raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
         if chunk < self.num_particles and not hasattr(self.model, "particles"):

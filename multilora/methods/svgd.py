@@ -154,10 +154,12 @@ class SVGD(Method):
                 direction[p] = driven + force[p] * repulsion
         directions = [self._own(direction[p], finite) for p in self.params]
 
-        off = ~torch.eye(particles, dtype=torch.bool, device=k.device)
-        if particles == 1:
+        if self.passes.total == 1:
             return directions, {}
-        return directions, {"kernel": k[:, off].mean(), "distance": D[:, off].mean()}
+        off = ~torch.eye(particles, dtype=torch.bool, device=k.device)
+        # Zero where one particle is left, which has no pair.
+        pairs = max(1, len(D) * particles * (particles - 1))
+        return directions, {"kernel": k[:, off].sum() / pairs, "distance": D[:, off].sum() / pairs}
 
     def _everyone(self, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Every tensor of the particles, with those of all processes that have a finite step."""

@@ -208,7 +208,7 @@ class SharedForward:
         count, batch = self.rows.count, self.rows.shared
         if not all(isinstance(leaf, _PLAIN) for leaf in leaves) or not any(flags):
             return None
-        # Weights that FSDP gathers inside: every process must run such a module equally often.
+        # Weights that are sharded now: every process must run such a module equally often.
         if any(hasattr(p, "placements") for p in self.module.parameters()):
             return None
         state, outputs = random_state(self.rows.devices), []

@@ -121,8 +121,8 @@ def steps_of(rank, folder, shape, family, wrap):
             results[name, chunk] = step(model, method, closure, forward)
     if wrap.startswith("fsdp"):
         # A module is not shared whose weights are gathered inside of it.
-        shared = model.base.blocks[0].forward.known.values()
-        assert len(shared) and all((flags is None) == (wrap != "fsdp") for flags in shared)
+        known = model.base.blocks[0].forward.known.values()
+        assert any(flags is not None for flags in known) == (wrap == "fsdp")
     return results
 
 

@@ -10,11 +10,11 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from models import load_peft, particle_tensors, particles_of, peft_tensors
 from oracles import relative_error
 from readme import block
+from test_distributed import run_in_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
@@ -381,20 +381,11 @@ def test_the_attention_that_reads_its_weight_is_no_target():
     assert not is_foreign_linear(attention.out_proj)
 
 
-@pytest.fixture
-def mesh():
-    """A tensor-parallel group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield DeviceMesh("cpu", [0])
-    finally:
-        dist.destroy_process_group()
-
-
-def test_tensor_parallel(mesh):
+def tensor_parallel(rank, folder):
+    """In a process of its own, as backward passes of DTensors start threads."""
+    mesh, column = DeviceMesh("cpu", [0]), ColwiseParallel(output_layouts=Replicate())
     base, plain = Net(), Net()
     plain.load_state_dict(base.state_dict())
-    column = ColwiseParallel(output_layouts=Replicate())
     parallelize_module(base, mesh, {"first": column, "last": column})
     assert isinstance(base.first.weight, DTensor)
     model = ml.get_particle_model(base, config(), K)
@@ -406,6 +397,26 @@ def test_tensor_parallel(mesh):
     x = inputs(torch.float32)[0].requires_grad_()
     weights = torch.randn(K, BATCH, 3)
     assert_same_gradients(gradients(model, x, weights), gradients(twin, x, weights), 1e-5)
+
+
+def tensor_parallel_trunk(rank, folder):
+    base, plain = Net(), Net()
+    plain.load_state_dict(base.state_dict())
+    column = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(base, DeviceMesh("cpu", [0]), {"first": column})
+    lora = config(target_modules=["last"], modules_to_save=None)
+    models = [ml.get_particle_model(net, lora, K) for net in (base, plain)]
+    outputs = [model(inputs(torch.float32)[0]) for model in models for _ in range(2)]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0])
+    # Its weights are sharded: it runs for every particle, in all processes equally often.
+    shared = [list(model.base.first.forward.known.values()) for model in models]
+    assert shared == [[None], [[True]]]
+
+
+@pytest.mark.parametrize("function", [tensor_parallel, tensor_parallel_trunk])
+def test_tensor_parallel(function, tmp_path):
+    run_in_processes(1, function, tmp_path)
 
 
 # --- PEFT and its files --------------------------------------------------------------------------

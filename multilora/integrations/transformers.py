@@ -43,6 +43,7 @@ class ParticleTrainer(Trainer):
     nothing is left to shift, and columns before a batch's first label are cut off both. eval_loss
     is the mean NLL over all labels of the set. Measures of `metrics.evaluate` over the whole set,
     and each particle's, come with it for classifiers, unless args.prediction_loss_only.
+    It runs as many particles at a time as the method does (particle_chunk).
 
     checkpoint-N holds K PEFT adapters and no base model, and a run resumed from it ends with the
     numbers of one that was never stopped. (Trainer of transformers 4.51 skips wrong batches where

@@ -32,9 +32,6 @@ _IGNORED = tl.constexpr(IGNORE_INDEX)
 # with device_assert, stay off.
 _ASSERTS = {"debug": True, "sanitize_overflow": False}
 
-# All that a thread can have. Left to itself ptxas may spill a few, to fit one more block on an SM.
-_REGISTERS = {"maxnreg": 255}
-
 
 @triton.jit
 def _labels(targets_ptr, examples, N, C):
@@ -531,12 +528,15 @@ def _forward(
     if config.splits:
         shape = (config.splits, examples, particles + 2, particles)
         partial = logits.new_empty(shape, dtype=torch.float64)
+    # With a factorisation in every warp, ptxas may spill to fit one more block on an SM: all that a
+    # thread can have, for that not to happen.
+    registers = 255 if config.block_n > 1 else None
     tensors = (logits, targets, value, stats, core, partial)
     sizes = (*logits.stride()[:2], examples, classes, eps, math.log(eps))
     launch(
         _volume_forward_kernel, (cdiv(examples, config.block_n), max(1, config.splits)),
         *tensors, *sizes, K=particles, KIND=kind, SPLIT=partial is not None,
-        **_meta(config), **_ASSERTS, **_REGISTERS,
+        **_meta(config), **_ASSERTS, maxnreg=registers,
     )  # fmt: skip
     if config.splits:
         launch(

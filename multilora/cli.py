@@ -246,8 +246,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from multilora.training import evaluate, load_run, to_json
 
     model, task, settings = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
-    chunk = dict(settings.method_args).get("particle_chunk")
-    result, _, _ = evaluate(model, task, particle_chunk=chunk)
+    result, _, _ = evaluate(model, task, particle_chunk=settings.particle_chunk)
     if args.json:
         print(to_json(result))
     else:

@@ -78,6 +78,11 @@ class Settings:
                 f"steps and batch size must be at least 1; got {self.steps} and {self.batch_size}"
             )
 
+    @property
+    def particle_chunk(self) -> int | None:
+        """How many particles run at a time; None: all."""
+        return dict(self.method_args).get("particle_chunk")
+
     def _check_options(self) -> None:
         """An option that the task would ignore is an error."""
         for option, tasks in (
@@ -237,8 +242,7 @@ def train(
             state.save(step, step_ms)
 
     model.save_pretrained(out)
-    chunk = dict(settings.method_args).get("particle_chunk")
-    result, predictions, targets = evaluate(model, task, particle_chunk=chunk)
+    result, predictions, targets = evaluate(model, task, particle_chunk=settings.particle_chunk)
     result = {
         "method": settings.method,
         "particles": settings.particles,

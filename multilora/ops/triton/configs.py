@@ -268,6 +268,12 @@ class Volume:
     warps: int
     merge_warps: int
 
+    @property
+    def registers(self) -> int | None:
+        """Of a thread in the forward, at most: with a factorisation in every warp, ptxas may spill
+        to fit one more block on an SM, unless a thread is given all that it can have."""
+        return 255 if self.block_n > 1 else None
+
 
 @in_table
 def volume(

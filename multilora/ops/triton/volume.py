@@ -528,15 +528,12 @@ def _forward(
     if config.splits:
         shape = (config.splits, examples, particles + 2, particles)
         partial = logits.new_empty(shape, dtype=torch.float64)
-    # With a factorisation in every warp, ptxas may spill to fit one more block on an SM: all that a
-    # thread can have, for that not to happen.
-    registers = 255 if config.block_n > 1 else None
     tensors = (logits, targets, value, stats, core, partial)
     sizes = (*logits.stride()[:2], examples, classes, eps, math.log(eps))
     launch(
         _volume_forward_kernel, (cdiv(examples, config.block_n), max(1, config.splits)),
         *tensors, *sizes, K=particles, KIND=kind, SPLIT=partial is not None,
-        **_meta(config), **_ASSERTS, maxnreg=registers,
+        **_meta(config), **_ASSERTS, maxnreg=config.registers,
     )  # fmt: skip
     if config.splits:
         launch(

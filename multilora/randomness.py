@@ -1,0 +1,56 @@
+"""The random numbers that a forward may draw: PyTorch's, NumPy's and Python's."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+class RandomState:
+    """The states of PyTorch's generators of the CPU and of `devices`, of NumPy's and of Python's.
+
+    `restore` puts them back, so that what runs again draws the same numbers. Two are equal where
+    nothing was drawn in between. A generator that a module made for itself is not among them.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()):
+        self._torch = [(torch.device("cpu"), torch.get_rng_state())]
+        for device in devices:
+            if device.type not in ("cpu", "meta"):
+                state = torch.get_device_module(device).get_rng_state(device)
+                self._torch.append((device, state))
+        self._python = random.getstate()
+        # A program that has not imported NumPy cannot have drawn from it.
+        numpy = sys.modules.get("numpy")
+        self._numpy: Any = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> None:
+        for device, state in self._torch:
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState) or len(self._torch) != len(other._torch):
+            return NotImplemented
+        return (
+            self._python == other._python
+            and all(torch.equal(a, b) for (_, a), (_, b) in zip(self._torch, other._torch))
+            and _same_numpy(self._numpy, other._numpy)
+        )
+
+    __hash__ = None
+
+
+def _same_numpy(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return all(bool((x == y).all()) if hasattr(x, "all") else x == y for x, y in zip(a, b))

@@ -118,15 +118,16 @@ class Inputs:
         """The arguments that have the batch's length and no name that says so."""
         return [leaf.name for leaf in self.leaves if leaf.guessed]
 
-    def form(self) -> tuple:
-        """What decides how the base treats these inputs, beside numbers and lengths."""
+    def form(self, of_one: bool = True) -> tuple:
+        """What decides how the base treats these inputs, beside numbers and lengths; of_one: and
+        whether the batch is of one example."""
         rest = tuple(
             (name, value)
             for name, value in self.names.of(self.args, self.kwargs)
             if value is None or isinstance(value, (bool, str))
         )
         leaves = tuple((x.name, x.tensor.ndim, x.tensor.dtype, x.axis, x.own) for x in self.leaves)
-        return leaves, rest, self.batch == 1, self.particles is not None
+        return leaves, rest, of_one and self.batch == 1, self.particles is not None
 
     def of_particle(self, particle: int, rows: Tensor | None = None) -> tuple[tuple, dict]:
         """The arguments of one particle alone, or of some of its rows."""

@@ -41,7 +41,8 @@ class IsolationCheck:
     moved apart run for a few of the rows without randomness instead, and one of them alone.
 
     particles: how many run in the call. first: the place of the first in inputs of its own. shared:
-    whether the call has a shared trunk, without which the particle alone runs.
+    whether the call has a shared trunk, without which the particle alone runs. sharded: whether
+    other processes run along, so that nothing may depend on the data.
     """
 
     def __init__(
@@ -53,14 +54,17 @@ class IsolationCheck:
         particles: int,
         first: int,
         shared: bool,
+        sharded: bool = False,
     ):
         self.base, self.function, self.inputs = base, function, inputs
         self.particle, self.particles, self.first = particle, particles, first
-        self.shared = shared
+        self.shared, self.sharded = shared, sharded
         self.devices = list({p.device: None for p in base.parameters()})
         self.random, self.state = RandomState(self.devices), _State(base)
         #: Whether the rows were such that a mixture of them would have shown.
         self.telling = not inputs.is_uniform()
+        #: Whether it could not be made.
+        self.unknown = False
         self.failure: Exception | None = None
         self._alone: _Run | None = None
         self._axes: list[Axis] | None = None
@@ -123,7 +127,7 @@ class IsolationCheck:
                     self._axes = self._judge(pair, alone, 2, 1, few)
                 return
             self._restore()
-        self.telling = False
+        self.telling, self.unknown = False, True
         warnings.warn(
             f"{type(self.base).__name__} draws random numbers that cannot be held, so it was not "
             "checked that its particles do not mix",
@@ -269,6 +273,8 @@ class IsolationCheck:
     def _is_rounding(self) -> bool:
         """Whether a particle stays what it is beside another one: the very same kernels run, so
         that the least mixture shows."""
+        if self.sharded:
+            return True
         with _mode(self.base, False), _WithoutRandomness():
             runs = []
             for other in (0, 1):

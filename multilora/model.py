@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,21 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora import calls
 from multilora.calls import Call
-from multilora.fold import (
-    Axes,
-    Inputs,
-    Names,
-    PerParticle,
-    conventional_axes,
-    map_leaves,
-    map_tensors,
-    stack,
-    tensors,
-    unfold,
-)
-from multilora.isolation import IsolationCheck, ParticleIsolationError
+from multilora.fold import Axes, Names
 from multilora.layers import (
     LoraConv2d,
     LoraForeignLinear,
@@ -39,6 +25,7 @@ from multilora.layers import (
     is_foreign_linear,
 )
 from multilora.parallel import Ranks
+from multilora.run import ParticleView, Runner
 from multilora.targets import (
     check_base,
     check_config,
@@ -47,7 +34,7 @@ from multilora.targets import (
     resolve,
     vocabulary,
 )
-from multilora.trunk import Cut, Reached, TrunkRows
+from multilora.trunk import Cut, TrunkRows
 
 if TYPE_CHECKING:
     import peft
@@ -90,13 +77,9 @@ class ParticleModel(nn.Module):
         self.training = base.training
         # The particles that run, of those that there are, inside `particles()`, and whose thread
         # is there.
-        self._every, self.window = num_particles, slice(0, num_particles)
-        self._thread: int | None = None
-        self._names: dict[str, Names] = {}
-        # By method, mode and form of the inputs: the particles' axis in the outputs.
-        self._checked: dict[Any, list[Any] | None] = {}
-        self._ran: dict[bool, set[str]] = {}  # by mode: the particle layers of its first forward
-        self._cut: Cut | None = None
+        self.every, self.window = num_particles, slice(0, num_particles)
+        self.thread: int | None = None
+        self._runner, self._cut = Runner(), None
         self.share_trunk = share_trunk
         self._freeze_statistics()
 
@@ -113,7 +96,12 @@ class ParticleModel(nn.Module):
             self._cut.remove()
         self._cut = Cut(self.base, where) if where else None
         self._share_trunk = where
-        self._checked.clear()
+        self._runner.forget()
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether there is a place in the base from which on every particle has its own rows."""
+        return self._cut is not None and bool(self._cut.above)
 
     def forward(self, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
         """The base model's forward, for every particle: x (B, ...) -> (K, B, ...).
@@ -134,15 +122,16 @@ class ParticleModel(nn.Module):
         is ambiguous or no adapter runs.
         """
         if len(args) == 1 and isinstance(args[0], TrunkRows):
-            return self._run("forward", args[0].args, args[0].kwargs | kwargs, False, args[0])
-        return self._run("forward", args, kwargs, per_particle)
+            rows, kwargs = args[0], args[0].kwargs | kwargs
+            return self._runner.run(self, "forward", rows.args, kwargs, False, rows)
+        return self._runner.run(self, "forward", args, kwargs, per_particle)
 
     def call(self, name: str, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
         """Another method of the base, folded and checked like its forward.
 
         name: such as "get_image_features", or with a path, "vision_model.forward".
         """
-        return self._run(name, args, kwargs, per_particle)
+        return self._runner.run(self, name, args, kwargs, per_particle)
 
     def trunk(self, *args: Any, **kwargs: Any) -> TrunkRows:
         """What lies below the cut of the shared trunk, run once without a graph: B rows, to be
@@ -152,13 +141,7 @@ class ParticleModel(nn.Module):
         """
         if self._cut is None or not self._cut.below:
             raise ValueError("trunk needs share_trunk with at least one block below its cut")
-        rows = TrunkRows(args, kwargs)
-        batch = self._inputs("forward", args, kwargs, False).batch
-        with contextlib.suppress(Reached), torch.no_grad():
-            with Call(self, self.num_particles, batch=batch, trunk=rows).active():
-                self.base(*args, **self._without_cache(kwargs))
-            raise ValueError("the model did not come to the cut of its trunk")
-        return rows
+        return self._runner.rows_at_the_cut(self, args, kwargs)
 
     @contextlib.contextmanager
     def base_only(self) -> Iterator[None]:
@@ -171,215 +154,6 @@ class ParticleModel(nn.Module):
         if not 0 <= particle < self.num_particles:
             raise ValueError(f"there are {self.num_particles} particles; got {particle}")
         return ParticleView(self, particle)
-
-    def _run(
-        self,
-        name: str,
-        args: tuple,
-        kwargs: dict[str, Any],
-        per_particle: bool,
-        rows: TrunkRows | None = None,
-    ) -> Any:
-        function = self._method(name)
-        kwargs = self._without_cache(kwargs) if name == "forward" else kwargs
-        if not torch.compiler.is_compiling():
-            if self._thread not in (None, threading.get_ident()):
-                raise RuntimeError("another thread runs a part of the particles (particle_chunk)")
-            call = calls.current()
-            if call is not None and call.owner is self and call.frozen:
-                return function(*args, **kwargs)
-        if self.fold == "loop":
-            return self._loop(name, function, args, kwargs, per_particle)
-        inputs = self._inputs(name, args, kwargs, per_particle)
-        if torch.compiler.is_compiling():
-            # Nobody looks at what is guessed.
-            self._refuse_guesses(inputs)
-            args, kwargs = inputs.folded(range(self.num_particles))
-            return self._unfolded(function(*args, **kwargs), inputs, None)
-        key = (name, self.training, inputs.form())
-        check = None
-        if key not in self._checked and self._can_check(inputs):
-            check = IsolationCheck(
-                self.base,
-                function,
-                inputs,
-                # Not the first, whose rows are where they would be without the others.
-                1 + len(self._checked) % (self.num_particles - 1),
-                self.num_particles,
-                self.window.start,
-                self._cut is not None and not per_particle,
-            )
-        elif key not in self._checked:
-            self._refuse_guesses(inputs)
-        batch = inputs.batch if self._cut is not None and not per_particle else None
-        if (self.num_particles == 1 and not per_particle) or batch is not None:
-            args, kwargs = inputs.args, inputs.kwargs
-        else:
-            every = range(self.window.start, self.window.stop)
-            args, kwargs = inputs.folded(every)
-        total = None if self.num_particles == 1 else self.num_particles * inputs.batch
-        call = Call(self, self.num_particles, total, batch, trunk=rows)
-        try:
-            output = self._called(name, function, args, kwargs, call)
-        except (torch.OutOfMemoryError, ParticleIsolationError):
-            raise
-        except Exception as error:
-            if check is None or check.failure is not None:
-                raise
-            raise check.raised(error) from error
-        axes = self._checked.get(key)
-        if check is not None:
-            axes = check.axes(output)
-            if check.telling:
-                self._checked[key] = axes
-        return self._unfolded(output, inputs, axes)
-
-    def _loop(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-        per_particle: bool,
-    ) -> Any:
-        """One particle after another, over the same inputs."""
-        if torch.compiler.is_compiling() or _is_compiled(self.base):
-            raise NotImplementedError('fold="loop" does not run under torch.compile')
-        inputs = self._inputs(name, args, kwargs, True) if per_particle else None
-        before = [(t, _version(t)) for t in tensors((args, kwargs))]
-        parts: dict[Tensor, tuple[Tensor, ...]] = {}
-        outputs = []
-        for k in range(self.num_particles):
-
-            def part(parameter: Tensor, k: int = k) -> Tensor:
-                if parameter not in parts:
-                    parts[parameter] = parameter.split(1)
-                return parts[parameter][k]
-
-            mine = (args, kwargs) if inputs is None else inputs.of_particle(self.window.start + k)
-            mine = map_leaves(lambda x, k=k: x[k] if isinstance(x, PerParticle) else x, mine)
-            call = Call(self, 1, part=part)
-            outputs.append(self._called(name, function, *mine, call))
-            if any(_version(t) != version for t, version in before):
-                raise ParticleIsolationError(
-                    f"{type(self.base).__name__} writes into its input, which the next particle "
-                    "reads; give the model a copy to write into, or make it work on one"
-                )
-        return stack(outputs)
-
-    def _called(
-        self,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-        call: Call,
-    ) -> Any:
-        first = name == "forward" and self.training not in self._ran
-        entered: set[nn.Module] = set()
-        hooks = [
-            parent.register_forward_pre_hook(lambda m, _: entered.add(m))
-            for parent in (self._parents() if first and not self.training else ())
-        ]
-        try:
-            with call.active():
-                output = function(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if first:
-            self._look_at_layers(call.ran, entered)
-        for t in tensors(output):
-            call.mark(t)
-        return output
-
-    def _method(self, name: str) -> Callable[..., Any]:
-        if name == "forward":
-            return self.base
-        path, _, last = name.rpartition(".")
-        return getattr(self.base.get_submodule(path), last)
-
-    def _inputs(self, name: str, args: tuple, kwargs: dict[str, Any], per_particle: bool) -> Inputs:
-        if name not in self._names:
-            function = self.base.forward if name == "forward" else self._method(name)
-            self._names[name] = Names(function)
-        return Inputs(
-            self._names[name],
-            args,
-            kwargs,
-            self.batch_axes,
-            self._every if per_particle else None,
-            strict=self.num_particles > 1,
-        )
-
-    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if self.training and "use_cache" in self._forward_names().order:
-            return {"use_cache": False} | kwargs
-        return kwargs
-
-    def _forward_names(self) -> Names:
-        if "forward" not in self._names:
-            self._names["forward"] = Names(self.base.forward)
-        return self._names["forward"]
-
-    def _can_check(self, inputs: Inputs) -> bool:
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        return (
-            self.check_isolation
-            and self.num_particles > 1
-            and inputs.batch > 0
-            and not inputs.opaque
-            and not capturing
-            and not _is_compiled(self.base)
-        )
-
-    def _refuse_guesses(self, inputs: Inputs) -> None:
-        if self.num_particles > 1 and inputs.guessed:
-            name = inputs.guessed[0]
-            raise ValueError(
-                f"{name} has the length of the batch, {inputs.batch}, and nothing says whether it "
-                f"is one: say so with batch_axes={{{name!r}: 0}} (or None) in get_particle_model"
-            )
-
-    def _unfolded(self, output: Any, inputs: Inputs, axes: list[Any] | None) -> Any:
-        found = list(tensors(output))
-        if axes is None or len(axes) != len(found):
-            axes = conventional_axes(output, self.num_particles * inputs.batch, self.output_axes)
-        return unfold(output, axes, self.num_particles)
-
-    def _look_at_layers(self, ran: set[nn.Module], entered: set[nn.Module]) -> None:
-        """Raise where adapters did not run in a mode's first forward, and warn of some."""
-        layers = dict([*self.lora_layers(), *self.stacked_modules()])
-        names = {name for name, layer in layers.items() if layer in ran}
-        if not any(name in names for name, _ in self.lora_layers()):
-            raise ValueError(
-                f"none of the {len(layers)} particle layers ran: {type(self.base).__name__} reads "
-                f"the weights of {', '.join(sorted(layers)[:3])} instead of calling them, and "
-                "adapters there have no effect; choose other target_modules"
-            )
-        if not self.training:
-            missing = self._ran.get(True, set()) - names
-            parents = {name: self.base.get_submodule(name.rpartition(".")[0]) for name in missing}
-            missing = sorted(name for name, parent in parents.items() if parent in entered)
-            if missing:
-                raise ValueError(
-                    f"{', '.join(missing[:5])} ran in training mode and not in evaluation, where "
-                    f"{type(parents[missing[0]]).__name__} reads the weights instead: the adapters "
-                    "would have no effect there; choose other target_modules"
-                )
-        unused = layers.keys() - names
-        if unused and not self._ran:
-            warnings.warn(
-                f"{len(unused)} of {len(layers)} particle layers did not run in the first forward "
-                f"and so have no effect in it: {', '.join(sorted(unused)[:5])}. The model may read "
-                "their weights instead of calling them.",
-                stacklevel=6,
-            )
-        self._ran[self.training] = names
-
-    def _parents(self) -> set[nn.Module]:
-        names = self._ran.get(True, set())
-        return {self.base.get_submodule(name.rpartition(".")[0]) for name in names}
 
     @contextlib.contextmanager
     def particles(self, start: int, stop: int) -> Iterator[None]:
@@ -399,8 +173,8 @@ class ParticleModel(nn.Module):
             parameter: nn.Parameter(parameter.detach()[start:stop], parameter.requires_grad)
             for _, _, parameter in stacked
         }
-        before = self.num_particles, self.window, self._thread
-        self._thread = threading.get_ident()
+        before = self.num_particles, self.window, self.thread
+        self.thread = threading.get_ident()
         try:
             for module, name, parameter in stacked:
                 module._parameters[name] = parts[parameter]
@@ -410,7 +184,7 @@ class ParticleModel(nn.Module):
         finally:
             for module, name, parameter in stacked:
                 module._parameters[name] = parameter
-            self.num_particles, self.window, self._thread = before
+            self.num_particles, self.window, self.thread = before
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
         """run() (K, ...) from its results for `particle_chunk` particles at a time, joined."""
@@ -489,33 +263,6 @@ class ParticleModel(nn.Module):
         from multilora import checkpoint
 
         checkpoint.soup(self, path, kind)
-
-
-class ParticleView:
-    """One particle of a model, called as the base is: rows (B, ...) in and out.
-
-    Gradients go to its part of the stacked tensors. Attributes are the base's; its methods run with
-    this particle's adapters.
-    """
-
-    def __init__(self, model: ParticleModel, particle: int):
-        self._model, self._particle = model, particle
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._within(self._model.base, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model.base, name)
-        if not callable(value) or isinstance(value, nn.Module):
-            return value
-        return functools.partial(self._within, value)
-
-    def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        k = self._particle
-        call = Call(self._model, 1, part=lambda p: p[k : k + 1])
-        with call.active():
-            output = function(*args, **kwargs)
-        return map_tensors(call.mark, output)
 
 
 def get_particle_model(
@@ -654,15 +401,6 @@ def _check_axes(base: nn.Module, axes: Axes | None) -> None:
             raise ValueError(
                 f"batch_axes: an axis is an integer >= 0 or None; got {name}: {axis!r}"
             )
-
-
-def _is_compiled(base: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in base.modules())
-
-
-def _version(t: Tensor) -> int:
-    """What changes when a tensor is written to; an inference tensor keeps none."""
-    return 0 if t.is_inference() else t._version
 
 
 def _layer_type(target: nn.Module) -> type[LoraLayer]:

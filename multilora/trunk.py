@@ -40,8 +40,8 @@ class Cut:
     """
 
     def __init__(self, base: nn.Module, where: bool | str):
-        self.below, above = _blocks(base, where)
-        self._handles = [b.register_forward_pre_hook(_repeat, with_kwargs=True) for b in above]
+        self.below, self.above = _blocks(base, where)
+        self._handles = [b.register_forward_pre_hook(_repeat, with_kwargs=True) for b in self.above]
         for block in self.below:
             block.forward = _Below(block)
 

@@ -46,9 +46,10 @@ def integer(name: str, value: Any, low: float = -math.inf, high: float = math.in
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     """One of some words."""
-    choices = tuple(choices)
-    if not isinstance(value, str) or value not in choices:
-        raise _refused(name, "one of", f" {', '.join(map(repr, choices))}", value)
+    *others, last = choices
+    if not isinstance(value, str) or value not in (*others, last):
+        words = ", ".join(f'"{word}"' for word in others)
+        raise _refused(name, f'{words} or "{last}"', "", value)
     return value
 
 

@@ -254,7 +254,7 @@ class IBDR(Method):
             classes = self._classes(logits, targets)
             total, each, stats = self._objective(logits, targets, classes, before, finite)
             (grad,) = torch.autograd.grad(total * scale, logits)
-            grads = self.passes.pull_back(closure, self._each, grad)
+            grads = self.passes.pull_back(closure, grad)
             self.particle_nll = self.passes.mean(self.passes.ranks.own(each))
             still = finite
             if before is None or not isinstance(scale, Tensor):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from multilora import checks
-from multilora.losses import Loss, RowLoss, own_targets
+from multilora.losses import NAMES, Loss, RowLoss, own_targets
 from multilora.methods.parameters import check_wrapper, stacked_parameters, unwrap
 from multilora.parallel import Ranks
 from multilora.randomness import RandomState
@@ -49,6 +49,7 @@ class Passes:
 
     def _forget(self) -> None:
         """Nothing is kept from one step to the next."""
+        self._loss: Loss | None = None
         self._graph: Tensor | None = None
         self._predicted: Tensor | None = None
         self._states: list[RandomState] = []
@@ -73,7 +74,7 @@ class Passes:
         )
 
     @contextlib.contextmanager
-    def running(self, interacts: bool, compare: bool) -> Iterator[None]:
+    def running(self, interacts: bool, compare: bool = False) -> Iterator[None]:
         """One step of the method.
 
         compare: whether to see to it that processes along the particles have one batch: equal
@@ -108,11 +109,11 @@ class Passes:
             losses.append(values.detach())
         return self.mean(torch.cat(losses)), self._mean_all(grads)
 
-    def predict(self, closure: Closure, loss: Loss) -> tuple[Tensor, Any]:
+    def predict(self, closure: Closure, loss: Loss = NAMES["particle"]) -> tuple[Tensor, Any]:
         """-> the logits (K, ..., C) of all processes' particles, a leaf of its own, and targets.
 
         What `pull_back` needs is kept: the graph, or for chunks the random state."""
-        self._states, parts = [], []
+        self._loss, self._states, parts = loss, [], []
         if len(self._parts) == 1:
             parts.append(self._call(closure, loss, self._parts[0]))
             self._graph = parts[0][0]
@@ -132,7 +133,7 @@ class Passes:
         self._predicted = self.ranks.gather(logits).detach().requires_grad_()
         return self._predicted, targets
 
-    def pull_back(self, closure: Closure, loss: Loss, grad: Tensor) -> list[Tensor]:
+    def pull_back(self, closure: Closure, grad: Tensor) -> list[Tensor]:
         """The gradients in the parameters, from the gradient (K, ..., C) in `predict`'s logits."""
         own = self.ranks.own(grad)
         if self._graph is not None:
@@ -142,7 +143,7 @@ class Passes:
         for part, state in zip(self._parts, self._states):
             state.restore()
             with self._only(part) as params:
-                logits, _, _ = self._call(closure, loss, part)
+                logits, _, _ = self._call(closure, self._loss, part)
                 if logits.shape != own[part].shape:
                     raise ValueError(
                         "the closure must return the same batch at each of its calls; got logits "

@@ -95,7 +95,7 @@ class Ranks:
         that to be the mean over all their examples."""
         if self.data_size == 1:
             return 1.0
-        total = count.double()
+        total = count.to(torch.float64, copy=True)
         dist.all_reduce(total, group=self.data)
         return count * (self.data_size / torch.where(total == 0, 1, total))
 

@@ -56,8 +56,8 @@ def predict(
         chunked = particle_chunk is not None
         z = model.in_chunks(particle_chunk, lambda: run(inputs)) if chunked else run(inputs)
         z = model.ranks.gather(z) if hasattr(model, "ranks") else z
-        log_p = z.log_softmax(-1 if class_axis is None or class_axis < 0 else class_axis + 1)
-        return log_p if log else _probabilities(log_p)
+        axis = -1 if class_axis is None else class_axis + (class_axis >= 0)
+        return z.log_softmax(axis) if log else _probabilities(z, axis)
 
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -188,11 +188,11 @@ def _class_output(out: Any, name: str | int | None, class_axis: int | None) -> T
     return _at_least_float32(z)
 
 
-def _probabilities(log_p: Tensor) -> Tensor:
-    p = log_p.exp()
+def _probabilities(logits: Tensor, axis: int) -> Tensor:
+    p = logits.softmax(axis)
     # A confident mistake's probability, of which the NLL is the logarithm.
-    lost = (p < torch.finfo(p.dtype).tiny) & log_p.isfinite()
-    return log_p.double().exp() if bool(lost.any()) else p
+    lost = (p < torch.finfo(p.dtype).tiny) & logits.isfinite()
+    return logits.double().softmax(axis) if bool(lost.any()) else p
 
 
 def _batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:

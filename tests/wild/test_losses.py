@@ -101,7 +101,7 @@ METHODS = {
 def particle_model(particles=K, outputs=C):
     base = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, outputs)).double()
     config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    model = ml.get_particle_model(base, config, particles)
+    model = ml.get_particle_model(base, config, particles, head_init="reset")
     with torch.no_grad():
         for adapter in model.adapters():
             adapter.lora_B.normal_()

@@ -55,7 +55,9 @@ def make(mesh, particles=K, seed=0):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, C))
     config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-    return ml.get_particle_model(base.double(), config, particles, mesh=mesh, seed=seed)
+    return ml.get_particle_model(
+        base.double(), config, particles, mesh=mesh, seed=seed, head_init="reset"
+    )
 
 
 def batch():

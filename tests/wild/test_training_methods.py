@@ -42,7 +42,10 @@ class Net(nn.Module):
 def make(draw=None):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["a"], modules_to_save=["head"])
-    model = ml.get_particle_model(Net(draw), config, K)
+    # The isolation check does not hold random numbers of all kinds, and is not what is tested.
+    model = ml.get_particle_model(
+        Net(draw), config, K, head_init="reset", check_isolation=draw is None
+    )
     with torch.no_grad():
         for adapter in model.adapters():
             adapter.lora_B.normal_()
@@ -393,10 +396,7 @@ def test_a_chunk_runs_again_with_the_same_numbers(drawn):
         return seen[-1]
 
     model = make(draw)
-    # What the first forward of a model looks at is not the method's.
     x, y = batch()
-    model(x)
-    seen.clear()
     ml.IBDR(model, particle_chunk=2).backward(lambda: (model(x), y))
     # Two passes of two chunks, which run twice.
     assert len(seen) == 8
@@ -409,7 +409,6 @@ def test_a_chunk_that_cannot_be_replayed_is_refused():
     model = make(DRAWS["own"])
     x, y = batch()
     method = ml.IBDR(model, particle_chunk=2)
-    model(x)
     before = everything(model, method)
     with pytest.raises(RuntimeError, match="a generator of its own"):
         method.backward(lambda: (model(x), y))
@@ -426,7 +425,6 @@ def test_rounding_is_no_other_run(dtype):
     model = make(lambda n: 1 + small * torch.rand(n, generator=GENERATOR))
     model.to(dtype)
     x, y = batch()
-    model(x.to(dtype))
     ml.IBDR(model, particle_chunk=2).backward(lambda: (model(x.to(dtype)), y))
 
 

@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from multilora import checks
 from multilora.ops.common import IGNORE_INDEX, accumulator
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Any, particle_chunk: int | None = None) -> Tensor:
+def predict(
+    model: nn.Module,
+    x: Any,
+    particle_chunk: int | None = None,
+    *,
+    log: bool = False,
+    class_axis: int | None = None,
+    output: str | int | None = None,
+) -> Tensor:
     """Every particle's class probabilities (K, B, C), in eval mode and without gradients.
 
-    x: the model's input, or a mapping of its keyword arguments. An output with `.logits`
-    (transformers) is unwrapped. Every module is left in the mode it was in. Probabilities are
-    float32 or better; those of all processes where the particles are spread over some.
+    x: the model's input, or a mapping of its keyword arguments; or many of them, an iterable of
+    batches such as a DataLoader, each an input, a mapping, or a pair of one of these and what is
+    not looked at (labels). An input that is itself iterable goes into a mapping. Batches are moved
+    to the model's device, and what they give is joined on the CPU. Every module is left in the mode
+    it was in. Probabilities are float32 or better, and float64 where one would be zero in float32;
+    those of all processes where the particles are spread over some.
 
+    log: their logarithms instead, which `evaluate` takes as they are and which lose no confident
+        mistake: a probability below 1e-308 is zero, and its logarithm −∞.
     particle_chunk: run that many particles at a time, with their memory.
-    """
+    class_axis: where the classes are in one particle's output. Needed where that has more axes than
+        (B, C): −1 for the (B, T, V) of language models, 1 for the (B, C, H, W) of segmentation.
+    output: which of the model's outputs, by name or place. By default `.logits` or "logits", else
+        the first of a tuple, or the only tensor of a mapping.
 
-    def run() -> Tensor:
-        output = model(**x) if isinstance(x, Mapping) else model(x)
-        return _at_least_float32(getattr(output, "logits", output)).softmax(-1)
+    Raises ValueError for outputs that are no classification: no batch and class axes, or a single
+    output unit, whose softmax is one.
+    """
+    checks.flag("log", log)
+    if particle_chunk is not None:
+        checks.integer("particle_chunk", particle_chunk, 1)
+
+    def run(inputs: Any) -> Tensor:
+        out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+        return _class_output(out, output, class_axis)
+
+    def predicted(inputs: Any) -> Tensor:
+        chunked = particle_chunk is not None
+        z = model.in_chunks(particle_chunk, lambda: run(inputs)) if chunked else run(inputs)
+        z = model.ranks.gather(z) if hasattr(model, "ranks") else z
+        axis = -1 if class_axis is None else class_axis + (class_axis >= 0)
+        return z.log_softmax(axis) if log else _probabilities(z, axis)
 
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        p = run() if particle_chunk is None else model.in_chunks(particle_chunk, run)
+        if isinstance(x, (Tensor, Mapping)) or not isinstance(x, Iterable):
+            return predicted(x)
+        return _joined([predicted(batch).cpu() for batch in _batches(model, x)])
     finally:
         for module in training:
             module.training = True
-    return model.ranks.gather(p) if hasattr(model, "ranks") else p
 
 
 @torch.no_grad()
@@ -46,8 +79,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The predictive measures of K particles over a whole data set.
 
-    logits (K, N, C) (log-probabilities do as well), targets (N,) int64, −100 left out;
-    ood_logits (K, M, C): the same particles on inputs from another distribution.
+    logits (K, N, C) (log-probabilities do as well, `predict(..., log=True)`), −∞ for a class that
+    is masked; targets (N,) int64, −100 left out; ood_logits (K, M, C): the same particles on inputs
+    from another distribution.
 
     combine: the predictive p̄ is the mean of the probabilities ("prob"), or the softmax of the
     mean logits ("logit"). -> a dict of floats, entropies in nats:
@@ -62,7 +96,8 @@ def evaluate(
     well H[p̄] and the mutual information rank the other distribution above this one;
     combine, num_examples.
 
-    Raises ValueError for shapes that do not fit, a target outside [0, C) or no valid target.
+    Raises ValueError for shapes that do not fit, a target outside [0, C) or without probability,
+    no valid target, and rows of logits with NaN or +∞, or with nothing but −∞.
     """
     from torchmetrics.functional.classification import (
         binary_auroc,
@@ -115,6 +150,82 @@ def evaluate(
     return result
 
 
+def _class_output(out: Any, name: str | int | None, class_axis: int | None) -> Tensor:
+    """The logits (K, B, ...) among what a model returns, float32 or better."""
+    if name is not None:
+        z = out[name] if isinstance(out, (Mapping, tuple, list)) else getattr(out, str(name))
+    elif hasattr(out, "logits"):
+        z = out.logits
+    elif isinstance(out, Mapping):
+        tensors = [key for key, value in out.items() if isinstance(value, Tensor)]
+        if "logits" not in out and len(tensors) != 1:
+            raise ValueError(f"predict needs output=, one of the model's outputs: {sorted(out)}")
+        z = out["logits" if "logits" in out else tensors[0]]
+    else:
+        z = out[0] if isinstance(out, (tuple, list)) else out
+    if not isinstance(z, Tensor):
+        raise ValueError(f"predict needs a tensor of logits; the model gave a {type(z).__name__}")
+    axes = z.ndim - 1
+    if axes < 2 or not z.is_floating_point():
+        raise ValueError(
+            "predict needs logits (K, B, C), K particles' for B examples and C classes; "
+            f"got {z.dtype} {tuple(z.shape)}"
+        )
+    if class_axis is None and axes > 2:
+        raise ValueError(
+            "predict needs class_axis=, where the classes are in the outputs "
+            f"{tuple(z.shape[1:])} of one particle: -1 for the (B, T, V) of a language model, "
+            "1 for the (B, C, H, W) of segmentation"
+        )
+    axis = -1 if class_axis is None else checks.integer("class_axis", class_axis, -axes, axes - 1)
+    if axis % axes == 0:
+        raise ValueError(f"class_axis = {class_axis} is the batch of {tuple(z.shape[1:])}")
+    if z.shape[1:][axis] < 2:
+        raise ValueError(
+            f"predict needs two classes or more, and one output unit's softmax is 1 for any input; "
+            f"got {tuple(z.shape)}: a regression, or a sigmoid, which the model itself gives"
+        )
+    return _at_least_float32(z)
+
+
+def _probabilities(logits: Tensor, axis: int) -> Tensor:
+    p = logits.softmax(axis)
+    # A confident mistake's probability, of which the NLL is the logarithm.
+    lost = (p < torch.finfo(p.dtype).tiny) & logits.isfinite()
+    return logits.double().softmax(axis) if bool(lost.any()) else p
+
+
+def _batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:
+    """The inputs of every batch, on the model's device."""
+    if isinstance(loader, tuple):
+        raise TypeError("predict needs an input, a mapping or a list of batches; got a tuple")
+    device = next((p.device for p in model.parameters()), None)
+    for batch in loader:
+        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+            batch = batch[0]
+        if isinstance(batch, Mapping):
+            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        elif isinstance(batch, Tensor):
+            yield batch.to(device)
+        else:
+            raise TypeError(
+                "predict needs batches that are an input, a mapping, or a pair of one of these and "
+                f"labels; got a {type(batch).__name__}"
+            )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if not parts:
+        raise ValueError("predict needs at least one batch; the loader gave none")
+    shapes = {(len(p), *p.shape[2:]) for p in parts}
+    if len(shapes) > 1:
+        raise ValueError(
+            "predict joins the batches of a loader, whose outputs must have the same axes but for "
+            f"the batch; got {[tuple(p.shape) for p in parts][:4]}"
+        )
+    return torch.cat(parts, 1)
+
+
 def _auroc(binary_auroc, score: Tensor, positive: Tensor) -> float:
     # Ranks, because torchmetrics takes scores outside [0, 1] for logits and squashes them: ties
     # must stay ties and nothing else may become one.
@@ -162,10 +273,44 @@ def _check(logits, targets, combine, ood_logits) -> None:
             f"evaluate needs ood_logits (K, M, C) of the same particles and classes, M >= 1; "
             f"got {tuple(ood_logits.shape)} beside {shapes}"
         )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"evaluate needs int64 targets; got {targets.dtype}, {shapes}")
+    valid = require_targets("evaluate", targets, logits.shape[-1], shapes)
+    rows = logits[:, valid]
+    _require_rows("logits", rows)
+    if ood_logits is not None:
+        _require_rows("ood_logits", ood_logits)
+    chosen = rows.gather(-1, targets[valid].expand(len(rows), -1)[..., None])
+    impossible = int((chosen == -math.inf).any(0).sum())
+    if impossible:
+        raise ValueError(
+            f"{impossible} of {rows.shape[1]} targets have the logit -inf, no probability at all: "
+            "instead of the logarithm of probabilities that were rounded to zero, take "
+            f"predict(..., log=True); got {shapes}"
+        )
+    if bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the logits look like probabilities, which evaluate would take the softmax of: give it "
+            f"predict(..., log=True); got {shapes}",
+            stacklevel=4,
+        )
+
+
+def require_targets(name: str, targets: Tensor, classes: int, shapes: str) -> Tensor:
+    """Where targets (N,) are valid; ValueError where none is, or one is outside [0, classes)."""
     valid = targets != IGNORE_INDEX
     if not valid.any():
-        raise ValueError(f"evaluate needs at least one valid target; got {shapes}")
-    if not ((targets >= 0) & (targets < logits.shape[-1]))[valid].all():
+        raise ValueError(f"{name} needs at least one valid target; got {shapes}")
+    if not ((targets >= 0) & (targets < classes))[valid].all():
+        raise ValueError(f"{name} needs targets in [0, {classes}) or {IGNORE_INDEX}; got {shapes}")
+    return valid
+
+
+def _require_rows(name: str, logits: Tensor) -> None:
+    broken = logits.isnan().any(-1) | (logits == math.inf).any(-1) | (logits == -math.inf).all(-1)
+    rows = int(broken.any(0).sum())
+    if rows:
         raise ValueError(
-            f"evaluate needs targets in [0, {logits.shape[-1]}) or {IGNORE_INDEX}; got {shapes}"
+            f"{rows} of {logits.shape[1]} rows of {name} hold NaN or +inf, or nothing but -inf, in "
+            "one particle at least: leave them out (target -100), or find out why"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("data", "particle")
+# The integers of so many bytes, and an odd one that scatters others: 2⁶⁴ over the golden ratio.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SCATTER = 0x9E3779B97F4A7C15 - 2**64
 _Items = TypeVar("_Items", Sequence[Any], Tensor)
 
 
@@ -91,9 +95,9 @@ class Ranks:
         that to be the mean over all their examples."""
         if self.data_size == 1:
             return 1.0
-        total = count.double()
+        total = count.to(torch.float64, copy=True)
         dist.all_reduce(total, group=self.data)
-        return count * (self.data_size / total.clamp_min(1))
+        return count * (self.data_size / torch.where(total == 0, 1, total))
 
     def all_true(self, flags: Tensor) -> Tensor:
         """flags (K/P,) -> (K,): true where they are on every process along the data."""
@@ -120,19 +124,80 @@ class Ranks:
         if bool(failed):
             raise RuntimeError("the first process could not write; its error says why")
 
-    def require_equal(self, tensors: Sequence[Tensor], axis: str, message: str) -> None:
-        """Raise RuntimeError, in all processes, where tensors differ along "data" or "particle"."""
-        group = getattr(self, axis)
-        if group is None or group.size() == 1:
+    def require_equal(
+        self,
+        tensors: Sequence[Tensor],
+        axis: str,
+        device: torch.device,
+        message: str,
+        more: object = None,
+    ) -> None:
+        """Raise RuntimeError, in all processes, where tensors differ along "data" or "particle".
+
+        Only digests are exchanged, so that tensors of different shapes and numbers may be
+        compared. more: what has a repr and must be equal too; device: where the processes
+        communicate.
+        """
+        if self._size(axis) == 1:
             return
-        # A sum that the order and the shape of the numbers change too.
-        total = torch.zeros(1, dtype=torch.float64, device=tensors[0].device)
+        shapes = [(tuple(t.shape), str(t.dtype)) for t in tensors]
+        total = torch.tensor([_digest_of_text(repr((shapes, more)))], device=device)
         for i, t in enumerate(tensors, 1):
-            weights = torch.arange(i, i + t.numel(), dtype=torch.float64, device=t.device)
-            total += t.detach().flatten().double() @ weights.sqrt()
-        everybody = _gather(total, group)
-        if not torch.allclose(everybody, everybody[:1], rtol=0, atol=0, equal_nan=True):
+            total += (2 * i + 1) * _digest(t).to(device)
+        if self._differ(total, axis):
             raise RuntimeError(f"{message}: the processes of the {axis} axis differ")
+
+    def require_same(self, settings: dict[str, str], axis: str, device: torch.device) -> None:
+        """Raise RuntimeError, in all processes, where settings differ along an axis: which do."""
+        if self._size(axis) == 1:
+            return
+        digest = _digest_of_text(repr(sorted(settings.items())))
+        if not self._differ(torch.tensor([digest], device=device), axis):
+            return
+        # All processes are here: now there is time for the settings themselves.
+        everybody: list[Any] = [None] * self._size(axis)
+        dist.all_gather_object(everybody, settings, group=getattr(self, axis))
+        names = dict.fromkeys(name for one in everybody for name in one)
+        values = {name: [one.get(name, "none") for one in everybody] for name in names}
+        differing = [
+            f"{name} ({' / '.join(dict.fromkeys(each))})"
+            for name, each in values.items()
+            if len(set(each)) > 1
+        ]
+        raise RuntimeError(
+            f"the processes of the {axis} axis need the same settings; they differ in "
+            f"{', '.join(differing) or 'those of other processes'}"
+        )
+
+    def _size(self, axis: str) -> int:
+        return self.data_size if axis == "data" else self.particle_size
+
+    def _differ(self, digest: Tensor, axis: str) -> bool:
+        """Whether (1,) differs among the processes of the axis, here or in any other place."""
+        everybody = _gather(digest, getattr(self, axis))
+        differ = (everybody != everybody[:1]).any().to(torch.uint8)
+        # Those that agree must not wait, in their next communication, for those that raise.
+        if self._size("data" if axis == "particle" else "particle") > 1:
+            other = self.data if axis == "particle" else self.particle
+            dist.all_reduce(differ, dist.ReduceOp.MAX, group=other)
+        return bool(differ)
+
+
+def _digest_of_text(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def _digest(t: Tensor) -> Tensor:
+    """An int64 (1,) that the order of the numbers and every bit of them changes.
+
+    The sum of the bits of each number times a weight that is scattered by its place, modulo 2⁶⁴:
+    integers, so that it does not depend on the device or on the order of the sum.
+    """
+    t = torch.view_as_real(t) if t.is_complex() else t
+    bits = t.detach().contiguous().flatten().view(_INTEGERS[t.element_size()]).long()
+    weights = torch.arange(1, bits.numel() + 1, device=t.device) * _SCATTER
+    weights = (weights ^ (weights >> 29)) * _SCATTER
+    return (bits * (weights ^ (weights >> 32))).sum().reshape(1)
 
 
 def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:

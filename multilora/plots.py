@@ -7,14 +7,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from multilora import checks
+from multilora.metrics import require_targets
+
 
 def reliability_diagram(
     probabilities: Tensor, targets: Tensor, file: str | Path, bins: int = 15
 ) -> None:
     """Draw accuracy against confidence: the K particles (thin) and their mean (bars).
 
-    probabilities (K, N, C), targets (N,).
+    probabilities (K, N, C), targets (N,), −100 left out.
+
+    Raises ValueError for other shapes, a target outside [0, C), no valid target, and rows that are
+    no probabilities.
     """
+    probabilities, targets = _checked(probabilities.detach().cpu(), targets.detach().cpu())
+    checks.integer("bins", bins, 1)
+
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,9 +47,29 @@ def reliability_diagram(
     plt.close(figure)
 
 
+def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The examples with a valid target."""
+    shapes = f"probabilities {tuple(p.shape)}, targets {tuple(targets.shape)}"
+    if p.ndim != 3 or not len(p) or targets.shape != p.shape[1:2] or targets.dtype != torch.int64:
+        raise ValueError(
+            "reliability_diagram needs probabilities (K, N, C) and int64 targets (N,); "
+            f"got {shapes}, {targets.dtype}"
+        )
+    valid = require_targets("reliability_diagram", targets, p.shape[-1], shapes)
+    p, targets = p[:, valid].double(), targets[valid]
+    # NaN is neither; half precision sums to one within its rounding.
+    good = (p >= 0).all(-1) & ((p.sum(-1) - 1).abs() < 2e-2)
+    if not good.all():
+        raise ValueError(
+            f"{int((~good).any(0).sum())} of {len(targets)} rows are no probabilities, which are "
+            f">= 0 and sum to one: take the softmax of logits; got {shapes}"
+        )
+    return p, targets
+
+
 def _bins(p: Tensor, targets: Tensor, bins: int) -> tuple[list, list, list]:
     """Mean confidence, accuracy and count of the bins that hold an example, for matplotlib."""
-    confidence, predicted = p.double().max(-1)
+    confidence, predicted = p.max(-1)
     index = (confidence * bins).long().clamp_max(bins - 1)
     count = torch.bincount(index, minlength=bins)
     sums = torch.stack([confidence, (predicted == targets).double()])

@@ -278,11 +278,15 @@ def test_a_gradient_that_overflows_is_the_scalers_business(method):
     # Finite losses with a tensor for a scale: GradScaler must see the infinite gradient.
     model, closure = problem("vit")
     kind, options = METHODS[method]
-    huge = torch.tensor(1e308, dtype=torch.float64) * 10
-    kind(model, **options).backward(closure, scale=huge)
+
+    def sharper(logits, targets):
+        return 1e3 * logits, targets
+
+    huge = torch.tensor(1e308, dtype=torch.float64)
+    kind(model, **options).backward(lambda: sharper(*closure()), scale=huge)
     assert not all(p.grad.isfinite().all() for p in model.particle_parameters())
     with pytest.raises(FloatingPointError, match="particles 0, 1, 2, 3, 4"):
-        kind(model, **options).backward(closure, scale=huge.item())
+        kind(model, **options).backward(lambda: sharper(*closure()), scale=huge.item())
 
 
 def test_nonfinite_choices():

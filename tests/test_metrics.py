@@ -10,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import multilora as ml
+from multilora import plots
 
 # float64 logits give float64 measures, but for those that torchmetrics takes in float32 (6e-8).
 FP64, FP32 = 1e-12, 1e-6
@@ -282,3 +283,184 @@ class TestPredict:
         assert p.dtype == torch.float32
         # Rows of bfloat16 probabilities would not sum to one.
         torch.testing.assert_close(p.sum(-1), torch.ones(2, 5), rtol=1e-6, atol=0)
+
+    def test_logarithms(self):
+        model, x = Model(), torch.randn(5, 3)
+        log_p = ml.predict(model, x, log=True)
+        torch.testing.assert_close(log_p.exp(), ml.predict(model, x))
+        # Mistakes of any confidence keep their NLL.
+        sure = Model(lambda z: 0 * z + torch.tensor([0.0, 1000.0, 0.0, 0.0]))
+        log_p = ml.predict(sure, x, log=True)
+        y = torch.tensor([0, 1, 1, 1, 1])
+        assert ml.metrics.evaluate(log_p, y)["nll"] == pytest.approx(200, rel=1e-6)
+        with pytest.raises(ValueError, match=r"1 of 5 targets .* no probability .*log=True"):
+            ml.metrics.evaluate(ml.predict(sure, x).log(), y)
+
+    @pytest.mark.parametrize("gap", [10.0, 95.0, 150.0, 700.0])
+    def test_no_probability_is_rounded_to_zero(self, gap):
+        model = Model(lambda z: 0 * z + torch.tensor([0.0, gap, -math.inf, 1.0]))
+        p = ml.predict(model, torch.randn(5, 3))
+        assert p.dtype == (torch.float32 if gap < 80 else torch.float64)
+        y = torch.tensor([0, 0, 1, 3, 1])
+        got = ml.metrics.evaluate(p.log(), y)["nll"]
+        assert got == pytest.approx((2 * gap + gap - 1) / 5, rel=1e-4)
+        assert (p[..., 2] == 0).all()
+
+    @pytest.mark.parametrize("log", [False, True])
+    def test_a_loader(self, log):
+        model, x, y = Model().train(), torch.randn(11, 3), torch.arange(11)
+        expected = ml.predict(model, x, log=log)
+        data = torch.utils.data.TensorDataset(x, y)
+        loaders = [
+            torch.utils.data.DataLoader(data, batch_size=4),
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=4),
+            [x[:4], x[4:]],
+            ((x[i : i + 4], y[i : i + 4]) for i in range(0, 11, 4)),
+            [{"x": x[:10]}, ({"x": x[10:]}, y[10:])],
+        ]
+        for loader in loaders:
+            got = ml.predict(model, loader, log=log)
+            torch.testing.assert_close(got, expected)
+            assert got.device.type == "cpu" and model.training
+
+    @pytest.mark.parametrize(
+        "batches, error, message",
+        [
+            ([], ValueError, "at least one batch"),
+            ((torch.zeros(5, 3), torch.zeros(5)), TypeError, "got a tuple"),
+            ([(torch.zeros(5, 3), 1, 2)], TypeError, "got a tuple"),
+            (["text"], TypeError, "got a str"),
+        ],
+    )
+    def test_what_is_no_loader(self, batches, error, message):
+        with pytest.raises(error, match=message):
+            ml.predict(Model(), batches)
+
+    def test_batches_of_different_lengths_of_sequences(self):
+        model = Model(lambda z: z[:, :, None].expand(-1, -1, z.shape[1], -1))
+        with pytest.raises(ValueError, match=r"\(2, 4, 4, 4\), \(2, 3, 3, 4\)"):
+            ml.predict(model, [torch.randn(4, 3), torch.randn(3, 3)], class_axis=-1)
+
+    @pytest.mark.parametrize("axis, shape", [(1, (4, 6, 7)), (-3, (4, 6, 7)), (-1, (6, 4))])
+    def test_dense_outputs(self, axis, shape):
+        z = torch.randn(2, 5, *shape)
+        model = Model(lambda _: z)
+        p = ml.predict(model, torch.randn(5, 3), class_axis=axis)
+        assert p.shape == z.shape
+        torch.testing.assert_close(p, z.softmax(2 if axis == 1 else axis))
+        with pytest.raises(ValueError, match="needs class_axis="):
+            ml.predict(model, torch.randn(5, 3))
+
+    def test_outputs_of_many(self):
+        x, other = torch.randn(5, 3), torch.randn(2, 5, 9)
+        plain = Model().eval()
+        expected = ml.predict(plain, x)
+
+        def of(wrap):
+            model = Model(wrap)
+            model.load_state_dict(plain.state_dict())
+            return model
+
+        tuples, logits = of(lambda z: (z, other)), of(lambda z: {"loss": other, "logits": z})
+        dicts, alone = of(lambda z: {"out": z, "aux": other}), of(lambda z: {"out": z, "n": 3})
+        for model in (tuples, logits, alone):
+            assert torch.equal(ml.predict(model, x), expected)
+        assert torch.equal(ml.predict(dicts, x, output="out"), expected)
+        assert torch.equal(ml.predict(tuples, x, output=1), other.softmax(-1))
+        named = of(lambda z: SimpleNamespace(logits=other, scores=z))
+        assert torch.equal(ml.predict(named, x, output="scores"), expected)
+        with pytest.raises(ValueError, match=r"output=.*\['aux', 'out'\]"):
+            ml.predict(dicts, x)
+
+    @pytest.mark.parametrize(
+        "wrap, options, message",
+        [
+            (lambda z: z[..., :1], {}, r"two classes or more.*\(2, 5, 1\)"),
+            (lambda z: z[..., 0], {}, r"logits \(K, B, C\).*\(2, 5\)"),
+            (lambda z: z.long(), {}, r"torch.int64"),
+            (lambda z: (None, z), {}, "gave a NoneType"),
+            (lambda z: z, {"class_axis": 0}, "class_axis = 0 is the batch"),
+            (lambda z: z, {"class_axis": -2}, "class_axis = -2 is the batch"),
+            (lambda z: z, {"class_axis": 2}, r"class_axis must be an integer in \[-2, 1\]; got 2"),
+            (lambda z: z, {"particle_chunk": 0}, "particle_chunk must be an integer >= 1"),
+            (lambda z: z, {"log": 1}, "log must be True or False"),
+        ],
+    )
+    def test_what_is_no_classification(self, wrap, options, message):
+        with pytest.raises(ValueError, match=message):
+            ml.predict(Model(wrap), torch.randn(5, 3), **options)
+
+
+@pytest.mark.parametrize("junk", [math.nan, math.inf, "all classes masked"])
+@pytest.mark.parametrize("where", ["logits", "ood_logits"])
+def test_broken_rows_are_refused(junk, where):
+    logits, targets = problem(N=200)
+    ood = torch.randn(4, 31, 7, dtype=torch.float64)
+    broken = logits if where == "logits" else ood
+    if isinstance(junk, str):
+        broken[1, 3:5] = -math.inf
+    else:
+        broken[1, 3, 2] = broken[2, 3, 0] = broken[0, 4, 1] = junk
+    with pytest.raises(ValueError, match=rf"2 of {len(broken[0])} rows of {where} hold NaN"):
+        ml.metrics.evaluate(logits, targets, ood_logits=ood)
+    broken[:] = 0
+    ml.metrics.evaluate(logits, targets, ood_logits=ood)
+
+
+@both
+def test_masked_classes(combine):
+    # Minus infinity is no probability: as if the class did not exist.
+    logits, targets = problem(C=6)
+    masked = nn.functional.pad(logits, (0, 1), value=-math.inf)
+    got = ml.metrics.evaluate(masked, targets, combine, masked.flip(1))
+    assert got == ml.metrics.evaluate(logits, targets, combine, logits.flip(1))
+
+
+def test_targets_of_another_dtype():
+    with pytest.raises(ValueError, match=r"int64 targets; got torch\.float32"):
+        ml.metrics.evaluate(torch.zeros(2, 3, 4), torch.zeros(3))
+
+
+def test_probabilities_for_logits():
+    logits, targets = problem()
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        ml.metrics.evaluate(logits.softmax(-1), targets)
+
+
+class TestReliabilityDiagram:
+    @pytest.fixture
+    def drawn(self, monkeypatch):
+        """What is drawn: confidence, accuracy and count of the bins."""
+        rows, original = [], plots._bins
+        monkeypatch.setattr(plots, "_bins", lambda *a: rows.append(original(*a)) or rows[-1])
+        return rows
+
+    def test_ignored_targets(self, drawn, tmp_path):
+        logits, targets = problem()
+        p, ignored = logits.softmax(-1), targets.clone()
+        ignored[::3] = -100
+        plots.reliability_diagram(p, ignored, tmp_path / "a.png")
+        kept = ignored != -100
+        plots.reliability_diagram(p[:, kept], targets[kept], tmp_path / "b.png")
+        assert drawn[:5] == drawn[5:] and sum(drawn[0][2]) == int(kept.sum())
+        assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            (lambda p, y: (p[0], y), r"\(K, N, C\)"),
+            (lambda p, y: (p, y[:-1]), r"targets \(210,\)"),
+            (lambda p, y: (p, y.double()), "torch.float64"),
+            (lambda p, y: (p, y + 7), r"targets in \[0, 7\)"),
+            (lambda p, y: (p, y * 0 - 100), "at least one valid target"),
+            (lambda p, y: (p.log(), y), "211 of 211 rows are no probabilities"),
+            (lambda p, y: (p.index_fill(1, torch.tensor([3]), math.nan), y), "1 of 211 rows"),
+        ],
+    )
+    def test_what_is_refused(self, change, message, tmp_path):
+        logits, targets = problem()
+        with pytest.raises(ValueError, match=message):
+            plots.reliability_diagram(*change(logits.softmax(-1), targets), tmp_path / "a.png")
+        with pytest.raises(ValueError, match="bins must be an integer >= 1; got 0"):
+            plots.reliability_diagram(logits.softmax(-1), targets, tmp_path / "a.png", 0)
+        assert not (tmp_path / "a.png").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from multilora import checks
+from multilora.methods.parameters import require_current
 from multilora.methods.passes import Closure, Passes
 from multilora.parallel import Ranks
 
@@ -18,12 +21,16 @@ class Method:
     model: a ParticleModel, also inside DistributedDataParallel, or any iterable of stacked tensors
         (K, ...) that require gradients.
     particle_chunk: c, to run c particles at a time: the memory of c, the gradients of all. Methods
-        whose particles interact through their predictions run each chunk once more for it.
+        whose particles interact through their predictions run each chunk once more for it, from
+        the same states of PyTorch's, NumPy's and Python's random numbers; where it then has other
+        logits, RuntimeError.
     nonfinite: what to do where a particle's loss or gradient is not finite: "raise", a
         FloatingPointError that names the particle, with nothing changed; "skip", no gradient for
-        that particle, the step of the others being what it is without it, and a warning; or
-        "ignore", which does not look (the other two wait for the device once a call). With a
-        GradScaler, whose steps may overflow by design, only losses are looked at.
+        that particle, the step of the others being what it is without it, and a warning; where
+        that is so of all particles at once, the batch is skipped: nothing is changed but `step`,
+        and the scalars of the step are NaN; or "ignore", which does not look (the other two wait
+        for the device once a call). With a GradScaler, whose steps may overflow by design, only
+        losses are looked at.
 
     The user's loop keeps optimizer, scheduler, clipping and precision. The objective is the sum
     over particles of each one's own mean loss, so that K particles step as K separate runs would.
@@ -31,20 +38,43 @@ class Method:
     Over several processes (a model made with a `mesh`, or inside DistributedDataParallel),
     gradients are the means over the data of all of them, after every call of `backward`. Each
     process's closure gives its own part of the batch; processes that hold other particles for the
-    same data give the same part.
+    same data give the same part. Means are over the data of all processes for the losses of
+    `multilora.losses` and for any with a `count(logits, targets)` of what they are means over; any
+    other callable's values count the same in every process. Processes whose settings differ raise
+    RuntimeError when the method is made; where those that hold other particles for the same data
+    have other batches, in the call of `backward` (see `compare_batches`).
+
+    A deep copy or a pickle of a method holds a copy of its model. copy.deepcopy((model, method))
+    gives a model and its method; both go on with the noise that the original would draw.
+
+    settings, for a subclass: its other arguments, which become attributes.
     """
 
     #: Whether the particles' predictions interact; a step then calls the closure more than once.
     interacts = False
+    #: In every how many calls processes along the particles compare their batches, by a digest of
+    #: the targets and, where predictions interact, of the model's inputs. The same in all of them.
+    compare_batches = 1
 
-    def __init__(self, model: Any, *, particle_chunk: int | None = None, nonfinite: str = "raise"):
-        if nonfinite not in ("raise", "skip", "ignore"):
-            raise ValueError(f'nonfinite must be "raise", "skip" or "ignore"; got {nonfinite!r}')
+    def __init__(
+        self,
+        model: Any,
+        *,
+        particle_chunk: int | None = None,
+        nonfinite: str = "raise",
+        settings: dict[str, Any] | None = None,
+    ):
+        settings = (settings or {}) | {
+            "nonfinite": checks.choice("nonfinite", nonfinite, ("raise", "skip", "ignore"))
+        }
         self.passes = Passes(model, particle_chunk)
+        words = {name: described(value) for name, value in settings.items()}
+        self.passes.require_agreement(words | {"method": described(type(self))})
+        vars(self).update(settings)
         self.model, self.params = self.passes.model, self.passes.params
         self.num_particles = self.passes.num_particles
-        self.nonfinite = nonfinite
         self.step = 0
+        self._calls = 0
         #: The cross-entropy (or own loss) of this process's particles in the last call, (K,).
         self.particle_nll: Tensor | None = None
 
@@ -55,21 +85,47 @@ class Method:
         parameter values and, with `particle_chunk`, for some of the particles at a time (the model
         sees to that), and must use the same batch each time. Targets of shape (...) are shared by
         the particles; targets (K, ...) give every particle its own mini-batch. −100 is ignored;
-        losses are means over valid targets.
+        losses are means over valid targets. Other losses have other targets (`multilora.losses`).
+        Logits and targets must fit: a causal language model's logits at t are of the token t + 1,
+        so its targets are shifted (`multilora.causal_targets`).
 
-        scale: 1/M for M accumulation steps; with a GradScaler, scaler.scale(torch.ones(())) on
-        the parameters' device.
+        scale: >= 0; 1/M for M accumulation steps; with a GradScaler,
+        scaler.scale(torch.ones(())) on the parameters' device.
 
         -> detached scalars for logging, on the parameters' device; `particle_nll` has the loss of
         each particle. The parameters are left as they were, also when the closure raises.
+
+        Raises RuntimeError where the model's trainable tensors are other ones than when the method
+        was made, or where the loss does not depend on any of them.
         """
-        with self.passes.running(self.interacts):
-            stats = self._backward(closure, scale)
+        scale = _checked_scale(scale)
+        if not callable(closure):
+            raise TypeError(
+                "backward needs a callable that returns (logits, targets); "
+                f"got {type(closure).__name__}"
+            )
+        require_current(self.model, self.params)
+        compare = self._calls % self.compare_batches == 0
+        self._calls += 1
+        try:
+            with self.passes.running(self.interacts, compare):
+                stats = self._backward(closure, scale)
+        except _NothingIsFinite as error:
+            self._require_finite_parameters(str(error))
+            warnings.warn(
+                f"{error}, which are all particles: the batch is skipped, nothing was changed",
+                stacklevel=2,
+            )
+            stats = self._skipped()
         self.step += 1
         return stats
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def _skipped(self) -> dict[str, Tensor]:
+        """The scalars of a batch that was skipped."""
+        return dict.fromkeys(("loss", "nll"), self.params[0].new_full((), torch.nan).float())
 
     def parameters(self) -> list[Tensor]:
         """The method's own trainable tensors, to be given to the optimizer too; mostly none."""
@@ -124,10 +180,21 @@ class Method:
             f"{type(self).__name__}, call {self.step}: non-finite loss or gradient of particle"
             f"{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} (losses {values})"
         )
-        if self.nonfinite == "raise" or not bool(finite.any()):
+        if self.nonfinite == "raise":
             raise FloatingPointError(f"{message}; nothing was changed")
+        if not bool(finite.any()):
+            self.particle_nll = losses
+            raise _NothingIsFinite(message)
         warnings.warn(f"{message}; skipped, the others go on", stacklevel=4)
         return finite.nonzero().flatten()
+
+    def _require_finite_parameters(self, message: str) -> None:
+        """Another batch helps only where some particle's parameters are finite."""
+        finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in self.params]).all(0)
+        if not bool(self.passes.ranks.all_true(finite).any()):
+            raise FloatingPointError(
+                f"{message}: the parameters of all particles are not finite; nothing was changed"
+            )
 
     def without_others(self, grads: list[Tensor], finite: Tensor | None) -> list[Tensor]:
         """Gradients (K, ...) of this process's particles, zero for those that are not finite."""
@@ -142,6 +209,37 @@ class Method:
         self.particle_nll = losses
         losses = self.passes.ranks.gather(losses)
         return losses.mean() if finite is None else losses[finite].mean()
+
+
+class _NothingIsFinite(Exception):
+    """No particle is left to go on with this batch."""
+
+
+def _checked_scale(scale: float | Tensor) -> float | Tensor:
+    if not isinstance(scale, Tensor):
+        return checks.number("scale", scale, 0)
+    if scale.ndim != 0 or not scale.is_floating_point():
+        raise ValueError(
+            "scale must be a number or a floating tensor without axes; "
+            f"got {scale.dtype} {tuple(scale.shape)}"
+        )
+    # On a GPU, reading it would be to wait for it.
+    if scale.device.type == "cpu":
+        checks.number("scale", scale.item(), 0)
+    return scale.detach()
+
+
+def described(value: Any) -> str:
+    """What tells settings apart, the same in every process."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.tolist()}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return f"{described(type(value))}({', '.join(map(described, fields))})"
+    if callable(value):
+        kind = value if hasattr(value, "__qualname__") else type(value)
+        return f"{kind.__module__}.{kind.__qualname__}"
+    return repr(value)
 
 
 def require_different_particles(model: Any, params: list[Tensor], why: str) -> None:

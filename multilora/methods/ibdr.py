@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from multilora import checks, losses
+from multilora.losses import Loss
 from multilora.methods.base import (
     Method,
     accumulate,
+    described,
     flatten,
     require_different_particles,
     unflatten,
 )
-from multilora.methods.passes import Closure, task_loss
+from multilora.methods.passes import Closure
 from multilora.ops import gram_volume, particle_loss
 from multilora.ops.common import IGNORE_INDEX, accumulator
 
@@ -23,11 +27,12 @@ _warned_own_batches = False
 
 
 class _Pass(NamedTuple):
-    """One forward and backward: logits (K, N, C) of all processes' particles with their targets,
-    gradients of this one's, the indices of the finite ones (None: all), what to log."""
+    """One forward and backward: class predictions (K, N, C) of all processes' particles and their
+    targets (None: of no classes), gradients of this one's, the indices of the finite ones (None:
+    all), what to log."""
 
-    logits: Tensor
-    targets: Tensor
+    logits: Tensor | None
+    targets: Tensor | None
     grads: list[Tensor]
     finite: Tensor | None
     stats: dict[str, Tensor]
@@ -61,8 +66,15 @@ class IBDR(Method):
     divergence: "joint", over all θ'; or "cross", θ'_i against the others' unperturbed
         predictions, which takes K times the logits' memory.
     loss: "particle", each one's cross-entropy; "ensemble", that of the mean logits, times K so
-        that a step does not shrink with K.
+        that a step does not shrink with K; "label_smoothing", "soft_targets", "bce" or
+        "gaussian_nll" (`multilora.losses`); or a callable (logits, targets) -> (K,).
+    divergence_of: a callable (logits (K, ..., C), targets) -> (class logits (K, N, C), class
+        targets (N,) int64, −100 left out), whose divergence it is: for losses of no classes, and
+        to look at some predictions only. By default those of the loss; of targets that are
+        probabilities, the most likely class is the excluded one. With alpha = 0 and
+        cost="parameter" none is needed.
 
+    Ranges: alpha, clip, step_size, rho, lambda_lr, sigma and beta are >= 0.
     particle_chunk, nonfinite: see `Method`. `state_dict` is that of this process's particles.
 
     Where every particle has its own mini-batch (targets (K, N)) the predictions are of different
@@ -92,50 +104,77 @@ class IBDR(Method):
         learn_sigma: bool = False,
         beta: float = 0.0,
         divergence: str = "joint",
-        loss: str = "particle",
+        loss: str | Loss = "particle",
+        divergence_of: Callable[[Tensor, Any], tuple[Tensor, Tensor]] | None = None,
         kind: str = "logdet",
         eps: float = 1e-4,
         seed: int = 0,
         particle_chunk: int | None = None,
         nonfinite: str = "raise",
     ):
-        super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
+        if not isinstance(lambda_bounds, (tuple, list)) or len(lambda_bounds) != 2:
+            raise ValueError(f"lambda_bounds must be two numbers; got {lambda_bounds!r}")
+        low = checks.number("lambda_bounds[0]", lambda_bounds[0], 0, open_low=True)
+        high = checks.number("lambda_bounds[1]", lambda_bounds[1], low)
+        checks.number("lambda_init (inside lambda_bounds)", lambda_init, low, high)
+        checks.flag("learn_sigma", learn_sigma)
+        name = "sigma (with learn_sigma)" if learn_sigma else "sigma"
+        sigma = checks.number(name, sigma, 0, open_low=learn_sigma)
+        if divergence_of is not None and not callable(divergence_of):
+            raise ValueError(f"divergence_of must be a callable or None; got {divergence_of!r}")
+        settings = {
+            "alpha": checks.number("alpha", alpha, 0),
+            "ascent": checks.choice("ascent", ascent, ("prox", "step", "sam")),
+            "clip": checks.number("clip", clip, 0),
+            "step_size": checks.number("step_size", step_size, 0),
+            "rho": checks.number("rho", rho, 0),
+            "lambda_init": float(lambda_init),
+            "lambda_bounds": (low, high),
+            "lambda_lr": checks.number("lambda_lr", lambda_lr, 0),
+            "cost": checks.choice("cost", cost, ("parameter", "output")),
+            "sigma": sigma,
+            "noise": checks.choice("noise", noise, ("all", "A")),
+            "learn_sigma": learn_sigma,
+            "beta": checks.number("beta", beta, 0),
+            "divergence": checks.choice("divergence", divergence, ("joint", "cross")),
+            "loss": losses.named(loss, "ensemble"),
+            "divergence_of": divergence_of,
+            "kind": checks.choice("kind", kind, ("logdet", "det")),
+            # `gram_volume` has narrower bounds for logits of less than float64.
+            "eps": checks.number("eps", eps, 1e-12, 1e6),
+            "seed": checks.integer("seed", seed, 0, 2**63 - 1),
+        }
+        super().__init__(
+            model, particle_chunk=particle_chunk, nonfinite=nonfinite, settings=settings
+        )
         model = self.model
-        for name, value, choices in (
-            ("ascent", ascent, ("prox", "step", "sam")),
-            ("cost", cost, ("parameter", "output")),
-            ("noise", noise, ("all", "A")),
-            ("divergence", divergence, ("joint", "cross")),
-            ("loss", loss, ("particle", "ensemble")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        low, high = lambda_bounds
-        if not 0 < low <= lambda_init <= high:
-            raise ValueError(
-                f"lambda_bounds must be positive and hold lambda_init; "
-                f"got {lambda_bounds} and {lambda_init}"
-            )
-        if sigma < 0 or (learn_sigma and sigma == 0):
-            raise ValueError(f"sigma must be >= 0, and > 0 to be learnt; got {sigma}")
+        # The loss of each particle; "ensemble" is another one of all together.
+        self._each = losses.NAMES["particle"] if self.loss == "ensemble" else self.loss
+        self._plain = (
+            type(self._each) is losses.CrossEntropy
+            and self._each.label_smoothing == 0
+            and self._each.weight is None
+            and divergence_of is None
+        )
+        if isinstance(self.loss, (losses.BCE, losses.GaussianNLL)):
+            self._require_classes(None)
         if alpha != 0 and sigma == 0:
             require_different_particles(model, self.params, "the divergence")
-        self.alpha, self.ascent, self.clip, self.step_size = alpha, ascent, clip, step_size
-        self.rho, self.lambda_bounds, self.lambda_lr = rho, (low, high), lambda_lr
-        self.cost, self.beta, self.divergence = cost, beta, divergence
-        self.loss, self.kind, self.eps = loss, kind, eps
 
         device = self.params[0].device
         self.lambda_ = torch.tensor(lambda_init, dtype=torch.float64, device=device)
         self.sigma = torch.full((self.num_particles,), float(sigma), device=device)
         self.sigma.requires_grad_(learn_sigma)
-        self.generator = torch.Generator(device).manual_seed(seed)
-        noisy = self.params if sigma > 0 else []
+        self.generator = torch.Generator(device).manual_seed(self.seed)
+        noisy = set(self.params if sigma > 0 else [])
         if sigma > 0 and noise == "A":
             if not hasattr(model, "adapters"):
                 raise ValueError('noise="A" needs a ParticleModel, whose tensors have names')
-            noisy = [adapter.lora_A for adapter in model.adapters()]
-        self.noisy = {id(p) for p in noisy}
+            noisy &= {adapter.lora_A for adapter in model.adapters()}
+            if not noisy:
+                raise ValueError('noise="A" needs a lora_A that is trained, and all are frozen')
+        # By their places in `params`: a copy of this method has other tensors.
+        self.noisy = [i for i, p in enumerate(self.params) if p in noisy]
         self.noisy_size = sum(p[0].numel() for p in noisy)
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
@@ -186,9 +225,11 @@ class IBDR(Method):
         self._put_back(mu)
         if noise is not None:
             self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
-        first = self._pass(closure, scale, None, finite)
-        # Scaled before differentiating, for half precision; unscaled after.
-        climb = self._climb(flatten(first.grads) / scale)
+        # Scaled before differentiating, for half precision; unscaled after. A scale of zero, of a
+        # micro-batch that counts nothing, must not divide.
+        climbing = scale if isinstance(scale, Tensor) or scale > 0 else 1.0
+        first = self._pass(closure, climbing, None, finite)
+        climb = self._climb(flatten(first.grads) / climbing)
         self._move(climb)
         moved = climb.square().sum(1)
         first = first._replace(grads=[])
@@ -209,8 +250,9 @@ class IBDR(Method):
     ) -> _Pass:
         """The gradients of Σ_i ℓ_i + α ℓ_div where the particles are now, of those `finite`."""
         while True:
-            logits, targets = self.passes.predict(closure)
-            total, each, stats = self._objective(logits, targets, before, finite)
+            logits, targets = self.passes.predict(closure, self._each)
+            classes = self._classes(logits, targets)
+            total, each, stats = self._objective(logits, targets, classes, before, finite)
             (grad,) = torch.autograd.grad(total * scale, logits)
             grads = self.passes.pull_back(closure, grad)
             self.particle_nll = self.passes.mean(self.passes.ranks.own(each))
@@ -219,7 +261,9 @@ class IBDR(Method):
                 still = self.finite_particles(self.particle_nll, grads, scale, finite)
             if still is finite:
                 grads = self.without_others(grads, finite)
-                return _Pass(logits.detach(), targets, grads, finite, stats)
+                predicted, of = (None, None) if classes is None else classes
+                predicted = None if predicted is None else predicted.detach()
+                return _Pass(predicted, of, grads, finite, stats)
             # Once more without them: their predictions are in everybody's divergence.
             finite = still
 
@@ -240,40 +284,81 @@ class IBDR(Method):
             self.sigma.copy_(state["sigma"])
         self.generator.set_state(state["generator"].cpu())
 
+    def _skipped(self) -> dict[str, Tensor]:
+        stats = super()._skipped()
+        stats |= {"divergence": stats["loss"], "lambda": self.lambda_.clone()}
+        return stats | {"cost": stats["loss"]}
+
+    def _classes(self, logits: Tensor, targets: Any) -> tuple[Tensor, Tensor] | None:
+        """Class predictions (K, N, C) and targets (N,) or, each particle's own, (K, N)."""
+        if self.divergence_of is None:
+            classes = losses.class_predictions(self._each, logits, targets)
+            if classes is None:
+                self._require_classes(targets)
+            return classes
+        predicted, of = self.divergence_of(logits, targets)
+        fits = predicted.ndim == 3 and of.shape in (predicted.shape[1:2], predicted.shape[:2])
+        if not fits or len(predicted) != len(logits):
+            raise ValueError(
+                "divergence_of must return class logits (K, N, C) and class targets (N,) with "
+                f"K = {len(logits)}; got {tuple(predicted.shape)} and {tuple(of.shape)}"
+            )
+        return predicted, of
+
+    def _require_classes(self, targets: Any) -> None:
+        """Raise where the loss's targets do not say of which classes the divergence is."""
+        if self.divergence_of is not None or (self.alpha == 0 and self.cost == "parameter"):
+            return
+        got = f" of {targets.dtype} {tuple(targets.shape)}" if isinstance(targets, Tensor) else ""
+        raise ValueError(
+            'IBDR\'s divergence, and cost="output", are of class predictions, and the targets'
+            f"{got} of the loss {described(self.loss)} are neither classes nor probabilities: "
+            "give divergence_of=, a callable (logits, targets) -> (class logits (K, N, C), class "
+            'targets (N,)); or alpha=0 and cost="parameter"'
+        )
+
     def _objective(
-        self, logits: Tensor, targets: Tensor, before: _Pass | None, finite: Tensor | None
+        self,
+        logits: Tensor,
+        targets: Any,
+        classes: tuple[Tensor, Tensor] | None,
+        before: _Pass | None,
+        finite: Tensor | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Σ_i ℓ_i + α ℓ_div over the particles `finite`, every particle's ℓ_i (K,) and what to log.
 
         before: the pass at the unperturbed particles, for "cross".
         """
-        unperturbed = None if before is None else before.logits
-        own_batches = targets.ndim == 2
-        if finite is not None:
-            logits = logits[finite]
-            targets = targets[finite] if own_batches else targets
-            unperturbed = None if unperturbed is None else unperturbed[finite]
-        particles = len(logits)
+        passes, everybody = self.passes, slice(None) if finite is None else finite
+        divergence, fused = logits.new_zeros((), dtype=accumulator(logits.dtype)), None
+        particles = passes.total if finite is None else len(finite)
         volumes = 1  # that `divergence` is a sum of
-        if own_batches:
+        if classes is not None and classes[1].ndim == 2:
             if self.loss == "ensemble":
                 raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
-            _warn_own_batches(logits, targets)
-            nll, divergence = task_loss(logits, targets), logits.new_zeros(())
-        else:
-            nll, divergence = particle_loss(logits, targets, self.eps, self.kind)
-            if self.divergence == "cross" and unperturbed is not None:
-                divergence = self._cross_divergence(logits, targets, unperturbed)
+            _warn_own_batches(*classes)
+        elif classes is not None:
+            predicted, of = classes[0][everybody], classes[1]
+            weight = passes.ranks.share_of_mean((of != IGNORE_INDEX).sum())
+            if self._plain and not targets.is_floating_point():
+                fused, divergence = particle_loss(predicted, of, self.eps, self.kind)
+            if self.divergence == "cross" and before is not None:
+                divergence = self._cross_divergence(predicted, of, before.logits[everybody])
                 volumes = particles
-        weight = self.passes.weight(targets)
-        nll = nll * weight
+            elif fused is None:
+                volume = gram_volume(predicted, of, self.eps, self.kind)
+                divergence = volume.sum() / (of != IGNORE_INDEX).sum().clamp_min(1)
+            divergence = divergence * weight
+        if fused is not None:
+            nll = fused * weight
+        else:
+            nll = passes.means(self._each, logits, targets, passes.total)[everybody]
         each = nll.detach()
         if finite is not None:
-            each = each.new_full((self.passes.total,), torch.nan).index_copy_(0, finite, each)
+            each = each.new_full((passes.total,), torch.nan).index_copy_(0, finite, each)
         if self.loss == "ensemble":
-            nll = task_loss(logits.mean(0, keepdim=True), targets) * weight * particles
-        if not own_batches:
-            divergence = divergence * weight
+            mean = logits[everybody].mean(0, keepdim=True)
+            nll = passes.means(self._each, mean, targets, 1) * particles
         total = nll.sum() + self.alpha * divergence
         mean_nll = nll.detach().sum() / particles
         mean_divergence = divergence.detach() / volumes
@@ -305,9 +390,9 @@ class IBDR(Method):
             [
                 # Those of all processes' particles are drawn: the particles that one process has.
                 ranks.own(p.new_empty(total, *p.shape[1:]).normal_(generator=self.generator))
-                if id(p) in self.noisy
+                if i in self.noisy
                 else torch.zeros_like(p)
-                for p in self.params
+                for i, p in enumerate(self.params)
             ]
         ).detach()
 
@@ -336,7 +421,7 @@ class IBDR(Method):
             change = second.logits.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
             valid = second.targets != IGNORE_INDEX
             distance = (change.square().sum(-1) * valid).sum(-1) / valid.sum(-1).clamp_min(1)
-            distance = self.passes.mean(distance * self.passes.weight(second.targets))
+            distance = self.passes.mean(distance * self.passes.ranks.share_of_mean(valid.sum(-1)))
         distance = (distance if second.finite is None else distance[second.finite]).mean()
         moved = self.lambda_ - self.lambda_lr * (self.rho - distance)
         moved = moved.clamp(*self.lambda_bounds)

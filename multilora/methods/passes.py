@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
-from multilora.ops.common import IGNORE_INDEX, accumulator
+from multilora import checks
+from multilora.losses import NAMES, Loss, RowLoss, own_targets
+from multilora.methods.parameters import check_wrapper, stacked_parameters, unwrap
 from multilora.parallel import Ranks
 from multilora.randomness import RandomState
 
-Closure = Callable[[], tuple[Tensor, Tensor]]
-Loss = str | Callable[[Tensor, Tensor], Tensor]
+Closure = Callable[[], tuple[Tensor, Any]]
+
+# How far a chunk's logits may be from those of its first run, relative to their norm: far above
+# what other kernels round differently with a graph, far below what other random numbers change.
+_REPLAYED = {torch.float64: 1e-9, torch.float32: 1e-3}
+_REPLAYED_HALF = 5e-2
 
 
 class Passes:
@@ -27,114 +31,159 @@ class Passes:
     """
 
     def __init__(self, model: Any, particle_chunk: int | None):
-        self.model, self._wrapper = _unwrap(model)
+        self.model, self._wrapper = unwrap(model)
         self.params = stacked_parameters(self.model)
         self.num_particles = self.params[0].shape[0]
-        self.devices = list({p.device: None for p in self.params})
-        if hasattr(self.model, "devices"):
-            self.devices = self.model.devices()
         self.ranks = getattr(self.model, "ranks", None) or Ranks()
         if self._wrapper is not None and self.ranks.data is None:
             self.ranks = Ranks(self._wrapper.process_group, self.ranks.particle)
-        self._check_wrapper()
+        check_wrapper(self._wrapper, self.ranks)
         self.total = self.num_particles * self.ranks.particle_size
         self.chunk = chunk = self.num_particles if particle_chunk is None else particle_chunk
-        if type(chunk) is not int or chunk < 1:
-            raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
+        checks.integer("particle_chunk", chunk, 1)
         if chunk < self.num_particles and not hasattr(self.model, "particles"):
             raise ValueError("particle_chunk needs a ParticleModel, which can run some particles")
         starts = range(0, self.num_particles, chunk)
         self._parts = [slice(i, min(i + chunk, self.num_particles)) for i in starts]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is kept from one step to the next."""
+        self._loss: Loss | None = None
         self._graph: Tensor | None = None
-        self._states: list[Any] = []
-        self._batch_checked = False
+        self._predicted: Tensor | None = None
+        self._states: list[RandomState] = []
+        self._compare, self._inputs = False, []
+
+    def require_agreement(self, settings: dict[str, str]) -> None:
+        """Raise RuntimeError, in all processes, where they were made for different runs."""
+        device = self.params[0].device
+        settings = settings | {
+            "number of particles": str(self.total),
+            "particle_chunk": str(self.chunk),
+            "tensors": str([(tuple(p.shape), p.dtype) for p in self.params]),
+        }
+        seeds = {"seeds of the particles": str(getattr(self.model, "seeds", None))}
+        self.ranks.require_same(settings, "data", device)
+        self.ranks.require_same(settings | seeds, "particle", device)
         self.ranks.require_equal(
-            self.params, "data", "the particles must start equal in all processes that hold them"
+            self.params,
+            "data",
+            device,
+            "the particles must start equal in all processes that hold them",
         )
 
-    def _check_wrapper(self) -> None:
-        """DistributedDataParallel makes its processes equal: they must not hold other particles."""
-        if self._wrapper is None or self.ranks.particle_size == 1:
-            return
-        copies = dist.get_process_group_ranks(self._wrapper.process_group)
-        others = dist.get_process_group_ranks(self.ranks.particle)
-        if len(set(copies) & set(others)) > 1:
-            raise ValueError(
-                f"DistributedDataParallel over the processes {copies} has given them all the "
-                f"particles of one, and {others} hold different ones: use it without, as the "
-                "method averages by itself"
-            )
-
     @contextlib.contextmanager
-    def running(self, repeats: bool) -> Iterator[None]:
-        """One step of the method; repeats: whether it calls the closure more than once."""
+    def running(self, interacts: bool, compare: bool = False) -> Iterator[None]:
+        """One step of the method.
+
+        compare: whether to see to it that processes along the particles have one batch: equal
+        targets and, where the particles' predictions interact, equal inputs of the model.
+        """
+        self._compare = compare and self.ranks.particle_size > 1
         with contextlib.ExitStack() as stack:
+            stack.callback(self._forget)
             if self._wrapper is not None:
                 # Gradients are averaged here; the wrapper waits for hooks that do not run.
                 stack.enter_context(self._wrapper.no_sync())
-            try:
-                yield
-            finally:
-                self._graph, self._states = None, []
+            if self._compare and interacts:
+                hook = self.model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    def _note_inputs(self, _module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        # A compiled model's inputs are not looked at.
+        if self._compare and not kwargs.get("per_particle") and not torch.compiler.is_compiling():
+            self._inputs.append((args, kwargs))
 
     def separate(
         self, closure: Closure, loss: Loss, scale: float | Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss of every particle (K,) and the gradients of scale · their sum.
-
-        loss: "particle", the cross-entropy, or a callable (logits, targets) -> one a particle.
-        """
+        """The loss of every particle (K,) and the gradients of scale · their sum."""
         losses, grads = [], self._buffers()
         for part in self._parts:
             with self._only(part) as params:
-                values = self._losses(closure, loss, part)
+                logits, targets, _ = self._call(closure, loss, part)
+                values = self.means(loss, logits, targets, part.stop - part.start)
                 grads = _filled(grads, part, gradients(values.sum() * scale, params))
             losses.append(values.detach())
         return self.mean(torch.cat(losses)), self._mean_all(grads)
 
-    def predict(self, closure: Closure) -> tuple[Tensor, Tensor]:
-        """-> the logits (K, N, C) of all processes' particles, a leaf of its own, and targets (N,)
-        or (K, N). What `pull_back` needs is kept: the graph, or for chunks the random state."""
+    def predict(self, closure: Closure, loss: Loss = NAMES["particle"]) -> tuple[Tensor, Any]:
+        """-> the logits (K, ..., C) of all processes' particles, a leaf of its own, and targets.
+
+        What `pull_back` needs is kept: the graph, or for chunks the random state."""
+        self._loss, self._states, parts = loss, [], []
         if len(self._parts) == 1:
-            logits, targets = self._call(closure, self._parts[0])
-            self._graph = logits
+            parts.append(self._call(closure, loss, self._parts[0]))
+            self._graph = parts[0][0]
         else:
-            self._states, parts = [], []
             for part in self._parts:
-                self._states.append(RandomState(self.devices))
+                self._states.append(RandomState({p.device for p in self._all_parameters()}))
                 with torch.no_grad(), self._only(part):
-                    logits, targets = self._call(closure, part)
-                parts.append((logits, targets))
-            logits = torch.cat([logits for logits, _ in parts])
-            if targets.ndim == 2:
-                targets = torch.cat([targets for _, targets in parts])
-        if targets.ndim == 2:
-            targets = self.ranks.gather(targets)
-        return self.ranks.gather(logits).detach().requires_grad_(), targets
+                    parts.append(self._call(closure, loss, part))
+        for part, (logits, _, _) in zip(self._parts, parts):
+            if not isinstance(logits, Tensor) or logits.shape[:1] != (part.stop - part.start,):
+                raise ValueError(_no_logits(logits, part))
+        logits, targets, own = parts[-1]
+        if len(parts) > 1:
+            logits = torch.cat([logits for logits, _, _ in parts])
+            targets = torch.cat([targets for _, targets, _ in parts]) if own else targets
+        targets = self.ranks.gather(targets) if own else targets
+        self._predicted = self.ranks.gather(logits).detach().requires_grad_()
+        return self._predicted, targets
 
     def pull_back(self, closure: Closure, grad: Tensor) -> list[Tensor]:
-        """The gradients in the parameters, from the gradient (K, N, C) in `predict`'s logits."""
+        """The gradients in the parameters, from the gradient (K, ..., C) in `predict`'s logits."""
         own = self.ranks.own(grad)
         if self._graph is not None:
             logits, self._graph = self._graph, None
             return self._mean_all(gradients(logits, self.params, own))
-        grads = self._buffers()
+        grads, before = self._buffers(), self.ranks.own(self._predicted.detach())
         for part, state in zip(self._parts, self._states):
             state.restore()
             with self._only(part) as params:
-                logits, _ = self._call(closure, part)
+                logits, _, _ = self._call(closure, self._loss, part)
                 if logits.shape != own[part].shape:
                     raise ValueError(
                         "the closure must return the same batch at each of its calls; got logits "
                         f"{tuple(logits.shape)} after {tuple(own[part].shape)}"
                     )
+                self._require_replay(logits.detach(), before[part])
                 grads = _filled(grads, part, gradients(logits, params, own[part]))
         return self._mean_all(grads)
 
-    def weight(self, targets: Tensor) -> Tensor | float:
-        """Brings means over this process's valid targets to those over all processes' data: their
-        mean over the processes, times this, is the mean over everything."""
-        return self.ranks.share_of_mean((targets != IGNORE_INDEX).sum(-1))
+    def _require_replay(self, logits: Tensor, before: Tensor) -> None:
+        half = {p.dtype for p in self._all_parameters()} & {torch.float16, torch.bfloat16}
+        if half or torch.is_autocast_enabled(logits.device.type):
+            tolerance = _REPLAYED_HALF
+        else:
+            tolerance = _REPLAYED.get(logits.dtype, _REPLAYED_HALF)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        off = torch.linalg.vector_norm((logits - before).to(wide))
+        # False for logits that are not finite, whose particle `nonfinite` is about.
+        if off > tolerance * torch.linalg.vector_norm(before.to(wide)):
+            raise RuntimeError(
+                "a chunk of particles ran a second time, for its gradient, and had other logits "
+                "than before: the closure must use one batch, and a module must not change with "
+                "every call or draw random numbers from a generator of its own, which "
+                "cannot be replayed (those of PyTorch, NumPy and Python are); use particle_chunk="
+                "None, or a method whose particles run once (Ensemble, SVGD)"
+            )
+
+    def means(self, loss: Loss, logits: Tensor, targets: Any, particles: int) -> Tensor:
+        """loss(logits, targets) (K,), such that the mean over the processes along the data is the
+        mean over all their data, where the loss has a `count` of what it is a mean over."""
+        values = loss(logits, targets)
+        if not isinstance(values, Tensor) or values.shape != (particles,):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"loss(logits, targets) must return one value a particle, ({particles},); got {got}"
+            )
+        count = getattr(loss, "count", None)
+        if self.ranks.data_size == 1 or not callable(count):
+            return values
+        return values * self.ranks.share_of_mean(count(logits, targets)).to(values.dtype)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over the data of all processes."""
@@ -158,54 +207,33 @@ class Passes:
         with self.model.particles(part.start, part.stop):
             yield self.model.particle_parameters()
 
-    def _call(self, closure: Closure, part: slice) -> tuple[Tensor, Tensor]:
-        """closure() with its shapes checked and flattened: logits (k, N, C), targets (N,) or (k, N)
-        of the k particles that run."""
+    def _call(self, closure: Closure, loss: Loss, part: slice) -> tuple[Tensor, Any, bool]:
+        """closure() -> logits and targets of the k particles that run, and whether the targets are
+        (k, ...), a mini-batch for each."""
         logits, targets = closure()
-        particles = part.stop - part.start
-        shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-        if logits.ndim < 3 or logits.shape[0] != particles:
-            raise ValueError(
-                f"the closure must return logits (K, ..., C) with K = {particles}; got {shapes}"
-            )
-        if len(self._parts) > 1:
-            targets = self._own_targets(logits, targets, part)
-        if targets.shape == logits.shape[1:-1]:
-            targets = targets.reshape(-1)
-        elif targets.shape == logits.shape[:-1]:
-            targets = targets.flatten(1)
-        else:
-            raise ValueError(
-                "the closure must return targets shaped as the logits without their class axis, "
-                f"with the particle axis or without it; got {shapes}"
-            )
-        if not self._batch_checked and targets.ndim == 1:
-            self._batch_checked = True
+        rows = isinstance(loss, RowLoss)
+        if rows and logits.shape[:1] != (part.stop - part.start,):
+            raise ValueError(f"{_no_logits(logits, part)}, targets {tuple(targets.shape)}")
+        own = False
+        if rows or len(self._parts) > 1 or self.ranks.particle_size > 1:
+            own = own_targets(loss, logits, targets, self.num_particles)
+        if own and len(targets) == self.num_particles:
+            targets = targets[part]
+        if self._compare:
+            # Each process has other mini-batches then.
+            batch = [] if own else tree_leaves((self._inputs, targets))
+            self._compare, self._inputs = False, []
             self.ranks.require_equal(
-                [targets], "particle", "processes that share the data need the same batch"
+                [t for t in batch if isinstance(t, Tensor)],
+                "particle",
+                self.params[0].device,
+                "processes that share the data need the same batch",
+                (own, getattr(logits, "shape", ())[1:]),
             )
-        return logits.flatten(1, -2), targets
+        return logits, targets, own
 
-    def _own_targets(self, logits: Tensor, targets: Tensor, part: slice) -> Tensor:
-        """The targets of the particles that run, where each has its own."""
-        if targets.shape == (self.num_particles, *logits.shape[1:-1]):
-            return targets[part]
-        return targets
-
-    def _losses(self, closure: Closure, loss: Loss, part: slice) -> Tensor:
-        if not callable(loss):
-            logits, targets = self._call(closure, part)
-            return task_loss(logits, targets) * self.weight(targets)
-        logits, targets = closure()
-        if len(self._parts) > 1 and isinstance(targets, Tensor):
-            targets = self._own_targets(logits, targets, part)
-        values = loss(logits, targets)
-        if values.shape != (part.stop - part.start,):
-            raise ValueError(
-                f"loss(logits, targets) must return one value a particle, "
-                f"({part.stop - part.start},); got {tuple(values.shape)}"
-            )
-        return values
+    def _all_parameters(self) -> Any:
+        return self.model.parameters() if hasattr(self.model, "parameters") else self.params
 
     def _buffers(self) -> list[Tensor] | None:
         """Room for the gradients of all chunks, made before the first runs: memory that stays would
@@ -219,63 +247,30 @@ class Passes:
         return grads
 
 
-def _unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:
-    """The model inside torch.compile and DistributedDataParallel, and the latter."""
-    wrapper = None
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model, wrapper = model.module, model
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model, wrapper
-
-
-def stacked_parameters(model: Any) -> list[Tensor]:
-    """The trainable tensors (K, ...) of a ParticleModel or of an iterable of tensors."""
-    if hasattr(model, "particle_parameters"):
-        params = list(model.particle_parameters())
-    elif isinstance(model, Iterable):
-        params = list(model)
-    else:
-        raise TypeError(
-            "a method needs a ParticleModel or an iterable of stacked tensors; "
-            f"got {type(model).__name__}"
-        )
-    if any(hasattr(p, "placements") for p in params):
-        raise TypeError(
-            "a method needs whole tensors, and some are DTensors, sharded by FSDP2 or a tensor "
-            "parallel plan: leave the trainable ones out, fully_shard(module, "
-            "ignored_params=set(model.particle_parameters()))"
-        )
-    sizes = {tuple(p.shape[:1]) for p in params}
-    if len(sizes) != 1 or () in sizes:
-        raise ValueError(
-            "a method needs stacked tensors (K, ...) with one K and at least one of them; "
-            f"got shapes {[tuple(p.shape) for p in params[:4]]}"
-        )
-    return params
-
-
-def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of every particle (K,): logits (K, N, C), targets (N,) or (K, N)."""
-    logits = logits.to(accumulator(logits.dtype))
-    targets = targets.expand(logits.shape[:2])
-    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    count = (targets != IGNORE_INDEX).sum(-1).clamp_min(1)
-    return nll.view(targets.shape).sum(-1) / count
+def _no_logits(logits: Any, part: slice) -> str:
+    got = f"logits {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    k = part.stop - part.start
+    return f"the closure must return logits (K, ..., C) with K = {k}; got {got}"
 
 
 def gradients(
     output: Tensor, params: list[Tensor], grad_output: Tensor | None = None
 ) -> list[Tensor]:
     """The gradient of a scalar, or of ⟨output, grad_output⟩, in every parameter; zeros where it
-    does not depend on it."""
-    grads = torch.autograd.grad(output, params, grad_output, allow_unused=True)
+    does not depend on it. Raises RuntimeError where it depends on none."""
+    grads = [None] * len(params)
+    if output.requires_grad:
+        grads = torch.autograd.grad(output, params, grad_output, allow_unused=True)
     if any(g is None for g in grads) and _has_node(output, "CheckpointFunctionBackward"):
         raise RuntimeError(
             "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
             "their gradients would be zero; checkpoint with use_reentrant=False"
+        )
+    if all(g is None for g in grads):
+        raise RuntimeError(
+            "the closure's loss does not depend on any of the method's parameters, so nothing "
+            "would be trained: it must run the model that the method was made for, not a copy of "
+            "it, with gradients enabled and without detaching the logits"
         )
     return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
 

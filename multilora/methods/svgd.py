@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multilora import checks, losses
+from multilora.losses import Loss
 from multilora.methods.base import (
     Method,
     accumulate,
@@ -15,7 +17,7 @@ from multilora.methods.base import (
     require_different_particles,
     unflatten,
 )
-from multilora.methods.passes import Closure, Loss
+from multilora.methods.passes import Closure
 from multilora.ops import pairwise_frobenius, svgd_update
 from multilora.ops.common import accumulator
 
@@ -29,16 +31,24 @@ class SVGD(Method):
     k_ij = exp(−D_ij / 2h²) with D_ij = ‖ΔW_i − ΔW_j‖²_F of the adapted layer, or the squared
     distance of the weights for a head or any other stacked tensor.
 
-    gamma: γ, the weight of the repulsion.
+    gamma: γ >= 0, the weight of the repulsion.
     scope: "layer", a kernel for every layer, or "global", one for the sum of all distances.
     bandwidth: "median", 2h² = median of the off-diagonal D / log(K + 1), without gradient; or a
-        number, h.
+        number, h, in [1e-6, 1e18].
     drive: "own", particle i moves by its own gradient (Bella's eq. 4); or "mix", the textbook
         (1/K) Σ_j k_ij ∇_j ℓ_j.
     repulse: "own", +∇_{θ_i} k_ij under descent (eq. 4 prints a minus, which would attract); or
         "stein", the textbook −∇_{θ_j} k_ji.
-    loss: "particle" or a callable (logits, targets) -> (K,).
+    loss: "particle", "label_smoothing", "soft_targets", "bce" or "gaussian_nll"
+        (`multilora.losses`), or a callable (logits, targets) -> (K,).
     particle_chunk, nonfinite: see `Method`.
+
+    Both parts are divided by K, as in the papers. With "own", particles far apart (k_ij ≈ 0 for
+    i ≠ j) move by 1/K of their own gradient, so the driving part shrinks as K grows, between 1
+    for equal particles and 1/K: under SGD, a learning rate tuned for an Ensemble or for a few
+    particles has to grow with K, by as much as K times. AdamW and other optimizers that divide by
+    the gradient's own size take steps of the same size for every K, but clipping and AdamW's eps
+    see the smaller gradient.
 
     The textbook forms add and subtract factors of different particles. With independent A_i these
     live in different bases (any A → RA, B → BR⁻¹ leaves ΔW as it is), and the sum is no descent
@@ -56,27 +66,29 @@ class SVGD(Method):
         bandwidth: str | float = "median",
         drive: str = "own",
         repulse: str = "own",
-        loss: Loss = "particle",
+        loss: str | Loss = "particle",
         particle_chunk: int | None = None,
         nonfinite: str = "raise",
     ):
-        super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
+        if bandwidth != "median":
+            if isinstance(bandwidth, str) or bandwidth is None:
+                raise ValueError(f'bandwidth must be "median" or a number > 0; got {bandwidth!r}')
+            # 2h² is a float32: not below the floor of the median, and finite.
+            bandwidth = checks.number("bandwidth", bandwidth, 1e-6, 1e18)
+        settings = {
+            "gamma": checks.number("gamma", gamma, 0),
+            "scope": checks.choice("scope", scope, ("layer", "global")),
+            "bandwidth": bandwidth,
+            "drive": checks.choice("drive", drive, ("own", "mix")),
+            "repulse": checks.choice("repulse", repulse, ("own", "stein")),
+            "loss": losses.named(loss),
+        }
+        super().__init__(
+            model, particle_chunk=particle_chunk, nonfinite=nonfinite, settings=settings
+        )
         model = self.model
-        for name, value, choices in (
-            ("scope", scope, ("layer", "global")),
-            ("drive", drive, ("own", "mix")),
-            ("repulse", repulse, ("own", "stein")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {value!r}")
-        if bandwidth != "median" and not (isinstance(bandwidth, (int, float)) and bandwidth > 0):
-            raise ValueError(f'bandwidth must be "median" or a positive h; got {bandwidth!r}')
-        if not callable(loss) and loss != "particle":
-            raise ValueError(f'loss must be "particle" or a callable; got {loss!r}')
         if gamma != 0:
             require_different_particles(model, self.params, "the repulsion")
-        self.gamma, self.scope, self.bandwidth = gamma, scope, bandwidth
-        self.drive, self.repulse, self.loss = drive, repulse, loss
         adapters = model.adapters() if hasattr(model, "adapters") else []
         self.lora_A = [a.lora_A for a in adapters]
         self.lora_B = [a.lora_B for a in adapters]
@@ -88,12 +100,17 @@ class SVGD(Method):
             self.dense = [[p] for p in self.params]
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
-        losses, grads = self.passes.separate(closure, self.loss, scale)
-        finite = self.finite_particles(losses, grads, scale)
-        mean = self.mean_loss(losses, finite)
+        values, grads = self.passes.separate(closure, self.loss, scale)
+        finite = self.finite_particles(values, grads, scale)
+        mean = self.mean_loss(values, finite)
         directions, stats = self._directions(grads, finite, scale)
         accumulate(self.params, directions)
         return {"loss": mean, "nll": mean} | stats
+
+    def _skipped(self) -> dict[str, Tensor]:
+        stats = super()._skipped()
+        pairs = () if self.passes.total == 1 else ("kernel", "distance")
+        return stats | dict.fromkeys(pairs, stats["loss"])
 
     def _directions(
         self, grads: list[Tensor], finite: Tensor | None, scale: float | Tensor

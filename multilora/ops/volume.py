@@ -5,8 +5,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from multilora.ops._library import define, refuse_gradient, register_autograd
-from multilora.ops.common import accumulator
+from multilora.ops._library import (
+    define,
+    refuse_forward_mode,
+    refuse_gradient,
+    register_autograd,
+)
+from multilora.ops.common import accumulator, core_dtype
 
 _KINDS = ("logdet", "det")
 _warned_two_classes = False
@@ -16,7 +21,7 @@ def _fake_saved(logits):
     particles, rows, classes = logits.shape
     side = min(particles, classes)
     stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
-    return stats, logits.new_empty((rows, side, side), dtype=accumulator(logits.dtype))
+    return stats, logits.new_empty((rows, side, side), dtype=core_dtype(logits))
 
 
 def _fake_volume(logits, targets, eps, kind):
@@ -101,7 +106,8 @@ def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = 
     warning says so once) or, for "det", K > C − 1. Identical particles have a zero gradient.
 
     Raises ValueError for shapes, devices, eps, kind or a target outside [0, C), TypeError for
-    dtypes. On a GPU a target out of range is reported at the next synchronisation instead.
+    dtypes, NotImplementedError for forward-mode derivatives. On a GPU a target out of range is
+    reported at the next synchronisation instead.
     Source: IBDR (Pham et al. 2025), the divergence loss, with the sign that lets diversity grow.
     """
     _check("gram_volume", logits, targets, eps, kind)
@@ -124,6 +130,7 @@ def particle_loss(
 
 
 def _check(name, logits, targets, eps, kind) -> None:
+    refuse_forward_mode(name, logits)
     shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
     if logits.ndim != 3 or targets.ndim != 1 or targets.shape[0] != logits.shape[1]:
         raise ValueError(f"{name} needs logits (K, N, C) and targets (N,); got {shapes}")

@@ -105,6 +105,8 @@ def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = 
     so does every example where C = 2 (the one remaining class leaves no direction to differ in; a
     warning says so once) or, for "det", K > C − 1. Identical particles have a zero gradient.
 
+    eps is at least 1e-6 (float64 logits: 1e-12, and K² times float64's eps).
+
     Raises ValueError for shapes, devices, eps, kind or a target outside [0, C), TypeError for
     dtypes, NotImplementedError for forward-mode derivatives. On a GPU a target out of range is
     reported at the next synchronisation instead.
@@ -147,10 +149,13 @@ def _check(name, logits, targets, eps, kind) -> None:
             f"got {logits.device} and {targets.device} for {shapes}"
         )
     smallest = 1e-12 if logits.dtype == torch.float64 else 1e-6
+    # G's rounding: sums of up to K terms, of up to K in size, in float64.
+    smallest = max(smallest, logits.shape[0] ** 2 * torch.finfo(torch.float64).eps)
     if not smallest <= eps <= 1e6:
         raise ValueError(
-            f"{name} needs {smallest} <= eps <= 1e6 for {logits.dtype} logits (below it, rounding "
-            f"drowns the volume); got eps = {eps} for {shapes}"
+            f"{name} needs {smallest:.2g} <= eps <= 1e6 for {logits.dtype} logits of "
+            f"{logits.shape[0]} particles (below it, rounding drowns the volume); got eps = {eps} "
+            f"for {shapes}"
         )
     if kind not in _KINDS:
         raise ValueError(f"{name} needs kind in {_KINDS}; got {kind!r}")

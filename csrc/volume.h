@@ -3,7 +3,8 @@
 //
 // V is what one member of a group computes in: a number on a GPU; a vector on the CPU, whose lanes
 // are examples here. What an example's classes leave is K·(K + 3)/2 + K numbers; they, and all that
-// follows, are float64.
+// follows, are float64. So are the products that the Gram matrix is a sum of, and, where the sides
+// are classes, all of the example; reference.py says why.
 #pragma once
 
 #include <math.h>
@@ -118,6 +119,9 @@ MULTILORA_HD int largest_pivot(const double* matrix, const double* swept, int si
   return best;
 }
 
+// What float64 leaves of a pivot that is zero, of a matrix with ones on the diagonal.
+MULTILORA_HD double det_floor(int side) { return 1e-15 * side; }
+
 // −log det(I + G/eps); the matrix becomes core.
 template <class V, class Group>
 MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int side, bool by_class,
@@ -148,17 +152,23 @@ MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int sid
 }
 
 // −det G, also where G is singular: with the largest pivot first, the floor is met only where the
-// rest of the matrix is rounding. The matrix becomes core.
+// rest of the matrix is rounding, which is then taken for zero beside the diagonal: it would grow
+// from sweep to sweep. The matrix becomes core.
 template <class Group>
 MULTILORA_HD double negative_det(const Group& group, const Example<double>& x, int side) {
   for (int i = group.rank(); i < side; i += group.size()) x.swept[i] = 0;
   group.sync();
-  double det = 1;
+  double det = 1, floor = det_floor(side);
   for (int step = 0; step < side; ++step) {
     int p = largest_pivot(x.matrix, x.swept, side);
+    bool rounding = x.matrix[pair(p, p)] < floor;
     group.sync();
     if (group.rank() == 0) x.swept[p] = 1;
-    det *= sweep(group, x.matrix, x.column, side, p, 1e-15);
+    for (int i = group.rank(); rounding && i < side; i += group.size()) {
+      if (i != p && x.swept[i] == 0) x.matrix[i < p ? pair(p, i) : pair(i, p)] = 0;
+    }
+    group.sync();
+    det *= sweep(group, x.matrix, x.column, side, p, floor);
   }
   // core − diag(core G), where core = −adj G
   for (int i = group.rank(); i < side; i += group.size()) {

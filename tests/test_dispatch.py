@@ -1,5 +1,6 @@
 """Backends: asking for one, missing ones, the environment; and what `import multilora` imports."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora.ops import dispatch
+from multilora.ops import dispatch, lora_add
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess:
@@ -77,6 +78,116 @@ def test_the_choice_holds_in_other_threads(fake_backend):
         thread.start()
         thread.join()
     assert seen == ["fake"]
+
+
+def in_thread(function, *args):
+    """What the function returns in a thread of its own, or the error that it raises."""
+    results = []
+
+    def run():
+        try:
+            results.append(function(*args))
+        except ml.BackendUnavailableError as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_overlapping_blocks_of_two_threads(fake_backend):
+    # Enter A, enter B, leave A, leave B: each thread has its own, and nothing is left behind.
+    default = dispatch.current_backend("cpu")
+    entered, left, seen = threading.Event(), threading.Event(), {}
+
+    def other():
+        with ml.use_backend("fake"):
+            entered.set()
+            left.wait(60)
+            seen["other"] = dispatch.current_backend("cpu")
+
+    thread = threading.Thread(target=other)
+    with ml.use_backend("reference"):
+        thread.start()
+        assert entered.wait(60)
+        seen["here"] = dispatch.current_backend("cpu")
+        # Which of the two would be meant?
+        third = in_thread(dispatch.current_backend)
+    # Of the one block that is still open, in a thread that chooses nothing.
+    seen["after"] = in_thread(dispatch.current_backend)
+    left.set()
+    thread.join()
+    assert seen == {"here": "reference", "after": "fake", "other": "fake"}
+    assert "fake, reference" in str(third) and "use_backend block of its own" in str(third)
+    assert dispatch.current_backend("cpu") == default
+    assert in_thread(dispatch.current_backend, "cpu") == default
+
+
+def test_blocks_that_are_left_in_any_order_and_by_any_thread(fake_backend):
+    default = dispatch.current_backend()
+    first, second, third = (ml.use_backend(name) for name in ("fake", "reference", "fake"))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert dispatch.current_backend() == "reference"
+    third.__enter__()
+    assert dispatch.current_backend() == "fake"
+    in_thread(third.__exit__, None, None, None)
+    assert dispatch.current_backend() == "reference"
+    second.__exit__(None, None, None)
+    assert dispatch.current_backend() == default == in_thread(dispatch.current_backend)
+
+
+def test_tasks_have_a_backend_of_their_own(fake_backend):
+    async def task(name, own, other):
+        with ml.use_backend(name):
+            own.set()
+            await other.wait()
+            return dispatch.current_backend()
+
+    async def both():
+        one, two = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(task("fake", one, two), task("reference", two, one))
+
+    assert asyncio.run(both()) == ["fake", "reference"]
+
+
+def test_the_backward_runs_on_the_backend_of_its_forward(fake_backend):
+    lora_A, lora_B = torch.randn(2, 1, 3, requires_grad=True), torch.randn(2, 4, 1)
+    with ml.use_backend("fake"):
+        here, there = ml.lora_gram(lora_A, lora_B).sum(), ml.lora_gram(lora_A, lora_B).sum()
+    with ml.use_backend("reference"):
+        here.backward()
+        assert dispatch.current_backend() == "reference"
+    # As on autograd's own threads.
+    in_thread(there.backward)
+    assert fake_backend.calls == ["forward"] * 2 + ["backward"] * 2
+    with ml.use_backend("reference"):
+        value = ml.lora_gram(lora_A, lora_B).sum()
+    with ml.use_backend("fake"):
+        value.backward()
+    # What nobody asked about stays so.
+    value = ml.lora_gram(lora_A, lora_B).sum()
+    with ml.use_backend("fake"):
+        value.backward()
+    assert fake_backend.calls == ["forward"] * 2 + ["backward"] * 2
+
+
+def test_the_backward_of_lora_add_runs_on_the_backend_of_its_forward(monkeypatch):
+    asked = []
+    kernel = dispatch.kernel
+    monkeypatch.setattr(
+        dispatch,
+        "kernel",
+        lambda op, args: asked.append((op, dispatch.requested())) or kernel(op, args),
+    )
+    y, x = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    lora_A, lora_B = torch.randn(2, 1, 5, requires_grad=True), torch.randn(2, 4, 1)
+    with ml.use_backend("reference"):
+        value = lora_add(y, x, lora_A, lora_B).sum()
+    value.backward()
+    assert asked == [("lora_add_", "reference"), ("lora_linear_backward", "reference")]
 
 
 def test_nesting_restores(fake_backend):

@@ -331,9 +331,9 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
 def test_what_is_proven_is_the_default_on_a_gpu(proven, monkeypatch):
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
-    monkeypatch.setattr(dispatch, "_requested", None)
     monkeypatch.setattr("multilora.ops.triton.is_proven", lambda op, args: proven)
-    assert dispatch.backend_of("lora_gram", ()) == ("triton" if proven else "reference")
+    with dispatch.as_requested(None):
+        assert dispatch.backend_of("lora_gram", ()) == ("triton" if proven else "reference")
     with ml.use_backend("reference"):
         assert dispatch.backend_of("lora_gram", ()) == "reference"
 

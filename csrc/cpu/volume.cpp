@@ -1,7 +1,9 @@
 // gram_volume and particle_loss on the CPU: what is done by which thread.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "bind.h"
@@ -12,7 +14,8 @@ namespace py = pybind11;
 namespace multilora {
 namespace {
 
-// Memory that a thread keeps between calls: fresh pages cost more than a small operator.
+// Memory that a thread keeps between calls: fresh pages cost more than a small operator. Null where
+// there is none left.
 void* scratch(int64_t bytes) {
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -20,11 +23,36 @@ void* scratch(int64_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local int64_t size = 0;
   if (size < bytes) {
-    size = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(4096, size_t(size)));
-    if (!memory) throw std::bad_alloc();
+    int64_t pages = (bytes + 4095) / 4096 * 4096;
+    // What there was is given back first.
+    size = 0;
+    memory.reset();
+    memory.reset(std::aligned_alloc(4096, size_t(pages)));
+    if (memory) size = pages;
   }
   return memory.get();
+}
+
+// run(task, scratch memory) for all tasks. An exception must not leave a parallel region, or the
+// process ends.
+template <class Run>
+void share_out(int64_t tasks, int threads, int64_t bytes, Run run) {
+  std::atomic<bool> starved{false};
+  auto try_run = [&](int64_t task) {
+    void* memory = scratch(bytes);
+    if (memory) {
+      run(task, memory);
+    } else {
+      starved = true;
+    }
+  };
+  if (threads == 1) {
+    for (int64_t task = 0; task < tasks && !starved; ++task) try_run(task);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t task = 0; task < tasks; ++task) try_run(task);
+  }
+  if (starved) throw std::bad_alloc();
 }
 
 // Threads for so many numbers: waking them takes longer than 16 thousand of them.
@@ -76,18 +104,12 @@ int64_t volume_forward(uintptr_t logits, uintptr_t targets, uintptr_t value, uin
   p.in_lanes = block >= std::min(kernels.examples, 4) && std::min(K, C) <= 64;
   int64_t blocks = (N + block - 1) / block, bytes = kernels.scratch(K, C);
   std::vector<double> sums(nll ? size_t(blocks * (K + 1)) : 0);
-  auto run = [&](int64_t b) {
+  threads = useful(threads, N * K * (C + 4 * std::min(K, C)));
+  share_out(blocks, threads, bytes, [&](int64_t b, void* memory) {
     int examples = int(std::min(block, N - b * block));
     double* own = nll ? sums.data() + b * (K + 1) : nullptr;
-    kernels.run[dtype](p, b * block, examples, own, scratch(bytes));
-  };
-  threads = useful(threads, N * K * (C + 4 * std::min(K, C)));
-  if (threads == 1) {
-    for (int64_t b = 0; b < blocks; ++b) run(b);
-  } else {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t b = 0; b < blocks; ++b) run(b);
-  }
+    kernels.run[dtype](p, b * block, examples, own, memory);
+  });
   if (nll) {
     auto write = DType(dtype) == DType::f64 ? write_means<double> : write_means<float>;
     write(p, sums, reinterpret_cast<void*>(nll), reinterpret_cast<void*>(divergence),
@@ -123,18 +145,12 @@ void volume_backward(uintptr_t grad, uintptr_t grad_nll, uintptr_t count, uintpt
   int64_t classes = K < C ? std::max<int64_t>(64, kPart / K / 64 * 64) : C;
   int64_t parts = (C + classes - 1) / classes, groups = (N + examples - 1) / examples;
   int64_t bytes = kernels.scratch(K, C);
-  auto run = [&](int64_t task) {
+  threads = useful(threads, N * K * (C + std::min(K, C)));
+  share_out(groups * parts, threads, bytes, [&](int64_t task, void* memory) {
     int64_t first = task / parts * examples, begin = task % parts * classes;
     kernels.run[dtype](p, first, std::min(first + examples, N), begin,
-                            std::min(begin + classes, C), scratch(bytes));
-  };
-  threads = useful(threads, N * K * (C + std::min(K, C)));
-  if (threads == 1) {
-    for (int64_t task = 0; task < groups * parts; ++task) run(task);
-  } else {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < groups * parts; ++task) run(task);
-  }
+                       std::min(begin + classes, C), memory);
+  });
 }
 
 }  // namespace

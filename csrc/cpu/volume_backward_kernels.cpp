@@ -27,14 +27,14 @@ struct Particles {
   }
 };
 
-// Offsets, gradients on the target and 1/‖e‖ (in norm) of example n.
-template <class T>
+// Offsets, gradients on the target and 1/‖e‖ (in norm) of example n, in A.
+template <class T, class A>
 void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_t y,
-                     const Particles<accumulator_t<T>>& all) {
-  using A = accumulator_t<T>;
-  const A* stats = static_cast<const A*>(p.stats) + n;
-  const A* grad_nll = static_cast<const A*>(p.grad_nll);
-  A count = grad_nll ? *static_cast<const A*>(p.count) : A(1);
+                     const Particles<A>& all) {
+  using S = accumulator_t<T>;
+  const S* stats = static_cast<const S*>(p.stats) + n;
+  const S* grad_nll = static_cast<const S*>(p.grad_nll);
+  A count = grad_nll ? A(*static_cast<const S*>(p.count)) : A(1);
   auto set = [](Vec<A>* array, int64_t i, A number) { reinterpret_cast<A*>(array)[i] = number; };
   int64_t vectors = up(p.K, Vec<A>::lanes);
   for (int64_t i = 0; i < p.K; ++i) {
@@ -55,6 +55,13 @@ void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_
     all.on_target[m] = of_loss.on_target;
     all.norm[m] = Vec<A>(A(1)) / all.norm[m];
   }
+}
+
+// Twice the upstream gradient of the value of example n.
+template <class S>
+S slope_of(const VolumeBackward& p, int64_t n) {
+  S grad = static_cast<const S*>(p.grad)[n * p.stride_grad];
+  return 2 * (p.grad_nll ? grad / *static_cast<const S*>(p.count) : grad);
 }
 
 // f̃ of a chunk, zero on the target and in padding.
@@ -107,110 +114,144 @@ void write_rows(T* out, int64_t next, int64_t count, int64_t K, int64_t i, const
   }
 }
 
-// The gradients of all classes for particle i, K >= C: core is over the classes, `next` apart.
+// What a backward pass keeps for an example, K < C.
+template <class A>
+struct ByParticle {
+  Chunk<A> chunk;
+  Particles<A> particles;
+  A* core;  // (K, K), times twice the upstream gradient
+
+  ByParticle(Scratch& scratch, int64_t K, int64_t C)
+      : chunk(scratch, K, C), particles(scratch, K), core(scratch.take<A>(K * K)) {}
+};
+
+// The classes [begin, end) of an example, K < C.
 template <class T, class A>
-void write_by_class(T* out, int64_t C, int64_t i, const A* core, int64_t next, A offset,
-                    Vec<A>* x, const Chunk<A>& chunk) {
+void backward_by_particle(const VolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
+                          int64_t begin, int64_t end, const ByParticle<A>& s) {
   constexpr int lanes = Vec<A>::lanes;
-  const Vec<A>* f = chunk.e + i * chunk.vectors;
-  const A* numbers = reinterpret_cast<const A*>(f);
-  Vec<A> along(A(0));
-  for (int64_t m = 0; m < chunk.vectors; ++m) {
-    x[m] = Vec<A>(A(0));
-    for (int64_t c = 0; c < C; ++c) {
-      x[m] += Vec<A>(numbers[c]) * load_vector(core + c * next + m * lanes);
+  weigh_particles(p, n, logits, y, s.particles);
+  const A* core = static_cast<const A*>(p.core) + n * p.K * p.K;
+  const A* offset = reinterpret_cast<const A*>(s.particles.offset);
+  A slope = slope_of<A>(p, n);
+  for (int64_t i = 0; i < p.K * p.K; ++i) s.core[i] = core[i] * slope;
+  int64_t size = p.N * p.C;
+  for (int64_t start = begin; start < end; start += s.chunk.vectors * lanes) {
+    int64_t count = least(s.chunk.vectors * lanes, end - start);
+    normalised(logits + start, p.stride_k, count, y - start, p.K, s.particles, s.chunk);
+    for (int64_t i = 0; i < p.K; i += 4) {
+      auto rows = [&](auto number) {
+        write_rows<decltype(number)::value>(out + start, size, count, p.K, i, s.core, offset,
+                                            s.chunk, p.stream);
+      };
+      switch (least(p.K - i, 4)) {
+        case 4: rows(Number<4>()); break;
+        case 3: rows(Number<3>()); break;
+        case 2: rows(Number<2>()); break;
+        default: rows(Number<1>());
+      }
     }
-    along += x[m] * f[m];
   }
-  Vec<A> total(sum(along)), shift(offset);
-  for (int64_t m = 0; m < chunk.vectors; ++m) {
-    Vec<A> dz = (x[m] - total * f[m] + shift) * f[m];
-    store_vector(out + m * lanes, dz, int(least(lanes, C - m * lanes)));
+  if (y >= begin && y < end) {
+    for (int64_t i = 0; i < p.K; ++i) {
+      store(out + i * size + y, reinterpret_cast<const A*>(s.particles.on_target)[i]);
+    }
   }
 }
 
-// What a backward pass keeps for an example.
-template <class A>
-struct Backward {
-  Chunk<A> chunk;
-  Particles<A> particles;
-  int64_t side, next;
-  A* core;    // (side, next), times twice the upstream gradient; zeros in padding
-  Vec<A>* x;  // (vectors of the chunk)
+// What it keeps where K >= C: all of it in float64.
+struct ByClass {
+  Chunk<double> chunk;
+  Particles<double> particles;
+  int64_t next;
+  double *core, *wide;  // (C, next), times twice the upstream gradient, zeros in padding; (K, C)
+  Vec<double>* x;       // (vectors of the chunk)
 
-  Backward(Scratch& scratch, int64_t K, int64_t C)
+  ByClass(Scratch& scratch, int64_t K, int64_t C)
       : chunk(scratch, K, C),
         particles(scratch, K),
-        side(least(K, C)),
-        next(K < C ? K : chunk.vectors * Vec<A>::lanes),
-        core(scratch.take<A>(side * next)),
-        x(scratch.take<Vec<A>>(chunk.vectors)) {}
+        next(chunk.vectors * Vec<double>::lanes),
+        core(scratch.take<double>(C * next)),
+        wide(scratch.take<double>(K * C)),
+        x(scratch.take<Vec<double>>(chunk.vectors)) {}
 };
+
+// All classes of an example, K >= C.
+template <class T>
+void backward_by_class(const VolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
+                       const ByClass& s) {
+  constexpr int lanes = Vec<double>::lanes;
+  weigh_particles(p, n, logits, y, s.particles);
+  const double* core = static_cast<const double*>(p.core) + n * p.C * p.C;
+  double slope = slope_of<accumulator_t<T>>(p, n);
+  for (int64_t i = 0; i < p.C; ++i) {
+    for (int64_t j = 0; j < s.next; ++j) {
+      s.core[i * s.next + j] = j < p.C ? core[i * p.C + j] * slope : 0;
+    }
+  }
+  widen_rows(logits, p.stride_k, p.K, p.C, s.wide);
+  normalised(s.wide, p.C, p.C, y, p.K, s.particles, s.chunk);
+  for (int64_t i = 0; i < p.K; ++i) {
+    const Vec<double>* f = s.chunk.e + i * s.chunk.vectors;
+    const double* numbers = reinterpret_cast<const double*>(f);
+    Vec<double> along(0.0);
+    for (int64_t m = 0; m < s.chunk.vectors; ++m) {
+      s.x[m] = Vec<double>(0.0);
+      for (int64_t c = 0; c < p.C; ++c) {
+        s.x[m] += Vec<double>(numbers[c]) * load_vector(s.core + c * s.next + m * lanes);
+      }
+      along += s.x[m] * f[m];
+    }
+    Vec<double> total(sum(along)), offset(reinterpret_cast<double*>(s.particles.offset)[i]);
+    for (int64_t m = 0; m < s.chunk.vectors; ++m) {
+      s.x[m] = (s.x[m] - total * f[m] + offset) * f[m];
+    }
+    const double* dz = reinterpret_cast<const double*>(s.x);
+    T* row = out + i * p.N * p.C;
+    for (int64_t c = 0; c < p.C; ++c) store(row + c, dz[c]);
+    store(row + y, reinterpret_cast<const double*>(s.particles.on_target)[i]);
+  }
+}
 
 template <class T>
 void backward(const VolumeBackward& p, int64_t first, int64_t last, int64_t begin, int64_t end,
               void* memory) {
-  using A = accumulator_t<T>;
-  constexpr int lanes = Vec<A>::lanes;
-  Scratch scratch{static_cast<char*>(memory)};
-  Backward<A> s(scratch, p.K, p.C);
-  const A* offset = reinterpret_cast<const A*>(s.particles.offset);
-  int64_t size = p.N * p.C;
-  for (int64_t n = first; n < last; ++n) {
-    const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
-    T* out = static_cast<T*>(p.out) + n * p.C;
-    int64_t y = p.targets[n * p.stride_target];
-    if (y == kIgnored) {
-      for (int64_t i = 0; i < p.K; ++i) {
-        memset(out + i * size + begin, 0, size_t(end - begin) * sizeof(T));
-      }
-      continue;
-    }
-    weigh_particles(p, n, logits, y, s.particles);
-    const A* core = static_cast<const A*>(p.core) + n * s.side * s.side;
-    A slope = static_cast<const A*>(p.grad)[n * p.stride_grad];
-    if (p.grad_nll) slope /= *static_cast<const A*>(p.count);
-    slope *= 2;
-    for (int64_t i = 0; i < s.side; ++i) {
-      for (int64_t j = 0; j < s.next; ++j) {
-        s.core[i * s.next + j] = j < s.side ? core[i * s.side + j] * slope : A(0);
-      }
-    }
-    for (int64_t start = begin; start < end; start += s.chunk.vectors * lanes) {
-      int64_t count = least(s.chunk.vectors * lanes, end - start);
-      normalised(logits + start, p.stride_k, count, y - start, p.K, s.particles, s.chunk);
-      T* here = out + start;
-      if (p.K >= p.C) {
-        for (int64_t i = 0; i < p.K; ++i) {
-          write_by_class(here + i * size, p.C, i, s.core, s.next, offset[i], s.x, s.chunk);
-        }
+  auto each = [&](auto run) {
+    for (int64_t n = first; n < last; ++n) {
+      const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
+      T* out = static_cast<T*>(p.out) + n * p.C;
+      int64_t y = p.targets[n * p.stride_target];
+      if (y != kIgnored) {
+        run(n, logits, y, out);
         continue;
       }
-      for (int64_t i = 0; i < p.K; i += 4) {
-        auto rows = [&](auto number) {
-          write_rows<decltype(number)::value>(here, size, count, p.K, i, s.core, offset, s.chunk,
-                                              p.stream);
-        };
-        switch (least(p.K - i, 4)) {
-          case 4: rows(Number<4>()); break;
-          case 3: rows(Number<3>()); break;
-          case 2: rows(Number<2>()); break;
-          default: rows(Number<1>());
-        }
-      }
-    }
-    if (y >= begin && y < end) {
       for (int64_t i = 0; i < p.K; ++i) {
-        store(out + i * size + y, reinterpret_cast<const A*>(s.particles.on_target)[i]);
+        memset(out + i * p.N * p.C + begin, 0, size_t(end - begin) * sizeof(T));
       }
     }
+  };
+  Scratch scratch{static_cast<char*>(memory)};
+  if (p.K >= p.C) {
+    ByClass s(scratch, p.K, p.C);
+    each([&](int64_t n, const T* logits, int64_t y, T* out) {
+      backward_by_class(p, n, logits, y, out, s);
+    });
+  } else {
+    ByParticle<accumulator_t<T>> s(scratch, p.K, p.C);
+    each([&](int64_t n, const T* logits, int64_t y, T* out) {
+      backward_by_particle(p, n, logits, y, out, begin, end, s);
+    });
   }
   if (p.stream) finish_streaming();
 }
 
 int64_t backward_scratch(int64_t K, int64_t C) {
   Scratch scratch{nullptr};
-  Backward<double>(scratch, K, C);
+  if (K >= C) {
+    ByClass(scratch, K, C);
+  } else {
+    ByParticle<double>(scratch, K, C);
+  }
   return scratch.used;
 }
 

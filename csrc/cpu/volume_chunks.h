@@ -30,6 +30,14 @@ struct Scratch {
   }
 };
 
+// The logits (K, C) of an example, contiguous and in float64.
+template <class T>
+void widen_rows(const T* logits, int64_t stride_k, int64_t K, int64_t C, double* wide) {
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t c = 0; c < C; ++c) wide[i * C + c] = load(logits[i * stride_k + c]);
+  }
+}
+
 // A chunk of the classes of all particles.
 template <class A>
 struct Chunk {

@@ -12,6 +12,8 @@ namespace {
 
 using Double = Vec<double>;
 constexpr int kExamples = Double::lanes;
+// Particles on the other side of a tile of four: sums in 16 of 32 registers, 8 of 16.
+constexpr int kOthers = kExamples == 8 ? 4 : 2;
 constexpr double kInfinity = __builtin_inf();
 
 template <class V>
@@ -48,123 +50,178 @@ MULTILORA_HD accumulator_t<T> take_row(const T* logits, int64_t count, int64_t t
   return highest(top);
 }
 
-// e := exp(e − top) -> its sum and the sum of its squares. What is read next, `ahead`, is fetched
-// meanwhile: nothing else reads.
+// e := exp(e − top) -> its sum. What is read next, `ahead`, is fetched meanwhile: nothing else reads.
 template <class T, class A>
-MULTILORA_HD void exponentials(Vec<A>* e, int64_t vectors, A top, const T* ahead, A& sum_of,
-                               A& squares) {
-  Vec<A> base(top), total(A(0)), square(A(0));
+MULTILORA_HD A exponentials(Vec<A>* e, int64_t vectors, A top, const T* ahead) {
+  Vec<A> base(top), total(A(0));
   for (int64_t m = 0; m < vectors; ++m) {
     __builtin_prefetch(ahead + m * Vec<A>::lanes);
     e[m] = exp(e[m] - base);
     total += e[m];
-    square += e[m] * e[m];
   }
-  sum_of = sum(total);
-  squares = sum(square);
+  return sum(total);
 }
 
-// ⟨e_i, e_j⟩ of one particle with `others` of them, `stride` apart.
-template <int others, class A>
-MULTILORA_HD void products(const Vec<A>* e, const Vec<A>* next, int64_t stride, int64_t vectors,
-                           A* result) {
-  Vec<A> total[others];
-  for (int q = 0; q < others; ++q) total[q] = Vec<A>(A(0));
-  for (int64_t m = 0; m < vectors; ++m) {
-    for (int q = 0; q < others; ++q) total[q] += e[m] * next[q * stride + m];
-  }
-  for (int q = 0; q < others; ++q) result[q] = sum(total[q]);
+// As many numbers as fill a vector of float64.
+MULTILORA_HD Double load_double(const double* place) { return load_bytes<Double>(place); }
+MULTILORA_HD Double load_double(const float* place) {
+  typedef float Floats __attribute__((vector_size(MULTILORA_VECTOR_BYTES / 2)));
+  return __builtin_convertvector(load_bytes<Floats>(place), Double::Native);
 }
 
-// The Gram matrix of e off the diagonal, added to lane `lane` of what was there under an older
-// maximum; `shrunk` (K) is what that turns to.
+// ⟨e_i, e_j⟩ of `rows` particles i with `others` of them, rows `stride` apart, and of none with
+// j > i where they are the same ones.
+template <int rows, int others, bool same, class A>
+MULTILORA_HD void products(const A* e, const A* next, int64_t stride, int64_t count,
+                           double (&result)[rows][others]) {
+  Double total[rows][others];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int q = 0; q < others; ++q) total[r][q] = Double(0.0);
+  }
+  for (int64_t c = 0; c < count; c += kExamples) {
+    Double x[rows], y[others];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) x[r] = load_double(e + r * stride + c);
+#pragma GCC unroll 8
+    for (int q = 0; q < others; ++q) {
+      if constexpr (same) {
+        y[q] = x[q];
+      } else {
+        y[q] = load_double(next + q * stride + c);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+      for (int q = 0; q < (same ? r + 1 : others); ++q) total[r][q] += x[r] * y[q];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+    for (int q = 0; q < (same ? r + 1 : others); ++q) result[r][q] = sum(total[r][q]);
+  }
+}
+
+// The Gram matrix of e, added to what was there under an older maximum, which `shrunk` (K) turns:
+// ‖e‖² into `norm`, the rest into `matrix`, both in lane `lane`.
 template <class A>
-void add_products(const Vec<A>* e, int64_t stride, int64_t vectors, int64_t K, const double* shrunk,
-                  Double* matrix, int lane) {
-  for (int64_t i = 1; i < K; ++i) {
-    for (int64_t j = 0; j < i; j += 4) {
-      A result[4];
-      int64_t others = least(4, i - j);
-      const Vec<A>*own = e + i * stride, *next = e + j * stride;
-      if (others == 4) products<4>(own, next, stride, vectors, result);
-      if (others == 3) products<3>(own, next, stride, vectors, result);
-      if (others == 2) products<2>(own, next, stride, vectors, result);
-      if (others == 1) products<1>(own, next, stride, vectors, result);
-      for (int64_t q = 0; q < others; ++q) {
-        double* place = reinterpret_cast<double*>(matrix + pair(i, j + q)) + lane;
-        *place = *place * (shrunk[i] * shrunk[j + q]) + double(result[q]);
+struct AddProducts {
+  const Vec<A>* e;
+  int64_t stride, count;
+  const double* shrunk;
+  Double *norm, *matrix;
+  int lane;
+
+  template <int rows, int others, bool same>
+  void tile(int64_t i, int64_t j) const {
+    const A* numbers = reinterpret_cast<const A*>(e);
+    double result[rows][others];
+    products<rows, others, same>(numbers + i * stride, numbers + j * stride, stride, count, result);
+    for (int r = 0; r < rows; ++r) {
+      for (int q = 0; q < (same ? r + 1 : others); ++q) {
+        Double* at = i + r == j + q ? norm + i + r : matrix + pair(i + r, j + q);
+        double* place = reinterpret_cast<double*>(at) + lane;
+        *place = *place * (shrunk[i + r] * shrunk[j + q]) + result[r][q];
       }
     }
   }
+
+  // The particles [i, i + rows), i a multiple of four, with themselves and all before.
+  template <int rows>
+  void with_all_before(int64_t i) const {
+    for (int64_t j = 0; j < i; j += kOthers) tile<rows, kOthers, false>(i, j);
+    tile<rows, rows, true>(i, i);
+  }
+};
+
+template <class A>
+void add_products(const AddProducts<A>& add, int64_t K) {
+  int64_t i = 0;
+  for (; i + 4 <= K; i += 4) add.template with_all_before<4>(i);
+  switch (K - i) {
+    case 3: return add.template with_all_before<3>(i);
+    case 2: return add.template with_all_before<2>(i);
+    case 1: return add.template with_all_before<1>(i);
+  }
 }
 
-// F̃ᵀF̃ into lane `lane`, from the e of all classes and ‖e‖².
-template <class A>
-void class_products(Vec<A>* e, int64_t stride, int64_t K, int64_t C, const Double* squares,
-                    Double* matrix, int lane) {
-  constexpr int lanes = Vec<A>::lanes;
+// ‖e‖² of all particles, then F̃ᵀF̃ if there is a matrix, into lane `lane`, from the e of all classes.
+void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* norm, Double* matrix,
+                    int lane) {
   for (int64_t i = 0; i < K; ++i) {
-    Vec<A> inverse(A(1 / __builtin_sqrt(squares[i][lane])));
+    Double squares(0.0);
+    for (int64_t m = 0; m < stride; ++m) squares += e[i * stride + m] * e[i * stride + m];
+    double total = sum(squares);
+    reinterpret_cast<double*>(norm + i)[lane] = total;
+    Double inverse(1 / __builtin_sqrt(total));
     for (int64_t m = 0; m < stride; ++m) e[i * stride + m] *= inverse;
   }
-  const A* f = reinterpret_cast<const A*>(e);
+  if (!matrix) return;
+  const double* f = reinterpret_cast<const double*>(e);
   for (int64_t c = 0; c < C; ++c) {
-    for (int64_t m = 0; m * lanes <= c; ++m) {
-      Vec<A> total(A(0));
+    for (int64_t m = 0; m * kExamples <= c; ++m) {
+      Double total(0.0);
       for (int64_t i = 0; i < K; ++i) {
-        total += Vec<A>(f[i * stride * lanes + c]) * e[i * stride + m];
+        total += Double(f[i * stride * kExamples + c]) * e[i * stride + m];
       }
-      for (int64_t l = 0; l < least(lanes, c + 1 - m * lanes); ++l) {
-        reinterpret_cast<double*>(matrix + pair(c, m * lanes + l))[lane] = double(total[int(l)]);
+      for (int64_t l = 0; l < least(kExamples, c + 1 - m * kExamples); ++l) {
+        reinterpret_cast<double*>(matrix + pair(c, m * kExamples + l))[lane] = total[int(l)];
       }
     }
   }
 }
 
-// Top, sums and Gram matrix of example n into a lane.
+// Top, sums and Gram matrix of an example, whose logits (K, C) are `stride_k` apart, into a lane.
 template <class T>
-void read_example(const VolumeForward& p, int64_t n, int lane, const Example<Double>& x,
-                  const Chunk<accumulator_t<T>>& chunk) {
+void read_example(const VolumeForward& p, const T* logits, int64_t stride_k, int64_t y, int lane,
+                  const Example<Double>& x, const Chunk<accumulator_t<T>>& chunk) {
   using A = accumulator_t<T>;
   constexpr int lanes = Vec<A>::lanes;
-  const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
-  int64_t y = p.targets[n * p.stride_target];
-  bool by_class = p.K >= p.C, pairs = p.kind != VolumeKind::zero;
   auto in_lane = [lane](Double* place) -> double& {
     return reinterpret_cast<double*>(place)[lane];
   };
   for (int64_t i = 0; i < p.K; ++i) {
     in_lane(x.top + i) = -kInfinity;
     in_lane(x.rest + i) = in_lane(x.norm + i) = 0;
-    in_lane(x.own + i) = double(load(logits[i * p.stride_k + y]));
-    for (int64_t j = 0; pairs && !by_class && j < i; ++j) in_lane(x.matrix + pair(i, j)) = 0;
+    in_lane(x.own + i) = double(load(logits[i * stride_k + y]));
+    for (int64_t j = 0; p.K < p.C && j < i; ++j) in_lane(x.matrix + pair(i, j)) = 0;
   }
   for (int64_t start = 0; start < p.C; start += chunk.vectors * lanes) {
     int64_t count = least(chunk.vectors * lanes, p.C - start), used = up(count, lanes);
     // In two loops: a row's maximum and sums each end in a chain of waits, which the next row
     // fills.
     for (int64_t i = 0; i < p.K; ++i) {
-      const T* row = logits + i * p.stride_k + start;
+      const T* row = logits + i * stride_k + start;
       chunk.tops[i] = take_row(row, count, y - start, chunk.e + i * chunk.vectors);
     }
     for (int64_t i = 0; i < p.K; ++i) {
       double before = in_lane(x.top + i), top = multilora::max(before, double(chunk.tops[i]));
       double factor = before == top ? 1 : before == -kInfinity ? 0 : shrink(before, top);
-      A total, squares;
-      const T* ahead = logits + i * p.stride_k + start + chunk.vectors * lanes;
-      exponentials(chunk.e + i * chunk.vectors, used, A(finite(top)), ahead, total, squares);
+      const T* ahead = logits + i * stride_k + start + chunk.vectors * lanes;
+      A total = exponentials(chunk.e + i * chunk.vectors, used, A(finite(top)), ahead);
       chunk.shrunk[i] = factor;
       in_lane(x.top + i) = top;
       in_lane(x.rest + i) = in_lane(x.rest + i) * factor + double(total);
-      in_lane(x.norm + i) = in_lane(x.norm + i) * (factor * factor) + double(squares);
     }
-    if (pairs && !by_class) {
-      add_products(chunk.e, chunk.vectors, used, p.K, chunk.shrunk, x.matrix, lane);
+    if (p.K < p.C) {
+      add_products<A>({chunk.e, chunk.vectors * lanes, used * lanes, chunk.shrunk, x.norm, x.matrix,
+                       lane},
+                      p.K);
     }
   }
-  if (pairs && by_class) {
-    class_products(chunk.e, chunk.vectors, p.K, p.C, x.norm, x.matrix, lane);
-  }
+}
+
+// The same where the sides are classes: all of it in float64, from a copy of the logits.
+template <class T>
+void read_example_by_class(const VolumeForward& p, const T* logits, int64_t y, int lane,
+                           const Example<Double>& x, const Chunk<double>& chunk, double* wide) {
+  widen_rows(logits, p.stride_k, p.K, p.C, wide);
+  read_example(p, wide, p.C, y, lane, x, chunk);
+  class_products(chunk.e, chunk.vectors, p.K, p.C, x.norm,
+                 p.kind == VolumeKind::zero ? nullptr : x.matrix, lane);
 }
 
 // Numbers that break nothing, for a lane without an example or with an ignored one.
@@ -206,6 +263,17 @@ Double finish(const VolumeForward& p, int count, const Example<Double>& x,
   return value;
 }
 
+// The core of one lane, or zeros.
+template <class A>
+void write_core(const Example<Double>& x, int64_t side, int lane, bool live, A* square) {
+  for (int64_t i = 0; i < side; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      A number = live ? A(x.matrix[pair(i, j)][lane]) : A(0);
+      square[i * side + j] = square[j * side + i] = number;
+    }
+  }
+}
+
 template <class T>
 void forward(const VolumeForward& p, int64_t first, int count, double* sums, void* memory) {
   using A = accumulator_t<T>;
@@ -213,35 +281,41 @@ void forward(const VolumeForward& p, int64_t first, int count, double* sums, voi
   Scratch scratch{static_cast<char*>(memory)};
   Example<Double> x = take_example<Double>(scratch, p.K, side);
   Example<double> one = take_example<double>(scratch, p.K, side);
-  Chunk<A> chunk(scratch, p.K, p.C);
-  bool valid[kExamples];
+  bool by_class = p.K >= p.C, valid[kExamples];
+  // Only one of these is used, and the other may lie in the same place.
+  Scratch same_place = scratch;
+  Chunk<A> chunk(same_place, p.K, p.C);
+  Chunk<double> wide_chunk(scratch, p.K, p.C);
+  double* wide = by_class ? scratch.take<double>(p.K * p.C) : nullptr;
   for (int lane = 0; lane < kExamples; ++lane) {
     int64_t n = first + lane;
     valid[lane] = lane < count && p.targets[n * p.stride_target] != kIgnored;
-    if (valid[lane]) {
-      read_example<T>(p, n, lane, x, chunk);
-    } else {
+    const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
+    if (!valid[lane]) {
       fill_lane(p, lane, x);
+    } else if (by_class) {
+      read_example_by_class(p, logits, p.targets[n * p.stride_target], lane, x, wide_chunk, wide);
+    } else {
+      read_example(p, logits, p.stride_k, p.targets[n * p.stride_target], lane, x, chunk);
     }
   }
   Double value = finish(p, count, x, one);
 
-  A *stats = static_cast<A*>(p.stats) + first, *core = static_cast<A*>(p.core);
+  A* stats = static_cast<A*>(p.stats) + first;
   const Double* of_stats[] = {x.top, x.norm, x.rest};
   for (int64_t row = 0; row < 3 * p.K; ++row) {
     const Double& numbers = of_stats[row / p.K][row % p.K];
     for (int lane = 0; lane < count; ++lane) stats[row * p.N + lane] = A(numbers[lane]);
   }
   for (int lane = 0; lane < count; ++lane) {
-    A* square = core + (first + lane) * side * side;
     bool live = valid[lane] && p.kind != VolumeKind::zero;
-    for (int64_t i = 0; i < side; ++i) {
-      for (int64_t j = 0; j <= i; ++j) {
-        A number = live ? A(x.matrix[pair(i, j)][lane]) : A(0);
-        square[i * side + j] = square[j * side + i] = number;
-      }
+    int64_t n = first + lane;
+    if (by_class) {
+      write_core(x, side, lane, live, static_cast<double*>(p.core) + n * side * side);
+    } else {
+      write_core(x, side, lane, live, static_cast<A*>(p.core) + n * side * side);
     }
-    if (p.value) static_cast<A*>(p.value)[first + lane] = valid[lane] ? A(value[lane]) : A(0);
+    if (p.value) static_cast<A*>(p.value)[n] = valid[lane] ? A(value[lane]) : A(0);
   }
   if (!sums) return;
   for (int64_t i = 0; i <= p.K; ++i) {
@@ -257,6 +331,7 @@ int64_t forward_scratch(int64_t K, int64_t C) {
   take_example<Double>(scratch, K, least(K, C));
   take_example<double>(scratch, K, least(K, C));
   Chunk<double>(scratch, K, C);
+  if (K >= C) scratch.take<double>(K * C);
   return scratch.used;
 }
 

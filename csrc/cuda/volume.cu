@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
   int64_t begin, end;
   own_classes(p.C, p.lanes * M, p.splits, begin, end);
 
-  A top[KB], rest[KB], factor[KB], gram[KB * (KB + 1) / 2];
+  A top[KB], rest[KB];
+  double factor[KB], gram[KB * (KB + 1) / 2];
   MULTILORA_UNROLL
   for (int i = 0; i < KB; ++i) {
     top[i] = -INFINITY;
@@ -57,21 +58,27 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
         if (first + m == y) e[i][m] = -INFINITY;
         highest = max(highest, e[i][m]);
       }
-      A base = finite(highest), total = 0;
-      factor[i] = exp(top[i] - base);
+      A base = finite(highest), total = 0, shrunk = exp(top[i] - base);
       MULTILORA_UNROLL
       for (int m = 0; m < M; ++m) {
         e[i][m] = exp(e[i][m] - base);
         total += e[i][m];
       }
       top[i] = highest;
-      rest[i] = rest[i] * factor[i] + total;
+      rest[i] = rest[i] * shrunk + total;
+      factor[i] = shrunk;
+    }
+    MULTILORA_UNROLL
+    for (int i = 0; i < KB; ++i) {
       MULTILORA_UNROLL
-      for (int j = 0; j <= i; ++j) {
-        A product = 0;
+      for (int j = 0; j <= i; ++j) gram[pair(i, j)] *= factor[i] * factor[j];
+    }
+    MULTILORA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      MULTILORA_UNROLL
+      for (int i = 0; i < KB; ++i) {
         MULTILORA_UNROLL
-        for (int m = 0; m < M; ++m) product += e[i][m] * e[j][m];
-        gram[pair(i, j)] = gram[pair(i, j)] * (factor[i] * factor[j]) + product;
+        for (int j = 0; j <= i; ++j) gram[pair(i, j)] += double(e[i][m]) * double(e[j][m]);
       }
     }
   }
@@ -80,8 +87,9 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
   MULTILORA_UNROLL
   for (int i = 0; i < KB; ++i) {
     A highest = group.max(top[i]);
-    factor[i] = shrink(top[i], highest);
-    A total = group.sum(rest[i] * factor[i]);
+    A shrunk = shrink(top[i], highest);
+    factor[i] = shrunk;
+    A total = group.sum(rest[i] * shrunk);
     bool writes = i < p.K && group.rank() == 0;
     if (writes) {
       part[i] = highest;
@@ -89,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
     }
     MULTILORA_UNROLL
     for (int j = 0; j <= i; ++j) {
-      A product = group.sum(gram[pair(i, j)] * (factor[i] * factor[j]));
+      double product = group.sum(gram[pair(i, j)] * (factor[i] * factor[j]));
       if (writes) part[2 * p.K + pair(i, j)] = product;
     }
   }
@@ -107,8 +115,8 @@ __global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const 
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(32);
   int lane = group.rank(), warp = int(threadIdx.x) / 32;
-  A* e = reinterpret_cast<A*>(memory) + warp * (kStep + 1) * kColumn;
-  A* factors = e + kStep * kColumn;
+  double* e = reinterpret_cast<double*>(memory) + warp * (kStep + 1) * kColumn;
+  double* factors = e + kStep * kColumn;
   int64_t n = int64_t(blockIdx.x) * (kFewThreads / 32) + warp;
   if (n >= p.N) return;
   int64_t y = p.targets[n * p.stride_target];
@@ -134,10 +142,10 @@ __global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const 
     group.sync();
     if (lane < p.K) {
       A highest = top, total = 0;
-      for (int c = 0; c < kStep; ++c) highest = max(highest, e[c * kColumn + lane]);
+      for (int c = 0; c < kStep; ++c) highest = max(highest, A(e[c * kColumn + lane]));
       A base = finite(highest), factor = exp(top - base);
       for (int c = 0; c < kStep; ++c) {
-        A number = exp(e[c * kColumn + lane] - base);
+        A number = exp(A(e[c * kColumn + lane]) - base);
         e[c * kColumn + lane] = number;
         total += number;
       }
@@ -148,22 +156,18 @@ __global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const 
       factors[lane] = 0;
     }
     group.sync();
-    A products[4][8] = {};
+    MULTILORA_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      MULTILORA_UNROLL
+      for (int q = 0; q < 8; ++q) gram[r][q] *= factors[row + r] * factors[column + q];
+    }
     for (int c = 0; c < kStep; ++c) {
       MULTILORA_UNROLL
       for (int r = 0; r < 4; ++r) {
         MULTILORA_UNROLL
         for (int q = 0; q < 8; ++q) {
-          products[r][q] += e[c * kColumn + row + r] * e[c * kColumn + column + q];
+          gram[r][q] += e[c * kColumn + row + r] * e[c * kColumn + column + q];
         }
-      }
-    }
-    MULTILORA_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      MULTILORA_UNROLL
-      for (int q = 0; q < 8; ++q) {
-        double factor = double(factors[row + r]) * double(factors[column + q]);
-        gram[r][q] = gram[r][q] * factor + products[r][q];
       }
     }
     group.sync();
@@ -300,7 +304,7 @@ __global__ void __launch_bounds__(kFewThreads, 8)
     }
   }
 
-  A *stats = static_cast<A*>(p.stats) + n, *core = static_cast<A*>(p.core) + n * side * side;
+  A* stats = static_cast<A*>(p.stats) + n;
   A* losses = static_cast<A*>(p.losses);
   for (int i = group.rank(); i < K; i += group.size()) {
     // Of an ignored example they are numbers that break nothing.
@@ -313,7 +317,13 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   }
   for (int at = group.rank(); at < side * side; at += group.size()) {
     int i = at / side, j = at % side;
-    core[at] = moves ? A(x.matrix[i < j ? pair(j, i) : pair(i, j)]) : A(0);
+    double number = moves ? x.matrix[i < j ? pair(j, i) : pair(i, j)] : 0;
+    int64_t place = n * side * side + at;
+    if (by_class) {
+      static_cast<double*>(p.core)[place] = number;
+    } else {
+      static_cast<A*>(p.core)[place] = A(number);
+    }
   }
   if (group.rank() == 0) static_cast<A*>(p.value)[n] = A(value);
 }
@@ -389,13 +399,12 @@ void volume_forward(VolumeForward p, DType dtype, Stream stream) {
   if (p.N == 0) return;
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    using A = accumulator_t<T>;
     constexpr int M = kClasses<T>;
     plan(p, M);
     p.aligned = is_aligned<T>(p.logits, M, p.stride_k, p.stride_n);
     if (p.K > 8) {
       dim3 grid(blocks(p.N, kFewThreads / 32), unsigned(p.splits));
-      size_t bytes = kFewThreads / 32 * (kStep + 1) * kColumn * sizeof(A);
+      size_t bytes = kFewThreads / 32 * (kStep + 1) * kColumn * sizeof(double);
       launch(volume_sums_of_many_kernel<T>, grid, kFewThreads, bytes, stream, p);
     } else {
       auto kernel = p.K > 4   ? volume_sums_kernel<T, 8>

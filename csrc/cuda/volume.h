@@ -6,8 +6,8 @@
 
 namespace multilora {
 
-// logits (K, N, C) with dense classes, targets (N,); strides in elements. Matrices and gradients
-// are of the logits' dtype, or float32 where that is a half precision.
+// logits (K, N, C) with dense classes, targets (N,); strides in elements. Numbers and gradients are
+// of the logits' dtype, or float32 where that is a half precision; core is float64 where K >= C.
 struct VolumeForward {
   const void* logits;
   const int64_t* targets;

@@ -20,19 +20,20 @@ __device__ Particles<A> particles_at(A* memory, int K) {
 }
 
 // Member `rank` of `size` does its particles.
-template <class T, class A = accumulator_t<T>>
+template <class T, class A>
 __device__ void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_t y,
                                 int rank, int size, const Particles<A>& all) {
-  const A* stats = static_cast<const A*>(p.stats) + n;
+  using S = accumulator_t<T>;
+  const S* stats = static_cast<const S*>(p.stats) + n;
   for (int i = rank; i < p.K; i += size) {
     A norm = stats[(p.K + i) * p.N];
     all.top[i] = stats[i * p.N];
     all.inverse[i] = 1 / norm;
     LossGradient<A> of_loss{0, 0};
     if (p.grad_nll) {
-      A grad = static_cast<const A*>(p.grad_nll)[i * p.stride_nll];
-      A weight = grad / *static_cast<const A*>(p.count), own = load(logits[i * p.stride_k + y]);
-      of_loss = loss_gradient(weight, all.top[i], norm, stats[(2 * p.K + i) * p.N], own);
+      A grad = static_cast<const S*>(p.grad_nll)[i * p.stride_nll];
+      A weight = grad / *static_cast<const S*>(p.count), own = load(logits[i * p.stride_k + y]);
+      of_loss = loss_gradient<A>(weight, all.top[i], norm, stats[(2 * p.K + i) * p.N], own);
     }
     all.offset[i] = of_loss.offset;
     all.on_target[i] = of_loss.on_target;
@@ -165,8 +166,8 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const
   }
 }
 
-// No fewer particles than classes: core is over the classes, and a warp has all of an example. A
-// lane is a particle.
+// No fewer particles than classes: core is over the classes, all is in float64, and a warp has all
+// of an example. A lane is a particle.
 template <class T>
 __global__ void __launch_bounds__(kFewThreads, 8)
     volume_gradient_by_class_kernel(const VolumeBackward p) {
@@ -174,9 +175,9 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(32);
   int K = p.K, C = int(p.C);
-  A* f = reinterpret_cast<A*>(memory) + int(threadIdx.x) / 32 * (2 * K * C + 4 * K);
-  A* x = f + K * C;
-  Particles<A> all = particles_at(x + K * C, K);
+  double* f = reinterpret_cast<double*>(memory) + int(threadIdx.x) / 32 * (2 * K * C + 4 * K);
+  double* x = f + K * C;
+  Particles<double> all = particles_at(x + K * C, K);
   int64_t n = (int64_t(blockIdx.x) * kFewThreads + threadIdx.x) / 32;
   if (n >= p.N) return;
   const T* logits = static_cast<const T*>(p.logits) + n * p.stride_n;
@@ -189,22 +190,22 @@ __global__ void __launch_bounds__(kFewThreads, 8)
     return;
   }
   weigh_particles(p, n, logits, y, group.rank(), group.size(), all);
-  A slope = slope_of<A>(p, n);
-  const A* core = static_cast<const A*>(p.core) + n * C * C;
+  double slope = slope_of<A>(p, n);
+  const double* core = static_cast<const double*>(p.core) + n * C * C;
   for (int i = group.rank(); i < K; i += group.size()) {
-    A *own = f + i * C, *weighed = x + i * C, along = 0;
+    double *own = f + i * C, *weighed = x + i * C, along = 0;
     for (int c = 0; c < C; ++c) {
-      A z = load(logits[i * p.stride_k + c]);
-      own[c] = c == y ? A(0) : exp(z - all.top[i]) * all.inverse[i];
+      double z = load(logits[i * p.stride_k + c]);
+      own[c] = c == y ? 0 : exp(z - all.top[i]) * all.inverse[i];
     }
     for (int c = 0; c < C; ++c) {
-      A total = 0;
+      double total = 0;
       for (int d = 0; d < C; ++d) total += own[d] * core[d * C + c];
       weighed[c] = total * slope;
       along += weighed[c] * own[c];
     }
     for (int c = 0; c < C; ++c) {
-      A dz = own[c] * (weighed[c] - along * own[c] + all.offset[i]);
+      double dz = own[c] * (weighed[c] - along * own[c] + all.offset[i]);
       store(out + i * p.N * C + c, c == y ? all.on_target[i] : dz);
     }
   }
@@ -233,7 +234,7 @@ void volume_backward(VolumeBackward p, DType dtype, Stream stream) {
     p.aligned = is_aligned<T>(p.logits, each, p.stride_k, p.stride_n) &&
                 is_aligned<T>(p.out, each, p.N * p.C, p.C);
     if (p.K >= p.C) {
-      size_t bytes = kFewThreads / 32 * (2 * p.K * p.C + 4 * p.K) * sizeof(A);
+      size_t bytes = kFewThreads / 32 * (2 * p.K * p.C + 4 * p.K) * sizeof(double);
       launch(volume_gradient_by_class_kernel<T>, blocks(p.N * 32, kFewThreads), kFewThreads, bytes,
              stream, p);
     } else if (many) {

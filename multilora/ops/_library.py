@@ -1,9 +1,12 @@
 """The operators' home in torch's dispatcher: one library, one way to register."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from multilora.ops import dispatch
 
@@ -52,7 +55,42 @@ def define(
 
 def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]):
     """Give `op` its gradient; `backward` calls operators only, so that it can be compiled."""
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_lib)
+
+    def save(ctx, inputs, output):
+        keep_backend(ctx)
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(op, on_kept_backend(backward), setup_context=save, lib=_lib)
+
+
+def keep_backend(ctx: Any) -> None:
+    """Note what backend the forward was asked to run on."""
+    ctx.backend = dispatch.requested()
+
+
+def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward` on the backend of its forward: it may run on autograd's own thread, and later."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        with dispatch.as_requested(ctx.backend):
+            return backward(ctx, *grads)
+
+    return run
+
+
+def refuse_forward_mode(name: str, *tensors: Any) -> None:
+    """Raise NotImplementedError where a tensor carries a tangent, which operators would drop."""
+    # torch.func.jvp and linearize open a level too; outside of all of them this is the only cost.
+    if forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, "
+                f"torch.autograd.forward_ad): use reverse mode (backward, torch.autograd.grad); "
+                f"got a tangent for a tensor {tuple(t.shape)}"
+            )
 
 
 def refuse_gradient(op: Any):

@@ -12,6 +12,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def core_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype of the volume's core, and of what is multiplied with it, for logits (K, N, C)."""
+    particles, _, classes = logits.shape
+    # reference.py says why.
+    return torch.float64 if particles >= classes else accumulator(logits.dtype)
+
+
 def check_targets(logits: Tensor, targets: Tensor) -> None:
     """Raise ValueError for a target outside [0, C) other than IGNORE_INDEX."""
     classes = logits.shape[-1]

@@ -1,6 +1,7 @@
 """Which backend computes an operator: one switch, one point of decision."""
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -23,8 +24,23 @@ BACKENDS = {
 #: Where it is not set, they take the best that the CPU has.
 CPU_LEVEL = "MULTILORA_CPU_LEVEL"
 
-# A plain global, not a context variable: CUDA's backward runs on autograd's own thread.
-_requested: str | None = os.environ.get("MULTILORA_BACKEND") or None
+# What holds where no `use_backend` does.
+_by_environment: str | None = os.environ.get("MULTILORA_BACKEND") or None
+
+
+class _Request:
+    """An open `use_backend`; of name None, that nothing is asked for."""
+
+    __slots__ = ("is_open", "name")
+
+    def __init__(self, name: str | None):
+        self.name, self.is_open = name, True
+
+
+# Those of this thread (or asyncio task), the innermost last, and those of all threads. Blocks may
+# be left in any order and by any thread, so each closes its own request, and restores nothing.
+_here: contextvars.ContextVar[tuple[_Request, ...]] = contextvars.ContextVar("here", default=())
+_everywhere: list[_Request] = []
 
 
 class BackendUnavailableError(RuntimeError):
@@ -130,26 +146,64 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every multilora operator inside the `with` block on one backend.
 
     name: "reference" | "cpu" | "triton" | "cuda". The environment variable MULTILORA_BACKEND
-    does the same for a whole process. The choice is process-wide, threads included.
+    does the same for a whole process.
+
+    The choice holds in the thread (the asyncio task) that enters the block, whatever others choose,
+    and in threads that choose nothing themselves. The backward of an operator runs on the backend
+    of its forward, on any thread and after the block too; that of a compiled function runs on what
+    is asked for at that time.
 
     Raises BackendUnavailableError, with the reason, where that backend cannot run here: an
-    explicit request never falls back to another backend.
+    explicit request never falls back to another backend. An operator raises it in a thread that
+    chooses nothing while others choose different backends.
     """
-    global _requested
     _require(name)
-    previous, _requested = _requested, name
+    request = _Request(name)
+    _here.set((*_still_open(), request))
+    _everywhere.append(request)
     try:
         yield
     finally:
-        _requested = previous
+        request.is_open = False
+        _everywhere.remove(request)
+        _here.set(_still_open())
+
+
+def _still_open() -> tuple[_Request, ...]:
+    return tuple(request for request in _here.get() if request.is_open)
+
+
+def requested() -> str | None:
+    """The backend that is asked for here and now, or None."""
+    for request in reversed(_here.get()):
+        if request.is_open:
+            return request.name
+    names = {request.name for request in tuple(_everywhere)}
+    if len(names) > 1:
+        raise BackendUnavailableError(
+            f"threads ask for the backends {', '.join(sorted(names))} at the same time, and this "
+            "one for none: put its work into a use_backend block of its own"
+        )
+    return names.pop() if names else _by_environment
+
+
+@contextlib.contextmanager
+def as_requested(name: str | None) -> Iterator[None]:
+    """Run the block as if `requested()` were `name` in this thread; others notice nothing."""
+    token = _here.set((_Request(name),))
+    try:
+        yield
+    finally:
+        _here.reset(token)
 
 
 def current_backend(device: str = "meta") -> str:
     """The backend that was asked for; else the default for tensors on `device` ("cpu", "cuda"),
     where no record of a GPU's kernel says otherwise."""
-    if _requested is not None:
-        _require(_requested)
-        return _requested
+    name = requested()
+    if name is not None:
+        _require(name)
+        return name
     if device != "cpu":
         return "reference"
     reason = _missing_cpu()
@@ -171,8 +225,8 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
     # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
     # is right, and ahead. The CPU's are, at every size that was measured.
     if (
-        _requested is None
-        and device == "cuda"
+        device == "cuda"
+        and requested() is None
         and missing_reason("triton") is None
         and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
     ):

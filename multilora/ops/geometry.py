@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from multilora.ops._library import define, refuse_gradient, register_autograd
+from multilora.ops._library import (
+    define,
+    refuse_forward_mode,
+    refuse_gradient,
+    register_autograd,
+)
 from multilora.ops.common import accumulator
 
 
@@ -84,7 +89,8 @@ def lora_gram(
     T_ij = s² ⟨A_i A_jᵀ, B_iᵀ B_j⟩: O(r² (d_in + d_out)) a pair. The output is float32 (float64
     for float64 factors), accumulated in float64; autocast does not touch it.
 
-    Raises ValueError for shapes, lengths or devices that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, lengths or devices that do not fit, TypeError for dtypes,
+    NotImplementedError for forward-mode derivatives.
     Source: Bella (Doan et al. 2024), appendix G.
     """
     return _call(_gram_op, "lora_gram", lora_A, lora_B, scaling)
@@ -110,6 +116,7 @@ def _call(op, name, lora_A, lora_B, scaling) -> Tensor:
     lora_A, lora_B = list(lora_A), list(lora_B)
     scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * len(lora_A)
     scales = [float(s) for s in scales]
+    refuse_forward_mode(name, *lora_A, *lora_B)
     check_factors(name, lora_A, lora_B, scales)
     return op(lora_A, lora_B, scales)
 

@@ -9,7 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from multilora.ops._library import define, register_autograd
+from multilora.ops._library import (
+    define,
+    keep_backend,
+    on_kept_backend,
+    refuse_forward_mode,
+    register_autograd,
+)
 from multilora.ops.lora_linear import backward_op, rows_of
 
 
@@ -68,12 +74,13 @@ class _AddInPlace(torch.autograd.Function):
     def forward(ctx, y, x, lora_A, lora_B, scaling):
         # Its last step is PyTorch's: a layer that keeps y for its own backward hears of it there.
         shrunk = _in_place_op(y, x, lora_A, lora_B, scaling)
+        keep_backend(ctx)
         _save(ctx, x, lora_A, lora_B, shrunk, scaling)
         # The memory under a new tensor. As y itself, marked dirty, autograd would copy the whole
         # gradient three times where y is a view, and every F.linear of 3-D rows returns one.
         return y.data
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(on_kept_backend(_backward))
 
 
 def lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
@@ -92,9 +99,10 @@ def lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
     back in the dtypes of x, lora_A and lora_B.
 
     Raises ValueError for shapes or devices that do not fit, TypeError for dtypes, RuntimeError
-    where y is a leaf that requires a gradient.
+    where y is a leaf that requires a gradient, NotImplementedError for forward-mode derivatives.
     Source: Hu et al. 2022 (LoRA), eq. 3, its second term, for each of the K particles.
     """
+    refuse_forward_mode("lora_add", y, x, lora_A, lora_B)
     _check(y, x, lora_A, lora_B)
     arguments = (rows_of(x).to(y.dtype), lora_A, lora_B, float(scaling))
     if torch.compiler.is_compiling():

@@ -6,6 +6,7 @@ from torch import Tensor
 from multilora.ops._library import (
     autocast_dtype,
     define,
+    refuse_forward_mode,
     refuse_gradient,
     register_autograd,
 )
@@ -77,13 +78,23 @@ def lora_linear(
     (stride 0 on the particle axis): the base product is then computed once, and the gradient of x
     is summed over the particles before its product with the weight.
 
-    weight and bias are frozen: no gradient is computed for them. lora_A and lora_B may be float32
+    weight and bias are frozen: no gradient is computed for them, and one that requires a gradient
+    has to be passed as `.detach()`, so that nobody waits for it. lora_A and lora_B may be float32
     masters beside a bfloat16 or float16 x and weight; their gradients come back in float32. Under
     torch.autocast, x, weight and bias are cast to autocast's dtype, as in F.linear.
 
-    Raises ValueError for shapes or devices that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes or devices that do not fit and for a weight or bias that requires a
+    gradient, TypeError for dtypes, NotImplementedError for forward-mode derivatives.
     Source: Hu et al. 2022 (LoRA), eq. 3, for each of the K particles.
     """
+    refuse_forward_mode("lora_linear", x, weight, lora_A, lora_B, bias)
+    for name, frozen in (("weight", weight), ("bias", bias)):
+        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
+                f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
+                "requires_grad_(False) on it"
+            )
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         x, weight = x.to(dtype), weight.to(dtype)

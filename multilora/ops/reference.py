@@ -4,6 +4,7 @@ One function an operator, under the operator's name. Shapes and dtypes have been
 Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets
+from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets, core_dtype
 
 # --- lora_linear ---------------------------------------------------------------------------------
 
@@ -212,6 +213,11 @@ def _stack64(
 # the masked softmax collapses to
 #     ∂v/∂z_i = 2 f̃_i ∘ (X_i − ⟨X_i, f̃_i⟩ f̃_i),   X = M F̃,
 # because the term that the softmax Jacobian subtracts, ⟨q_i, ∂v/∂q_i⟩, is zero.
+#
+# Nearly equal particles make G nearly singular, and eps is far below float32's digits of it. All of
+# G is therefore made and used in float64. With fewer particles than classes F̃ itself is float32's:
+# that is as if the logits had been rounded, and G is still a Gram matrix. Otherwise the gradient is
+# a difference of sums over all particles, each 1/eps times larger, so F̃ and core are float64 too.
 
 
 def gram_volume(
@@ -221,7 +227,7 @@ def gram_volume(
     check_targets(logits, targets)
     f, stats, _ = _normalise(logits, targets)
     value, core = _volume(f, targets, eps, kind)
-    return value, stats, core
+    return value.to(stats.dtype), stats, core
 
 
 def gram_volume_backward(
@@ -241,8 +247,9 @@ def particle_loss(
     check_targets(logits, targets)
     f, stats, nll = _normalise(logits, targets)
     value, core = _volume(f, targets, eps, kind)
-    count = (targets != IGNORE_INDEX).sum().clamp_min(1).to(value.dtype)
-    return nll.sum(-1) / count, value.sum() / count, stats, core, count
+    count = (targets != IGNORE_INDEX).sum().clamp_min(1)
+    means = (nll.sum(-1) / count, value.sum() / count)
+    return *(mean.to(stats.dtype) for mean in means), stats, core, count.to(stats.dtype)
 
 
 def particle_loss_backward(
@@ -270,7 +277,7 @@ def particle_loss_backward(
 
 
 def _volume(f: Tensor, targets: Tensor, eps: float, kind: str) -> tuple[Tensor, Tensor]:
-    """f̃ (K, N, C) -> the value (N,) and core (N, m, m), m = min(K, C).
+    """f̃ (K, N, C) -> the value (N,), float64, and core (N, m, m) in f̃'s dtype, m = min(K, C).
 
     K < C: core = M − diag(M G), so that X_i − ⟨X_i, f̃_i⟩ f̃_i = (core F̃)_i.
     K >= C, where G is singular: core = −(F̃ᵀF̃ + εI)⁻¹ (C, C), and X = F̃ core by the push-through
@@ -278,9 +285,9 @@ def _volume(f: Tensor, targets: Tensor, eps: float, kind: str) -> tuple[Tensor, 
     """
     particles, rows, classes = f.shape
     side = min(particles, classes)
-    by_example = f.transpose(0, 1)  # (N, K, C)
     if classes == 2 or (kind == "det" and particles > classes - 1):
-        return f.new_zeros(rows), f.new_zeros(rows, side, side)
+        return f.new_zeros(rows, dtype=torch.float64), f.new_zeros(rows, side, side)
+    by_example = f.transpose(0, 1).double()  # (N, K, C)
     if particles < classes:
         gram = torch.bmm(by_example, by_example.mT)
     else:
@@ -288,17 +295,17 @@ def _volume(f: Tensor, targets: Tensor, eps: float, kind: str) -> tuple[Tensor, 
     if kind == "det":
         value, core = _negative_det(gram)
     else:
-        damped = gram + eps * torch.eye(side, dtype=f.dtype, device=f.device)
+        damped = gram + eps * torch.eye(side, dtype=gram.dtype, device=gram.device)
         # cholesky_ex does not wait for the device, and eps keeps the matrix positive definite.
         factor = torch.linalg.cholesky_ex(damped).L
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        value = side * torch.tensor(eps, dtype=torch.float64).log().to(f.dtype) - log_det
+        value = side * math.log(eps) - log_det
         core = -torch.cholesky_inverse(factor)
     if particles < classes:
         core = core - torch.diag_embed((core * gram).sum(-1))
     valid = targets != IGNORE_INDEX
     # where, not a product: an ignored row may hold anything.
-    return value.where(valid, 0), core.where(valid[:, None, None], 0).contiguous()
+    return value.where(valid, 0), core.where(valid[:, None, None], 0).to(f.dtype).contiguous()
 
 
 def _negative_det(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,7 +339,7 @@ def _volume_gradient(f: Tensor, core: Tensor, grad: Tensor, offset: Tensor) -> T
 def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> f̃ (K, N, C), stats (3, K, N) = (top, ‖e‖, Σe), nll (K, N), with e = exp(z − top)."""
     valid, labels = _labels(logits, targets)
-    z = logits.to(accumulator(logits.dtype))
+    z = logits.to(core_dtype(logits))
     z_y = z.gather(-1, labels).squeeze(-1)
     z = z.scatter(-1, labels, -torch.inf)
     top = z.amax(-1, keepdim=True)
@@ -341,7 +348,7 @@ def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
     rest = e.sum(-1)
     # −log p_y = log(1 + Σe / exp(z_y − top))
     nll = torch.logaddexp(rest.log() - (z_y - top.squeeze(-1)), torch.zeros_like(z_y))
-    stats = torch.stack([top.squeeze(-1), norm, rest])
+    stats = torch.stack([top.squeeze(-1), norm, rest]).to(accumulator(logits.dtype))
     return e.div_(norm.unsqueeze(-1)), stats, nll.where(valid, 0)
 
 
@@ -349,7 +356,7 @@ def _renormalise(logits: Tensor, targets: Tensor, stats: Tensor) -> Tensor:
     """f̃ (K, N, C) again, from the logits and their stats."""
     _, labels = _labels(logits, targets)
     top, norm, _ = stats.unsqueeze(-1)
-    z = logits.to(accumulator(logits.dtype)) - top
+    z = logits.to(core_dtype(logits)) - top
     return z.scatter_(-1, labels, -torch.inf).exp_().div_(norm)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from multilora.ops._library import define, refuse_gradient
+from multilora.ops._library import define, refuse_forward_mode, refuse_gradient
 from multilora.ops.geometry import TAGS, check_factors, gram_gradient
 
 
@@ -45,6 +45,7 @@ def svgd_update(
     lora_A, lora_B, grad_A, grad_B = map(list, (lora_A, lora_B, grad_A, grad_B))
     scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * len(lora_A)
     scales = [float(s) for s in scales]
+    refuse_forward_mode("svgd_update", *grad_A, *grad_B, mix, upstream, *lora_A, *lora_B)
     check_factors("svgd_update", lora_A, lora_B, scales)
     _check(grad_A, grad_B, mix, upstream, lora_A, lora_B)
     directions = _op(grad_A, grad_B, mix, gram_gradient(upstream), lora_A, lora_B, scales)

@@ -5,8 +5,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from multilora.ops._library import define, refuse_gradient, register_autograd
-from multilora.ops.common import accumulator
+from multilora.ops._library import (
+    define,
+    refuse_forward_mode,
+    refuse_gradient,
+    register_autograd,
+)
+from multilora.ops.common import accumulator, core_dtype
 
 _KINDS = ("logdet", "det")
 _warned_two_classes = False
@@ -16,7 +21,7 @@ def _fake_saved(logits):
     particles, rows, classes = logits.shape
     side = min(particles, classes)
     stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
-    return stats, logits.new_empty((rows, side, side), dtype=accumulator(logits.dtype))
+    return stats, logits.new_empty((rows, side, side), dtype=core_dtype(logits))
 
 
 def _fake_volume(logits, targets, eps, kind):
@@ -100,8 +105,11 @@ def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = 
     so does every example where C = 2 (the one remaining class leaves no direction to differ in; a
     warning says so once) or, for "det", K > C − 1. Identical particles have a zero gradient.
 
+    eps is at least 1e-6 (float64 logits: 1e-12, and K² times float64's eps).
+
     Raises ValueError for shapes, devices, eps, kind or a target outside [0, C), TypeError for
-    dtypes. On a GPU a target out of range is reported at the next synchronisation instead.
+    dtypes, NotImplementedError for forward-mode derivatives. On a GPU a target out of range is
+    reported at the next synchronisation instead.
     Source: IBDR (Pham et al. 2025), the divergence loss, with the sign that lets diversity grow.
     """
     _check("gram_volume", logits, targets, eps, kind)
@@ -124,6 +132,7 @@ def particle_loss(
 
 
 def _check(name, logits, targets, eps, kind) -> None:
+    refuse_forward_mode(name, logits)
     shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
     if logits.ndim != 3 or targets.ndim != 1 or targets.shape[0] != logits.shape[1]:
         raise ValueError(f"{name} needs logits (K, N, C) and targets (N,); got {shapes}")
@@ -140,10 +149,13 @@ def _check(name, logits, targets, eps, kind) -> None:
             f"got {logits.device} and {targets.device} for {shapes}"
         )
     smallest = 1e-12 if logits.dtype == torch.float64 else 1e-6
+    # G's rounding: sums of up to K terms, of up to K in size, in float64.
+    smallest = max(smallest, logits.shape[0] ** 2 * torch.finfo(torch.float64).eps)
     if not smallest <= eps <= 1e6:
         raise ValueError(
-            f"{name} needs {smallest} <= eps <= 1e6 for {logits.dtype} logits (below it, rounding "
-            f"drowns the volume); got eps = {eps} for {shapes}"
+            f"{name} needs {smallest:.2g} <= eps <= 1e6 for {logits.dtype} logits of "
+            f"{logits.shape[0]} particles (below it, rounding drowns the volume); got eps = {eps} "
+            f"for {shapes}"
         )
     if kind not in _KINDS:
         raise ValueError(f"{name} needs kind in {_KINDS}; got {kind!r}")

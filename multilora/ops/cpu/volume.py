@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from multilora import _C
-from multilora.ops.common import accumulator, wrong_target
+from multilora.ops.common import accumulator, core_dtype, wrong_target
 from multilora.ops.native import DTYPES, dense_classes, volume_kind
 
 
@@ -60,7 +60,7 @@ def _forward(
     particles, rows, classes = logits.shape
     side = min(particles, classes)
     stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
-    core = stats.new_empty((rows, side, side))
+    core = logits.new_empty((rows, side, side), dtype=core_dtype(logits))
     wrong = _C.volume_forward(
         logits.data_ptr(), targets.data_ptr(), value.data_ptr() if means is None else 0,
         stats.data_ptr(), core.data_ptr(),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from multilora import _C_cuda
-from multilora.ops.common import accumulator, check_targets
+from multilora.ops.common import accumulator, check_targets, core_dtype
 from multilora.ops.native import DTYPES, dense_classes, stream, volume_kind
 
 
@@ -74,7 +74,7 @@ def _forward(
     logits = dense_classes(logits)
     side = min(particles, classes)
     stats = value.new_empty((3, particles, examples))
-    core = value.new_empty((examples, side, side))
+    core = value.new_empty((examples, side, side), dtype=core_dtype(logits))
     dtype = DTYPES[logits.dtype]
     parts = logits.new_empty(
         _C_cuda.volume_parts(particles, examples, classes, dtype), dtype=torch.float64

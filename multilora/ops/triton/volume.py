@@ -4,10 +4,11 @@ Dims: K particles, N examples, C classes, e = exp(z − top) without the target'
 logits is (K, V, N, LANES): a thread owns V classes of all particles of one example, so it adds up
 its own part of the Gram matrix of e without a word to the others, under a running maximum of its
 own. For more particles than its registers hold, a tile has one lane and the Gram matrix is a
-product in float64, which costs no more on tensor cores than float32 does outside them.
+product of float64 tensor cores.
 
-What is left of an example then is K·(K + 2) numbers; they, and all that follows, are float64. The
-formulas are in reference.py.
+The Gram matrix is float64 from its products on. What is left of an example then is K·(K + 2)
+numbers; all that follows is float64 too, and where the sides are classes so is the gradient. The
+formulas and the reasons are in reference.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets
+from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets, core_dtype
 from multilora.ops.triton import configs
 from multilora.ops.triton.common import accumulator_of, cdiv, chip, dot, launch
 
@@ -116,6 +117,13 @@ def _matrix(x):
 
 
 @triton.jit
+def _pairs(x):
+    """The products of all pairs of particles (K, ...), in float64: (K, K, ...)."""
+    x = x.to(tl.float64)
+    return x[:, None] * x[None]
+
+
+@triton.jit
 def _finite(top):
     """top, or 0 where nothing has been seen yet: −∞ − (−∞) has no value."""
     return tl.where(top == -float("inf"), 0.0, top)
@@ -127,7 +135,7 @@ def _merge_lanes(top, rest, gram):
     highest = tl.max(top, 2)
     shrink = _exp(top - _finite(highest)[:, :, None])
     rest = tl.sum(rest * shrink, 2)
-    gram = tl.sum(gram * (shrink[:, None] * shrink[None]), 3)
+    gram = tl.sum(gram * _pairs(shrink), 3)
     return highest, rest, gram
 
 
@@ -137,7 +145,8 @@ def _negative_inverse(matrix, side, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, 
     """Symmetric sweeps of positive semidefinite matrices (BLOCK, BLOCK, N), the first `side` rows.
 
     -> −matrix⁻¹, log det and det. No pivot is smaller than FLOOR; with PIVOT the largest comes
-    first, so that the floor is met only where the rest of the matrix is rounding.
+    first, so that the floor is met only where the rest of the matrix is rounding, which is then
+    taken for zero beside the diagonal: it would grow from sweep to sweep.
     """
     i = tl.arange(0, BLOCK)
     log_det = tl.zeros([BLOCK_N], tl.float64)
@@ -157,6 +166,8 @@ def _negative_inverse(matrix, side, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, 
         hit = i[:, None] == pivot
         row = tl.sum(tl.where(hit[:, None, :], matrix, 0.0), 0)
         d = tl.sum(tl.where(hit, row, 0.0), 0)
+        if PIVOT:
+            row = tl.where((d < FLOOR)[None, :] & ~swept, 0.0, row)
         d = tl.where(d < FLOOR, FLOOR, d)
         log_det += tl.log(d)
         det *= d
@@ -225,7 +236,7 @@ def _finish(
                 own = tl.sum(tl.where(i == j, core, 0.0), 1)
                 core += tl.where(i == j, 1.0 + damping * own[:, None, :], 0.0)
         else:
-            core, _, det = _negative_inverse(matrix, side, BLOCK, BLOCK_N, True, 1e-15)
+            core, _, det = _negative_inverse(matrix, side, BLOCK, BLOCK_N, True, 1e-15 * K)
             value = -det
             # core − diag(core G), where core = −adj G
             core = tl.where(i == j, core + 1.0, core) * det[None, None, :]
@@ -261,7 +272,6 @@ def _volume_forward_kernel(
 ):  # fmt: skip
     """One block of examples; with SPLIT a part of its classes, left in partial (S, N, K + 2, K)."""
     ACC: tl.constexpr = accumulator_of(logits_ptr.dtype.element_ty)
-    GRAM: tl.constexpr = tl.float64 if DOT else ACC
     examples = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y, valid = _labels(targets_ptr, examples, N, C)
     tl.device_assert(valid | (y == _IGNORED), "multilora: a target is outside [0, C)")
@@ -269,7 +279,7 @@ def _volume_forward_kernel(
     first, last, end = _own_chunks(C, LANES * V)
     top = tl.full([BLOCK_K, BLOCK_N, LANES], -float("inf"), ACC)
     rest = tl.zeros([BLOCK_K, BLOCK_N, LANES], ACC)
-    gram = tl.zeros([BLOCK_K, BLOCK_K, BLOCK_N, LANES], GRAM)
+    gram = tl.zeros([BLOCK_K, BLOCK_K, BLOCK_N, LANES], tl.float64)
     ahead = _load_logits(
         logits_ptr, stride_k, stride_n, examples, valid, first, end, K, LANES, V, ALIGNED, BLOCK_K
     )
@@ -286,16 +296,16 @@ def _volume_forward_kernel(
         e = _exp(z - base[:, None, :, :])
         top = highest
         rest = rest * shrink + tl.sum(e, 1)
-        gram *= (shrink[:, None] * shrink[None]).to(GRAM)
+        gram *= _pairs(shrink)
         if DOT:
             wide = _matrix(e)
-            product = dot(wide, tl.trans(wide), tl.zeros([BLOCK_K, BLOCK_K], GRAM), "ieee")
+            product = dot(wide, tl.trans(wide), tl.zeros([BLOCK_K, BLOCK_K], tl.float64), "ieee")
             gram += product[:, :, None, None]
         else:
-            gram += tl.sum(e[:, None] * e[None], 2)
+            gram += tl.sum(_pairs(e), 2)
 
     top, rest, gram = _merge_lanes(top, rest, gram)
-    top, rest, gram = top.to(tl.float64), rest.to(tl.float64), gram.to(tl.float64)
+    top, rest = top.to(tl.float64), rest.to(tl.float64)
     if SPLIT:
         k = tl.arange(0, BLOCK_K)
         part = (tl.program_id(1).to(tl.int64) * N + examples) * ((K + 2) * K)
@@ -382,7 +392,8 @@ def _volume_backward_kernel(
     CLASS_SIDE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dz = f̃ ∘ (offset + 2·grad·(core F̃)) off the target, for a block of examples and classes."""
-    ACC: tl.constexpr = accumulator_of(logits_ptr.dtype.element_ty)
+    # Over the classes the gradient is a difference of large numbers.
+    ACC: tl.constexpr = tl.float64 if CLASS_SIDE else accumulator_of(logits_ptr.dtype.element_ty)
     examples = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y, valid = _labels(targets_ptr, examples, N, C)
     k = tl.arange(0, BLOCK_K)
@@ -518,11 +529,10 @@ def _forward(
     value = logits.new_empty(examples, dtype=accumulator(logits.dtype))
     stats = value.new_empty(3, particles, examples)
     side = min(particles, classes)
+    core = value.new_empty(examples, side, side, dtype=core_dtype(logits))
     if classes == 2 or (kind == "det" and particles > classes - 1):
         kind = "zero"
-        core = value.new_zeros(examples, side, side)
-    else:
-        core = value.new_empty(examples, side, side)
+        core.zero_()
     config = configs.volume(*logits.shape, logits.dtype, is_aligned(logits), chip(logits.device))
     partial = None
     if config.splits:

@@ -20,6 +20,8 @@ LAYERS = [
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops"],
     ["parallel", "layers"],
+    ["peft_format"],
+    ["embeddings"],
     ["trunk"],
     ["model"],
     ["methods", "checkpoint", "metrics"],

@@ -122,7 +122,7 @@ def load_particle_model(
         expected = expected_tensors(base, config, rows)
     split = [embeddings.split(base, tensors, expected) for tensors in saved.tensors]
     saved = saved._replace(tensors=[adapter for adapter, _ in split])
-    _check(saved, expected, "the base model")
+    _check(saved, expected, f"the base model with its {CONFIG}")
     changes = embeddings.changes(
         base, saved.tensor_files, [stored for _, stored in split], rows, expected
     )
@@ -356,7 +356,7 @@ def _read_folder(folder: Path) -> _Adapter:
         config, weights, pickled = (
             files.newest(root, f"{inner}{name}") for name in (CONFIG, WEIGHTS, PICKLED)
         )
-        if pickled.exists() and not (weights.exists() or weights.is_symlink()):
+        if os.path.lexists(pickled) and not os.path.lexists(weights):
             weights = pickled
         _require(config)
         _require(weights)

@@ -105,46 +105,55 @@ def read_set(folder: Path, marker: str, read: Callable[[], T]) -> T:
     """read(), whose files below `folder`, found by `newest`, are all of one complete set.
 
     marker: a file that each set brings along. As long as it is the same file, no other set was
-    committed. Where a process commits one while read() runs, what it has read or raised is
-    forgotten and it runs again.
+    committed. Where a process commits one while read() runs, or moves files that read() has not
+    found for that reason, what it has read or raised is forgotten and it runs again.
 
     Raises what read() raises, and ValueError where no reading fits between two saves.
     """
     for _ in range(_ATTEMPTS):
+        error = result = None
         # Held open, so that no other file can get its number.
         with _held(folder, marker) as before:
-            error = result = None
+            not_moved = _committed(folder)
             try:
                 result = read()
             except (OSError, ValueError) as raised:
                 error = raised
             with _held(folder, marker) as after:
-                if before == after:
-                    if error is not None:
-                        raise error
-                    return result
+                is_same = before == after
+        if is_same and error is None:
+            return result
+        if is_same and not_moved == _committed(folder):
+            raise error
     raise ValueError(
         f"{folder} is saved to faster than it can be read; {_ATTEMPTS} readings failed"
     )
 
 
+def _committed(folder: Path) -> list[str]:
+    """The files that wait to be moved into their places."""
+    commit = folder / _COMMIT
+    if not commit.is_dir():
+        return []
+    return sorted(os.path.join(path, name) for path, _, names in os.walk(commit) for name in names)
+
+
 @contextlib.contextmanager
 def _held(folder: Path, name: str) -> Iterator[tuple[int, int] | None]:
     """Which file `newest` finds, as device and number; None where there is none."""
+    descriptor = None
     # In this order: what is moved in between is found in its place.
     for path in (folder / _COMMIT / name, folder / name):
-        try:
-            # A pipe does not block.
+        # A pipe does not block.
+        with contextlib.suppress(OSError, ValueError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except (OSError, ValueError):
-            continue
-        try:
-            status = os.fstat(descriptor)
-            yield status.st_dev, status.st_ino
-        finally:
+            break
+    try:
+        status = None if descriptor is None else os.fstat(descriptor)
+        yield status and (status.st_dev, status.st_ino)
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
-        return
-    yield None
 
 
 def require_file(file: Path, missing: str) -> None:

@@ -113,6 +113,11 @@ def changes(
                     f"{resized_to} tokens, with the rows that the adapters were trained on"
                 )
             continue
+        if own.is_meta:
+            raise ValueError(
+                f"{name} of the base model has no memory (it is offloaded), so that the one in "
+                f"{tensor_files[0]} cannot be compared with it"
+            )
         shape = own.shape if resized_to is None else (resized_to, *own.shape[1:])
         for file, loaded in zip(tensor_files, stored):
             tensor = loaded.get(name, own)

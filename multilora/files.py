@@ -6,17 +6,27 @@ returns, so that neither a killed process nor a power cut leaves half a file und
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 _STAGING = ".multilora-staging-"
 _COMMIT = ".multilora-commit"
+# A reading that fits between two saves is repeated at most this often.
+_ATTEMPTS = 100
+# More than the list of the files of 50,000 particles; what is larger is no JSON of ours or PEFT's.
+_LARGEST_JSON = 1 << 24
+
+T = TypeVar("T")
 
 
 def make_folder(folder: Path) -> None:
@@ -89,6 +99,113 @@ def newest(folder: Path, name: str) -> Path:
     """Where the file `name` of the last complete set of `folder` is."""
     committed = folder / _COMMIT / name
     return committed if committed.is_file() else folder / name
+
+
+def read_set(folder: Path, marker: str, read: Callable[[], T]) -> T:
+    """read(), whose files below `folder`, found by `newest`, are all of one complete set.
+
+    marker: a file that each set brings along. As long as it is the same file, no other set was
+    committed. Where a process commits one while read() runs, or moves files that read() has not
+    found for that reason, what it has read or raised is forgotten and it runs again.
+
+    Raises what read() raises, and ValueError where no reading fits between two saves.
+    """
+    for _ in range(_ATTEMPTS):
+        error = result = None
+        # Held open, so that no other file can get its number.
+        with _held(folder, marker) as before:
+            not_moved = _committed(folder)
+            try:
+                result = read()
+            except (OSError, ValueError) as raised:
+                error = raised
+            with _held(folder, marker) as after:
+                is_same = before == after
+        if is_same and error is None:
+            return result
+        if is_same and not_moved == _committed(folder):
+            raise error
+    raise ValueError(
+        f"{folder} is saved to faster than it can be read; {_ATTEMPTS} readings failed"
+    )
+
+
+def _committed(folder: Path) -> list[str]:
+    """The files that wait to be moved into their places."""
+    commit = folder / _COMMIT
+    if not commit.is_dir():
+        return []
+    return sorted(os.path.join(path, name) for path, _, names in os.walk(commit) for name in names)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, name: str) -> Iterator[tuple[int, int] | None]:
+    """Which file `newest` finds, as device and number; None where there is none."""
+    descriptor = None
+    # In this order: what is moved in between is found in its place.
+    for path in (folder / _COMMIT / name, folder / name):
+        # A pipe does not block.
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            break
+    try:
+        status = None if descriptor is None else os.fstat(descriptor)
+        yield status and (status.st_dev, status.st_ino)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def require_file(file: Path, missing: str) -> None:
+    """Raise where `file` is no file that could be read.
+
+    FileNotFoundError with the words `missing` where nothing is there, ValueError for a folder, a
+    device, a pipe or a loop of links, PermissionError.
+    """
+    try:
+        mode = file.stat().st_mode
+    except PermissionError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{file} is missing: {missing}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise ValueError(f"{file} is {kind}, no file")
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Whatever its content makes fail inside is a ValueError that names `file`."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ValueError, naming the file, for anything else."""
+    size = file.stat().st_size
+    if size > _LARGEST_JSON:
+        raise ValueError(f"{file} is damaged: {size} bytes, of at most {_LARGEST_JSON}")
+    with reading(file):
+        content = json.loads(file.read_bytes().decode(), object_pairs_hook=_once)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, no object")
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(
+            f"{[name for name, n in counts.items() if n > 1][:3]} occur more than once"
+        )
+    return content
 
 
 def digest(file: Path) -> str:

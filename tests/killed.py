@@ -1,6 +1,8 @@
 """What the tests of durability run in processes of their own, most of which do not survive it."""
 
+import contextlib
 import io
+import itertools
 import os
 import random
 import signal
@@ -90,14 +92,17 @@ def save(path: Path, seed: int, die_at: int | None = None) -> None:
     particles(seed).save_pretrained(path)
 
 
-def keep_saving(path: Path, seed: int, seconds: float) -> None:
-    """Save the same again and again, beside another process that does so too."""
-    model, end = particles(seed), time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            model.save_pretrained(path)
-        except OSError:
-            continue
+def keep_saving(
+    path: Path, seeds: tuple[int, ...], seconds: float, what: str = "particles"
+) -> None:
+    """Save these particles in turn, or their soups, perhaps beside a process that does so too."""
+    models = [particles(seed) for seed in seeds]
+    end = time.monotonic() + seconds
+    for model in itertools.cycle(models):
+        if time.monotonic() > end:
+            return
+        with contextlib.suppress(OSError):
+            model.save_pretrained(path) if what == "particles" else model.soup(path)
 
 
 def particles(seed: int) -> ml.ParticleModel:

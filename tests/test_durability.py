@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora import files, training
+from multilora import checkpoint, files, training
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -180,17 +180,65 @@ def test_a_first_save_killed_anywhere_is_missing_or_whole(tmp_path):
 
 def test_two_processes_that_save_to_one_folder_do_not_mix(tmp_path):
     killed.particles(1).save_pretrained(tmp_path)
-    writers = [start(killed.keep_saving, tmp_path, seed, 2.0) for seed in (1, 2)]
+    writers = [start(killed.keep_saving, tmp_path, (seed,), 2.0) for seed in (1, 2)]
     found = []
     while any(writer.is_alive() for writer in writers):
-        try:
-            found.append(seeds_in(tmp_path))
-        except (FileNotFoundError, ValueError) as error:
-            # Files that were replaced while they were read: said, not mixed.
-            assert "particle" in str(error) or "multilora.json" in str(error)
+        found.append(seeds_in(tmp_path))
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert found and all(seeds in ({1}, {2}) for seeds in found)
     assert seeds_in(tmp_path) in ({1}, {2})
+
+
+@pytest.mark.parametrize("what", ["particles", "in place", "folders", "soup"])
+def test_a_reader_beside_a_saver_finds_one_set_or_the_other(what, tmp_path):
+    folders = [tmp_path] if what == "soup" else [tmp_path / f"particle_{k}" for k in range(3)]
+    model, saved = killed.particles(0), "soup" if what == "soup" else "particles"
+    first = killed.particles(1)
+    first.soup(tmp_path) if what == "soup" else first.save_pretrained(tmp_path)
+    writer = start(killed.keep_saving, tmp_path, (1, 2), 2.5, saved)
+    found = []
+    while writer.is_alive():
+        if what == "in place":
+            checkpoint.load_particles(model, tmp_path)
+        else:
+            path = tmp_path if what == "particles" else folders
+            model = ml.load_particle_model(killed.small_task().base, path)
+        heads = model.heads()[0][1]["bias"]
+        # A soup has other numbers in its factors; each folder is a set of its own.
+        found += [{head.unique().item()} for head in heads] if what != "particles" else [
+            {value for p in model.particle_parameters() for value in p.unique().tolist()}
+        ]  # fmt: skip
+    assert writer.exitcode == 0
+    assert {1} in found and {2} in found and all(seeds in ({1}, {2}) for seeds in found)
+
+
+def test_a_damaged_set_that_was_not_moved_is_named(tmp_path, monkeypatch):
+    killed.particles(1).save_pretrained(tmp_path / "next")
+    os.makedirs(tmp_path / "saved")
+    commit = tmp_path / "saved" / files._COMMIT
+    os.rename(tmp_path / "next", commit)
+    assert seeds_in(tmp_path / "saved") == {1}
+    file = commit / "particle_1" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    readings, read = [], checkpoint._read_root
+    monkeypatch.setattr(checkpoint, "_read_root", lambda root: readings.append(0) or read(root))
+    with pytest.raises(ValueError, match=r"particle_1/adapter_model\.safetensors is damaged"):
+        seeds_in(tmp_path / "saved")
+    # Nobody has moved anything, so that it is not read again.
+    assert len(readings) == 1
+
+
+def test_a_folder_that_is_never_still_is_given_up(tmp_path):
+    readings = []
+
+    def read():
+        readings.append(0)
+        files.write_text(tmp_path / "marker", str(len(readings)))
+        raise ValueError("half of this, half of that")
+
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is saved to faster than it can be read"):
+        files.read_set(tmp_path, "marker", read)
+    assert len(readings) == files._ATTEMPTS
 
 
 def test_a_soup_is_replaced_as_a_whole(tmp_path):

@@ -87,6 +87,8 @@ def _stacked(model: Any) -> list[Tensor]:
         tensors = model.params
     elif isinstance(model, Iterable) and not isinstance(model, nn.Module):
         tensors = [model] if isinstance(model, Tensor) else list(model)
+        # model.parameters() holds the frozen ones too.
+        tensors = [t for t in tensors if t.requires_grad]
     else:
         raise TypeError(
             "model must be a ParticleModel, a method or stacked tensors; "
@@ -96,7 +98,7 @@ def _stacked(model: Any) -> list[Tensor]:
         raise TypeError("separate parameters have no particle axis; clip the model itself")
     if not tensors or any(t.ndim == 0 for t in tensors):
         raise ValueError(
-            "stacked tensors (K, ...) are needed, and at least one of them; "
+            "trainable stacked tensors (K, ...) are needed, and at least one of them; "
             f"got shapes {[tuple(t.shape) for t in tensors[:4]]}"
         )
     return tensors
@@ -126,8 +128,8 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
     A leaf follows its tensor: after model.to(...) and load_state_dict(assign=True) it is part of
     what the model holds then, from the next look at its gradient on, which every step begins with.
     With the model it can be deep-copied, copy.deepcopy((model, optimizer)), and neither alone nor
-    pickled: save optimizer.state_dict(). Losses are of the model's outputs; a gradient that autograd
-    leaves on the leaf itself is added to the rest.
+    pickled: save optimizer.state_dict(). The gradient of a loss of the leaves themselves is added
+    to that of the model's outputs.
 
     Raises RuntimeError, where it is used, if the model is gone or has other particles by then.
     """

@@ -198,7 +198,8 @@ class ParticleTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        inputs, targets = self._task.split(self._prepare_inputs(inputs))
+        batch = self._prepare_inputs(inputs)
+        inputs, targets = self._task.split(batch)
         if targets is None:
             raise ValueError(f"a training batch needs labels; got {sorted(inputs)}")
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -226,7 +227,7 @@ class ParticleTrainer(Trainer):
             return chosen, targets[where]
 
         stats = self.method.backward(closure, scale=scale)
-        self._check_own_loss(inputs, targets)
+        self._check_own_loss(batch, inputs, targets)
         each = {f"nll_particle_{k}": nll for k, nll in enumerate(self.method.particle_nll)}
         logged = {name: value for name, value in stats.items() if name != "loss"} | each
         loss = stats["loss"] * share
@@ -252,16 +253,19 @@ class ParticleTrainer(Trainer):
         return labels / float(items) if float(items) else 1 / self._micro_batches
 
     @torch.no_grad()
-    def _check_own_loss(self, inputs: dict[str, Any], targets: Tensor) -> None:
-        """Once: raise where the base itself computes another loss from these labels."""
-        if self._loss_checked or "labels" not in self._task.columns:
+    def _check_own_loss(
+        self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor
+    ) -> None:
+        """Once: raise where the base itself computes another loss from the labels of a batch."""
+        if self._loss_checked:
             return
         self._loss_checked = True
-        if callable(getattr(self.method, "loss", None)):
-            return  # The user's own loss.
+        labels = self._task.own_labels(batch, targets)
+        if labels is None or callable(getattr(self.method, "loss", None)):
+            return  # It computes none, or the user has another one.
         before = RandomState(self.model.devices())
         with self.model.particles(0, 1), self.compute_loss_context_manager():
-            output = self.model(**inputs | {"labels": self._task.own_labels(targets)})
+            output = self.model(**inputs | {"labels": labels})
         before.restore()
         logits = self._task.logits(output, targets)
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)

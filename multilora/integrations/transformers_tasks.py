@@ -101,11 +101,12 @@ class Task:
             raise ValueError(f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}")
         return logits
 
-    def own_labels(self, targets: Tensor) -> Tensor:
-        """The labels that the base takes for the logits that `targets` are of."""
-        if not self.shifts:
-            return targets
-        return F.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)
+    def own_labels(self, batch: dict[str, Any], targets: Tensor) -> Tensor | None:
+        """What the base itself takes for the logits that `targets` are of; None if it does not."""
+        if "labels" not in self.columns or "shift_labels" in batch:
+            return None
+        only_last = self.shifts and "logits_to_keep" in self.columns
+        return batch["labels"][:, -targets.shape[1] :] if only_last else batch["labels"]
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.is_floating_point() or self.label_axes not in (None, labels.ndim):

@@ -66,8 +66,8 @@ def bart():
         transformers.BartConfig(
             d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0,
-            vocab_size=VOCABULARY, max_position_embeddings=32, decoder_start_token_id=2, init_std=0.3,
-            pad_token_id=1,
+            vocab_size=VOCABULARY, max_position_embeddings=32, decoder_start_token_id=2,
+            pad_token_id=1, init_std=0.3,
         )
     )  # fmt: skip
 

@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from multilora import metrics
 from multilora.checkpoint import load_particles
+from multilora.integrations.transformers_tasks import Task, with_loss
 from multilora.methods import Method
 from multilora.model import ParticleModel
 from multilora.ops.common import IGNORE_INDEX, accumulator
+from multilora.optim import (
+    EachParticle,
+    SeparateParameter,
+    clip_grad_norm_,
+    is_elementwise,
+    separate_parameters,
+)
+from multilora.randomness import RandomState
 
 _METHOD = "multilora_method.pt"
 
@@ -27,30 +36,44 @@ _METHOD = "multilora_method.pt"
 class ParticleTrainer(Trainer):
     """transformers.Trainer with `method.backward(closure)` for the backward of the loss.
 
-    model: a ParticleModel over a causal language model (without an encoder) or a classifier.
-    args, options: Trainer's. Refused is what would not reach the method: label smoothing,
-        compute_loss_func, NEFTune, DeepSpeed, FSDP, DataParallel.
+    model: a ParticleModel over a language model, causal, masked or encoder-decoder, or a
+        classifier of examples or of tokens: a model whose own loss is the cross-entropy of its
+        logits at its labels. The router loss of a mixture of experts counts, for each particle.
+    args, options: Trainer's. Refused is what would not reach the method: an overridden
+        compute_loss, compute_loss_func, label smoothing (the methods' `loss=` takes both), NEFTune,
+        DeepSpeed, FSDP, DataParallel, and optimizers that step inside the backward.
     method: model -> Method, such as ml.SVGD or lambda model: ml.IBDR(model, alpha=0.02), called
         once, when the model is where it is trained; `trainer.method` is what it made.
 
-    labels: token ids (B, T), not shifted, −100 where no answer is: only labelled positions reach
-    the method. For a classifier, classes (B,). A step of M micro-batches takes the mean of their
-    gradients, each of the mean over its labels. Log lines also hold nll_particle_k and what
-    `method.backward` returns (divergence, lambda, ...), as means since the last line.
+    labels: classes (B,), or of tokens (B, T), −100 where there is none; a causal model's are its
+    token ids, not shifted. Only labelled positions reach the method.
+
+    K particles step as K Trainers would step them. A step of M micro-batches is the mean over all
+    their labels, where Trainer counts them for this model (`num_items_in_batch`, here always over
+    all processes), or else the mean of their means; a micro-batch without labels takes no part.
+    max_grad_norm clips each particle by itself. An optimizer that is not known to treat all
+    elements of a tensor alike (Adafactor, ...) is made once for every particle, `EachParticle`; one
+    that is given must be so or be over model.particle_parameters(separate=True).
+
+    Log lines also hold nll_particle_k, router_loss and what `method.backward` returns (divergence,
+    lambda, ...), as means since the last line; grad_norm is the largest of the last step's
+    grad_norm_particle_k.
 
     Evaluation is of the averaged predictive. Predictions are log((1/K) Σ_k p_k), (N, C) of a
-    classifier; of a language model (N, L, V), with predictions[n, i] of the token label_ids[n, i]:
-    nothing is left to shift, and columns before a batch's first label are cut off both. eval_loss
-    is the mean NLL over all labels of the set. Measures of `metrics.evaluate` over the whole set,
-    and each particle's, come with it for classifiers, unless args.prediction_loss_only.
-    It runs as many particles at a time as the method does (particle_chunk).
+    classifier; of tokens (N, L, V), with predictions[n, i] of the token label_ids[n, i]: nothing is
+    left to shift, and columns of a causal model before a batch's first label are cut off both.
+    eval_loss is the mean NLL over all labels of the set. Measures of `metrics.evaluate` over the
+    whole set, and each particle's, come with it for classifiers of examples, unless
+    args.prediction_loss_only. It runs as many particles at a time as the method does
+    (particle_chunk).
 
     checkpoint-N holds K PEFT adapters and no base model, and a run resumed from it ends with the
     numbers of one that was never stopped. (Trainer of transformers 4.51 skips wrong batches where
     accumulation does not divide an epoch.) resume_from_checkpoint=True passes over checkpoints
     whose writing was interrupted.
 
-    Raises TypeError for another model or method, ValueError for labels or options that do not fit.
+    Raises TypeError for another model or method, ValueError for models, labels or options that do
+    not fit; and in the first step where the model's own loss is not what is trained here.
     """
 
     def __init__(
@@ -68,12 +91,9 @@ class ParticleTrainer(Trainer):
         if model.ranks.data is not None or model.ranks.particle is not None:
             raise ValueError("make the model without a mesh: Trainer shares the data by itself")
         _check_options(args, options)
+        self._check_compute_loss()
         base = model.base
-        self._columns = list(inspect.signature(base.forward).parameters)
-        self._causal = hasattr(base, "can_generate") and bool(base.can_generate())
-        self._causal = self._causal and not base.config.is_encoder_decoder
-        if not self._causal:
-            _check_classifier(base)
+        self._task = Task(base)
         # Trainer asks the model for them.
         for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
             if hasattr(base, name):
@@ -81,11 +101,18 @@ class ParticleTrainer(Trainer):
         super().__init__(model, args, **options)
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel would mix the particles; use one GPU, or torchrun")
-        # The signature of ParticleModel.forward tells Trainer something else.
-        self.label_names, self.model_accepts_loss_kwargs = ["labels"], False
+        # ParticleModel's signature and class tell Trainer something else than the base's.
+        self.label_names, self.model_accepts_loss_kwargs = ["labels"], _counts_items(base)
+        self._loss_shifts_labels = self._task.shifts and (
+            LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+        )
+        if self.optimizer is not None:
+            _check_optimizer(self.optimizer, model)
         self.add_callback(_ZeroGrad())
         self._make_method, self._method = method, None
         self._micro_batches = 1
+        self._loss_checked = False
+        self._grad_norms: Tensor | None = None  # of the particles, in the last step
         self._log_names: list[str] = []
         self._log_sum: Tensor | None = None  # over the steps since the last line
         self._log_steps = 0.0
@@ -102,10 +129,30 @@ class ParticleTrainer(Trainer):
             self._method = method
         return self._method
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Trainer clips, and measures, all that it finds in the model as one gradient.
+        self.accelerator.clip_grad_norm_ = self._clip_each
+
+    def _clip_each(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Clip every particle's gradient -> the largest norm."""
+        self.accelerator.unscale_gradients()
+        self._grad_norms = clip_grad_norm_(self.model, max_norm, norm_type)
+        return self._grad_norms.max()
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        own = self.method.parameters()
+        if self.optimizer is None:
+            kind, options = self._optimizer_class()
+            if not is_elementwise(kind):
+                self.optimizer = self._each_particle(kind, options, own)
         super().create_optimizer(*args, **kwargs)
-        given = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        own = [p for p in self.method.parameters() if id(p) not in given]
+        given = {
+            id(p.stacked if isinstance(p, SeparateParameter) else p)
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        }
+        own = [p for p in own if id(p) not in given]
         if own:
             self.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         if self.model_wrapped is not self.model:
@@ -113,8 +160,34 @@ class ParticleTrainer(Trainer):
             self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         return self.optimizer
 
+    def _optimizer_class(self) -> tuple[type, dict[str, Any]]:
+        if self.optimizer_cls_and_kwargs is not None:
+            return self.optimizer_cls_and_kwargs
+        return self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _each_particle(
+        self, kind: type, options: dict[str, Any], own: list[Tensor]
+    ) -> EachParticle:
+        """An optimizer for each particle, with Trainer's groups: decayed, not decayed."""
+        decayed = set(self.get_decay_parameter_names(self.model))
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        decay = {id(p): self.args.weight_decay * (n in decayed) for n, p in named}
+        leaves = [*separate_parameters(self.model), *(separate_parameters(own) if own else [])]
+        groups = [
+            {
+                "params": [p for p in leaves if (decay.get(id(p.stacked), 0) != 0) == is_decayed],
+                "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+            }
+            for is_decayed in (True, False)
+        ]
+        return EachParticle(groups, lambda of_one: kind(of_one, **options))
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
+        local = self.args.world_size > 1 and not self.args.average_tokens_across_devices
+        if items is not None and local:
+            items = torch.as_tensor(items, device=self.args.device)
+            items = self.accelerator.gather(items).sum()
         # The last step of an epoch may have fewer than args.gradient_accumulation_steps.
         self._micro_batches = len(batches)
         return batches, items
@@ -125,70 +198,111 @@ class ParticleTrainer(Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        inputs, targets = self._split(self._prepare_inputs(inputs))
+        batch = self._prepare_inputs(inputs)
+        inputs, targets = self._task.split(batch)
         if targets is None:
             raise ValueError(f"a training batch needs labels; got {sorted(inputs)}")
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        share = self._share(len(where[0]), num_items_in_batch)
+        if share == 0:
+            return torch.zeros((), device=self.args.device)
+        scaler, router = self.accelerator.scaler, self._task.router
+        scale = scaler.scale(torch.tensor(share, device=self.args.device)) if scaler else share
+        # Trainer adds the router's loss once a micro-batch to a loss that counts labels.
+        router_share = share
+        if num_items_in_batch is not None:
+            averaged = self.args.world_size > 1 and self.args.average_tokens_across_devices
+            router_share = float(self.args.world_size if averaged else 1)
+        routed: list[Tensor] = []
 
         def closure() -> tuple[Tensor, Tensor]:
             with self.compute_loss_context_manager():
-                logits = self._logits(model, inputs, targets)
-            return logits[(slice(None), *where)], targets[where]
+                output = model(**inputs)
+            logits = self._task.logits(output, targets)
+            chosen = logits[(slice(None), *where)]
+            if router is not None:
+                extra = router(output, len(logits), inputs.get("attention_mask"))
+                routed.append(extra.detach())
+                chosen = with_loss(chosen, extra, scale * (router_share / share))
+            return chosen, targets[where]
 
-        share = 1 / self._micro_batches
-        scaler = self.accelerator.scaler
-        scale = scaler.scale(torch.tensor(share, device=self.args.device)) if scaler else share
         stats = self.method.backward(closure, scale=scale)
+        self._check_own_loss(batch, inputs, targets)
         each = {f"nll_particle_{k}": nll for k, nll in enumerate(self.method.particle_nll)}
         logged = {name: value for name, value in stats.items() if name != "loss"} | each
+        loss = stats["loss"] * share
+        if router is not None:
+            # Of the last pass.
+            extra = torch.cat(routed)[-self.model.num_particles :].mean()
+            logged["router_loss"] = extra
+            loss = loss + extra * router_share
         # Kept on the device: to read a number is to wait for it.
         row = share * torch.stack([value.float() for value in logged.values()])
         self._log_sum = row if self._log_sum is None else self._log_sum + row
         self._log_names, self._log_steps = list(logged), self._log_steps + share
-        return stats["loss"] * share
+        return loss
+
+    def _share(self, labels: int, items: Any) -> float:
+        """What the mean over a micro-batch's labels counts in its step."""
+        if items is None:
+            return 1 / self._micro_batches
+        if self.args.world_size > 1:
+            here = torch.tensor(labels, device=self.args.device)
+            labels = int(self.accelerator.gather(here).sum())
+        # A step without any label is a step of methods that move without.
+        return labels / float(items) if float(items) else 1 / self._micro_batches
+
+    @torch.no_grad()
+    def _check_own_loss(
+        self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor
+    ) -> None:
+        """Once: raise where the base itself computes another loss from the labels of a batch."""
+        if self._loss_checked:
+            return
+        self._loss_checked = True
+        labels = self._task.own_labels(batch, targets)
+        if labels is None or callable(getattr(self.method, "loss", None)):
+            return  # It computes none, or the user has another one.
+        before = RandomState(self.model.devices())
+        with self.model.particles(0, 1), self.compute_loss_context_manager():
+            output = self.model(**inputs | {"labels": labels})
+        before.restore()
+        logits = self._task.logits(output, targets)
+        where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        exact = accumulator(logits.dtype)
+        loss = nn.functional.cross_entropy(logits[0][where].to(exact), targets[where])
+        if self._task.router is not None:
+            loss = loss + self._task.router(output, 1, inputs.get("attention_mask"))[0]
+        theirs = getattr(output, "loss", None)
+        if theirs is None or not bool(loss.isfinite()):
+            return
+        # A wrong shift of the labels changes it by more than this, rounding by less.
+        tolerance = 1e-4 if theirs.dtype.itemsize >= 4 else 4 * torch.finfo(theirs.dtype).eps
+        if not math.isclose(theirs.item(), loss.item(), rel_tol=tolerance, abs_tol=1e-6):
+            raise ValueError(
+                f"the loss of {type(self._task.base).__name__} itself is {theirs.item():.6g} for "
+                f"particle 0, and the cross-entropy at its labels is {loss.item():.6g}: "
+                "ParticleTrainer would train another loss than Trainer. Give the method the "
+                "model's loss, such as ml.Ensemble(model, loss=...)"
+            )
+
+    def _check_compute_loss(self) -> None:
+        if type(self).compute_loss is not Trainer.compute_loss or "compute_loss" in vars(self):
+            raise ValueError(
+                "compute_loss is overridden, and ParticleTrainer does not call it: a method needs "
+                "every particle's logits. Give the loss to the method, such as "
+                "ml.Ensemble(model, loss=...), a function (logits (K, N, C), targets (N,)) -> (K,)"
+            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._log_sum is not None:
             means = (self._log_sum / self._log_steps).tolist()
             logs = logs | dict(zip(self._log_names, means))
             self._log_sum, self._log_steps = None, 0.0
+        if "grad_norm" in logs and self._grad_norms is not None:
+            each = enumerate(self._grad_norms.tolist())
+            logs = logs | {f"grad_norm_particle_{k}": norm for k, norm in each}
         super().log(logs, *args, **kwargs)
-
-    def _split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-        """-> what the base takes, and the targets of its last L positions: (B, L), or (B,)."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        if "use_cache" in self._columns:
-            inputs["use_cache"] = False
-        if labels is None:
-            return inputs, None
-        if labels.is_floating_point() or labels.ndim != (2 if self._causal else 1):
-            wanted = "(B, T) of a language model" if self._causal else "(B,) of a classifier"
-            got = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(f"labels must be the integers {wanted}; got {got}")
-        if not self._causal:
-            return inputs, labels
-        tokens = inputs.get("input_ids", labels)
-        if tokens.shape != labels.shape:
-            shapes = f"{tuple(labels.shape)} for input_ids {tuple(tokens.shape)}"
-            raise ValueError(f"a language model needs a label for every token; got {shapes}")
-        # Position t predicts token t + 1, and the last one nothing.
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        first = int((targets != IGNORE_INDEX).any(0).byte().argmax())
-        targets = targets[:, first:]
-        if "logits_to_keep" in self._columns:
-            inputs["logits_to_keep"] = targets.shape[1]
-        return inputs, targets
-
-    def _logits(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor | None) -> Tensor:
-        """(K, B, L, V) for targets (B, L), (K, B, C) for (B,); without targets, what there is."""
-        output = model(**inputs)
-        logits = getattr(output, "logits", output)
-        if self._causal and targets is not None:
-            logits = logits[:, :, -targets.shape[1] :]
-        if targets is not None and logits.shape[1:-1] != targets.shape:
-            raise ValueError(f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}")
-        return logits
 
     @torch.no_grad()
     def prediction_step(
@@ -199,13 +313,15 @@ class ParticleTrainer(Trainer):
         *_: Any,
         **__: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        inputs, targets = self._split(self._prepare_inputs(inputs))
+        inputs, targets = self._task.split(self._prepare_inputs(inputs))
         # As many particles at a time as the method runs. (Over several processes it is made by
         # `train`, and wraps the model.)
         method = self.method if self.args.world_size == 1 else self._method
         chunk = self.model.num_particles if method is None else method.passes.chunk
         with self.compute_loss_context_manager():
-            logits = self.model.in_chunks(chunk, lambda: self._logits(model, inputs, targets))
+            logits = self.model.in_chunks(
+                chunk, lambda: self._task.logits(model(**inputs), targets)
+            )
         members, loss = logits.to(accumulator(logits.dtype)).log_softmax(-1), None
         if targets is not None:
             valid = targets != IGNORE_INDEX
@@ -215,7 +331,7 @@ class ParticleTrainer(Trainer):
             pair = torch.stack([t.reshape(len(t), -1).sum(1).to(nll) for t in (nll, valid)], 1)
             loss = pair[:, 0].sum() / pair[:, 1].sum()
             self._eval_nll.append(self.gather_function(pair).cpu())
-            if not self._causal and not self.args.prediction_loss_only:
+            if targets.ndim == 1 and not self.args.prediction_loss_only:
                 both = self.gather_function((members.transpose(0, 1).contiguous(), targets))
                 self._eval_members.append([t.cpu() for t in both])
         if prediction_loss_only:
@@ -240,6 +356,7 @@ class ParticleTrainer(Trainer):
         return output
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        self._check_compute_loss()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -271,7 +388,20 @@ class ParticleTrainer(Trainer):
             _load_method(self.method, Path(checkpoint) / _METHOD)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*self._columns, "label", "label_ids", *self.label_names]
+        self._signature_columns = [*self._task.columns, "label", "label_ids", *self.label_names]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        # A card tells of the model that was fine-tuned: its name, its task.
+        particles, self.model = self.model, self.model.base
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.model = particles
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies from the checkpoint the files that it knows, and ours are in folders.
+        self._save()
+        super()._push_from_checkpoint(checkpoint_folder)
 
 
 class _ZeroGrad(TrainerCallback):
@@ -289,24 +419,38 @@ def _not_reentrant(enable: Callable[..., None], **options: Any) -> None:
     enable(**options)
 
 
+def _counts_items(base: nn.Module) -> bool:
+    """Whether Trainer would give this model, by itself, the number of labels of a step."""
+    if hasattr(base, "accepts_loss_kwargs"):
+        return bool(base.accepts_loss_kwargs)
+    parameters = inspect.signature(base.forward).parameters.values()
+    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
 def _check_options(args: TrainingArguments | None, options: dict[str, Any]) -> None:
     refused = {"compute_loss_func": options.get("compute_loss_func")}
     if args is not None:
         names = ("label_smoothing_factor", "neftune_noise_alpha", "deepspeed", "fsdp")
         refused |= {name: getattr(args, name) for name in names}
         refused["label_names"] = args.label_names if args.label_names != ["labels"] else None
+        optim = str(getattr(args.optim, "value", args.optim))
+        # They choose among the base's layers, or step where Trainer's own backward runs.
+        chooses = any(name in optim for name in ("galore", "apollo", "lomo", "layerwise"))
+        refused["optim"] = optim if chooses else None
     for name, value in refused.items():
         if value:
             raise ValueError(f"ParticleTrainer does not support {name}={value!r}")
 
 
-def _check_classifier(base: nn.Module) -> None:
-    config = getattr(base, "config", None)
-    kind, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
-    if kind not in (None, "single_label_classification") or labels < 2:
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: ParticleModel) -> None:
+    """Raise where an optimizer would take K particles' tensors for one parameter."""
+    stacked = {id(p) for p in model.particle_parameters()}
+    given = [p for group in optimizer.param_groups for p in group["params"]]
+    if not is_elementwise(type(optimizer)) and any(id(p) in stacked for p in given):
         raise ValueError(
-            f"{type(base).__name__} with problem_type {kind!r} and {labels} labels is neither a "
-            "causal language model nor a classifier with one label an example"
+            f"{type(optimizer).__name__} may take a stacked tensor (K, ...) for one parameter: "
+            "make it over model.particle_parameters(separate=True), or one for every particle, "
+            "multilora.optim.EachParticle"
         )
 
 

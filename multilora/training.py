@@ -109,7 +109,9 @@ class Settings:
             if value is not None and not (isinstance(value, str) and value):
                 raise ValueError(f"{name} must be a name or a folder; got {value!r}")
         texts = self.targets is None or (
-            isinstance(self.targets, tuple) and all(isinstance(t, str) and t for t in self.targets)
+            isinstance(self.targets, (tuple, list))
+            and self.targets
+            and all(isinstance(t, str) and t for t in self.targets)
         )
         if not texts:
             raise ValueError(f"targets must be names of layers; got {self.targets!r}")
@@ -334,20 +336,20 @@ def _all_run(model: ParticleModel) -> Iterator[None]:
     That is where no adapter, or a head not, is called, or where no adapter gets a gradient.
     """
     layers, heads = dict(model.lora_layers()), dict(model.stacked_modules())
-    idle = {**layers, **heads}
+    idle = {*layers, *heads}
     hooks = [
-        layer.register_forward_hook(lambda *_, name=name: idle.pop(name, None))
-        for name, layer in list(idle.items())
+        layer.register_forward_hook(lambda *_, name=name: idle.discard(name))
+        for name, layer in (*layers.items(), *heads.items())
     ]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    idle_heads = sorted(idle.keys() & heads.keys())
+    idle_heads = sorted(idle & heads.keys())
     if idle_heads:
         raise ValueError(f"the head {idle_heads[0]} did not run in the first step: it cannot learn")
-    if idle.keys() >= layers.keys():
+    if idle >= layers.keys():
         raise ValueError(
             f"none of the {len(layers)} adapters ran in the first step ({', '.join(layers)}): the "
             "model reads the weights of these layers instead of calling them; choose other "
@@ -439,12 +441,9 @@ def evaluate(
     forward; all where it is None. -> the measures (clean at the top, "corrupted": means over the
     corruptions, "ood"), and the clean predictions (K, N, C) with their targets.
     """
-    sizes = (
-        task.evaluation_batch
-        if batch_size is None
-        else checks.integer("batch_size", batch_size, 1),
-        model.num_particles if particle_chunk is None else particle_chunk,
-    )
+    size = task.evaluation_batch if batch_size is None else batch_size
+    chunk = model.num_particles if particle_chunk is None else particle_chunk
+    sizes = checks.integer("batch_size", size, 1), checks.integer("particle_chunk", chunk, 1)
     log_p, targets = _predictions(model, task, task.test, *sizes)
     ood = None if task.ood is None else _predictions(model, task, task.ood, *sizes)[0]
     result = metrics.evaluate(log_p, targets, ood_logits=ood)
@@ -691,7 +690,8 @@ def _read_settings(folder: Path) -> Settings:
         if file.stat().st_size > _MAX_SETTINGS:
             raise ValueError(f"it has {file.stat().st_size} bytes")
         values = json.loads(file.read_text())
-        values["targets"] = tuple(values["targets"]) if values["targets"] else None
+        if isinstance(values["targets"], list):
+            values["targets"] = tuple(values["targets"])
         for name in ("model_args", "method_args"):
             values[name] = tuple((k, v) for k, v in values.get(name, ()))
         return Settings(**values)

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from multilora import cli, training
-from multilora.integrations import untrusted
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 COLOURS = {"blue": (20, 20, 200), "red": (200, 20, 20)}
@@ -387,13 +386,3 @@ def test_arguments_of_transformers(theirs, capsys):
         both(theirs / "run", capsys, name)
     change(theirs / "run", model_args=[["attn_implementation", "eager"], ["dtype", "float32"]])
     assert cli.main(["evaluate", str(theirs / "run")]) == 0
-
-
-# --- the names -----------------------------------------------------------------------------------
-
-
-def test_the_names_that_a_file_may_give_are_each_in_one_list():
-    names = [*untrusted._SIZES, *untrusted._NUMBERS, *untrusted._FLAGS, *untrusted._WORDS]
-    assert len(names) == len(set(names))
-    for name in names:
-        assert not any(part in name for part in "path checkpoint code cache config".split())

@@ -116,9 +116,10 @@ class Settings:
         if not texts:
             raise ValueError(f"targets must be names of layers; got {self.targets!r}")
         for name in ("model_args", "method_args"):
-            for key, value in getattr(self, name):
-                if not isinstance(key, str):
-                    raise ValueError(f"{name} needs names and values; got the name {key!r}")
+            pairs = getattr(self, name)
+            if not isinstance(pairs, (tuple, list)) or not all(map(_is_named, pairs)):
+                raise ValueError(f"{name} must be pairs of a name and a value; got {pairs!r}")
+            for key, value in pairs:
                 try:
                     json.dumps(value, allow_nan=False)
                 except (ValueError, TypeError) as error:
@@ -254,7 +255,7 @@ def train(
     model is changed; where no adapter runs in the first step; NotADirectoryError where OUT is a
     file.
     """
-    checks.integer("save_every", save_every, 1)
+    checks.integer("save_every", save_every, 1, _INTEGERS["steps"])
     out = Path(out)
     _check_free(out, settings, resume)
     task = make_task(settings, report, trust_remote_code)
@@ -693,10 +694,14 @@ def _read_settings(folder: Path) -> Settings:
         if isinstance(values["targets"], list):
             values["targets"] = tuple(values["targets"])
         for name in ("model_args", "method_args"):
-            values[name] = tuple((k, v) for k, v in values.get(name, ()))
+            values[name] = tuple(map(tuple, values.get(name, ())))
         return Settings(**values)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
+
+
+def _is_named(pair: Any) -> bool:
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def _finite(value: float) -> bool:

@@ -18,53 +18,49 @@ from torch import nn
 
 from multilora import checks
 
-#: Integers, and lists of them (a number a stage): the largest that an argument may be.
+#: Integers, and lists of them (a number a stage), by the largest that they may be: arguments of
+#: timm's models, and fields of transformers' configurations.
 _SIZES = {
-    # timm.create_model
-    "img_size": 2048,
-    "patch_size": 256,
-    "in_chans": 3,
-    "embed_dim": 2**14,
-    "embed_dims": 2**14,
-    "dim": 2**14,
-    "dims": 2**14,
-    "width": 2**14,
-    "depth": 512,
-    "depths": 512,
-    "layers": 512,
-    "num_blocks": 512,
-    "num_heads": 1024,
-    "head_dim": 2**12,
-    "window_size": 256,
-    "reg_tokens": 1024,
-    "output_stride": 64,
-    "cardinality": 1024,
-    "base_width": 2**12,
-    "stem_width": 2**12,
-    "stem_size": 2**12,
-    # transformers' configurations
-    "hidden_size": 2**16,
-    "intermediate_size": 2**18,
-    "num_hidden_layers": 512,
-    "num_attention_heads": 1024,
-    "num_key_value_heads": 1024,
-    "vocab_size": 2**21,
-    "max_position_embeddings": 2**24,
-    "n_embd": 2**16,
-    "n_layer": 512,
-    "n_head": 1024,
-    "n_inner": 2**18,
-    "n_positions": 2**24,
+    name: largest
+    for largest, names in {
+        3: "in_chans",
+        256: """
+            patch_size patch_sizes window_size window_sizes kernel_size kernel_sizes output_stride
+            sr_ratios num_reg_tokens reg_tokens
+        """,
+        512: """
+            depth depths layers num_blocks block_config serial_depths transformer_depths
+            num_hidden_layers n_layer
+        """,
+        1024: """
+            num_heads heads num_kv_heads cardinality growth_rate
+            num_attention_heads num_key_value_heads n_head
+        """,
+        2048: "img_size",
+        2**16: """
+            embed_dim embed_dims dim dims width widths channels num_features head_dim key_dim
+            head_hidden_size hidden_sizes base_width stem_width stem_size stem_chs
+            hidden_size n_embd
+        """,
+        2**18: "intermediate_size n_inner",
+        2**21: "vocab_size",
+        2**24: "max_position_embeddings n_positions",
+    }.items()
+    for name in names.split()
 }
 #: Numbers, and lists of them, in [0, 64].
 _NUMBERS = """
-    mlp_ratio mlp_ratios init_values expand_ratio
-    drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate
+    mlp_ratio mlp_ratios attn_ratio expand_ratio expansion_ratio bottle_ratio se_ratio
+    init_values layer_scale_init_value ls_init_value head_init_scale norm_eps
+    drop dropout drop_rate drop_block_rate pos_drop_rate patch_drop_rate proj_drop_rate
+    attn_drop_rate drop_path_rate
     attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop initializer_range
 """.split()
 _FLAGS = """
-    qkv_bias qk_norm class_token no_embed_class pre_norm final_norm fc_norm dynamic_img_size
-    dynamic_img_pad strict_img_size scriptable exportable
+    qkv_bias proj_bias mlp_bias qk_norm class_token no_embed_class pre_norm final_norm fc_norm
+    patch_norm head_norm_first dynamic_img_size dynamic_img_pad strict_img_size use_abs_pos_emb
+    use_rel_pos_bias use_shared_rel_pos_bias use_fc_norm use_conv use_grn conv_mlp avg_down
+    zero_init_last distilled scriptable exportable
     tie_word_embeddings local_files_only low_cpu_mem_usage
 """.split()
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
@@ -72,6 +68,7 @@ _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _WORDS = {
     "global_pool": ("", "avg", "avgmax", "catavgmax", "max", "token", "map"),
+    "weight_init": ("", "skip", "jax", "jax_nlhb", "moco"),
     "act_layer": tuple("relu relu6 gelu gelu_tanh quick_gelu silu swish hard_swish".split()),
     "dtype": _DTYPES,
     "torch_dtype": _DTYPES,
@@ -97,9 +94,11 @@ def check_arguments(where: str, arguments: Iterable[tuple[str, Any]]) -> None:
         elif name in _WORDS:
             checks.choice(called, value, _WORDS[name])
         else:
+            code = name == "trust_remote_code"
+            option = "--trust-remote-code" if code else f"--model-args {name}=..."
             raise ValueError(
                 f"{called} is not taken from a file, which may be anybody's; if you mean it, give "
-                f"it yourself, with --model-args {name}=..., or --trust-remote-code for code"
+                f"it yourself, with {option}"
             )
 
 

@@ -7,10 +7,13 @@ import multiprocessing
 import os
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
+from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from torch import nn
 
 from multilora import cli, tasks, training
 from multilora.integrations.timm import (
@@ -94,7 +97,8 @@ def test_export_replaces_its_own_files_and_no_others(run, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "of the user"
 
 
-def test_a_record_of_kernels_replaces_an_older_one_alone(tmp_path, capsys):
+def test_a_record_of_kernels_replaces_an_older_one_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("multilora.ops.machine_code.native_reports", lambda *_: [])
     file = tmp_path / "record.json"
     for text in ("of the user", "[]", '{"target": "sm_90"}'):
         file.write_text(text)
@@ -203,7 +207,7 @@ def test_a_setting_that_means_nothing_is_refused_by_name(name, value):
 
 
 def test_other_fields_are_refused_by_name_too():
-    assert len(NUMBERS) == 9
+    assert len(NUMBERS) == 10
     settings = training.Settings()
     for field in fields(settings):
         if field.name in NUMBERS:
@@ -326,7 +330,7 @@ def test_a_distilled_model_trains_both_heads(images, tmp_path):
 
 def test_a_convolutional_network_has_its_convolutions(images, tmp_path, capsys):
     out = tmp_path / "run"
-    small = ["layers=[1,1]", "channels=[8,16]", "stem_width=8"]
+    small = ["layers=[1,1,1,1]", "channels=[8,8,8,8]", "stem_width=8"]
     assert cli.main(train(images, out, "resnet10t", model_args=small)) == 0
     assert all(name.endswith("weight") for name in ran(out))
     assert any("conv1" in name for name in ran(out))
@@ -354,15 +358,37 @@ def test_only_plain_convolutions_are_chosen():
     assert matched == set(working)
 
 
-@pytest.mark.parametrize("model", ["resnetv2_50x1_bit", "nfnet_f0"])
-def test_a_model_without_a_plain_layer_is_refused(images, tmp_path, capsys, model):
-    small = ["layers=[1]", "channels=[32]"] if model.startswith("resnet") else []
-    refused(
-        train(images, tmp_path / "run", model, model_args=[*small, "width_factor=0.125"][:2]),
-        capsys,
-        "has no layer that particles can adapt",
-    )
-    assert not (tmp_path / "run" / "run.json").exists()
+class Pooled(nn.Module):
+    """A convolution, the mean over pixels and a head, as timm's models have them."""
+
+    num_classes = 2
+    pretrained_cfg: ClassVar = {}
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution, self.fc = convolution, nn.Linear(4, 2)
+
+    def get_classifier(self):
+        return self.fc
+
+    def forward(self, x):
+        return self.fc(self.convolution(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [StdConv2d, ScaledStdConv2d, Conv2dSame, "dilated", "reflected"])
+def test_convolutions_with_an_arithmetic_of_their_own_do_not_count(kind):
+    more = {"dilated": {"dilation": 2}, "reflected": {"padding_mode": "reflect", "padding": 1}}
+    kind, more = (nn.Conv2d, more[kind]) if isinstance(kind, str) else (kind, {})
+    model = Pooled(kind(3, 4, 3, **more))
+    assert working_layers(model, img_size=8) == []
+    with pytest.raises(ValueError, match="Pooled has no layer that particles can adapt"):
+        default_targets(model, [])
+    assert working_layers(Pooled(nn.Conv2d(3, 4, 3)), img_size=8) == ["convolution"]
+
+
+def test_a_training_with_a_loss_of_its_own_is_refused():
+    with pytest.raises(ValueError, match="in training mode the model returns a tuple"):
+        tasks._call_and_pass(lambda x: (x, x), torch.zeros(1), torch.zeros(1))
 
 
 def test_a_head_with_batch_norm_trains_the_linears_inside(images, tmp_path):
@@ -378,12 +404,10 @@ def test_one_channel(images, tmp_path, capsys):
     assert cli.main(["evaluate", str(out)]) == 0
     base = create_base("vit_tiny_patch16_224", 2, False, in_chans=1, **VIT_ARGS)
     data, _, _ = image_folder(images, base, in_chans=1, **VIT_ARGS)
-    x, _ = data[0]
-    # Grey pixels, of this model's mean and standard deviation of 0.5.
-    path = sorted((images / "train" / "a").iterdir())[0]
-    pixels = torch.frombuffer(bytearray(Image.open(path).convert("L").tobytes()), dtype=torch.uint8)
-    assert x.shape == (1, 16, 16)
-    torch.testing.assert_close(x, pixels.view(1, 16, 16) / 255 * 2 - 1, rtol=0, atol=1e-6)
+    x = data.transform(Image.new("RGB", (16, 16), (200, 100, 50)))
+    # The luminance, of this model's mean and standard deviation of 0.5.
+    grey = round(0.299 * 200 + 0.587 * 100 + 0.114 * 50) / 255 * 2 - 1
+    torch.testing.assert_close(x, torch.full((1, 16, 16), grey), rtol=0, atol=1e-6)
     refused(
         train(images, tmp_path / "two", "vit_tiny_patch16_224", model_args=[*VIT, "in_chans=2"]),
         capsys,
@@ -401,13 +425,16 @@ def test_images_of_another_aspect(images, tmp_path):
     "model, args, text",
     [
         ("no_such_model", [], "no_such_model"),
-        ("vit_tiny_patch16_224", ["img_size=15", "patch_size=16", "depth=1"], "timm"),
+        (
+            "vit_tiny_patch16_224",
+            ["img_size=15", "patch_size=16", "depth=1"],
+            "does not run on images",
+        ),
         ("vit_tiny_patch16_224", [*VIT, "colour=1"], "colour"),
         ("vit_tiny_patch16_224", [*VIT[:4], "num_heads=3"], "timm could not create"),
         ("vit_tiny_patch16_224", [*VIT, "num_classes=7"], "num_classes"),
         ("vit_tiny_patch16_224", [*VIT, "seed=7"], "seed"),
-        ("vit_tiny_patch16_224", [*VIT, "features_only=true"], "FeatureGetterNet"),
-        ("volo_d1_224", ["img_size=32"], "in training mode the model returns a tuple"),
+        ("vit_tiny_patch16_224", [*VIT, "features_only=true", "out_indices=[0]"], "Feature"),
     ],
 )
 def test_a_model_that_cannot_train_is_refused_with_a_line(

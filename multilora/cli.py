@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from multilora import recipes
+from multilora import checks, files, recipes
 
 #: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
 _COLUMNS = (
@@ -35,13 +35,16 @@ _SETTINGS = (
     "augment split classes max_length"
 ).split()
 
+#: What `export` wrote into a folder, beside it.
+_EXPORT = "multilora_export.json"
+
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except (ValueError, TypeError, OSError, FloatingPointError, RuntimeError) as error:
-        print(f"multilora: {error}", file=sys.stderr)
+        print(f"multilora: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         wanted = {
@@ -138,7 +141,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_key_value,
         help="for timm.create_model, e.g. img_size=32, or transformers' from_pretrained",
     )
-    train.add_argument("--out", metavar="DIR", help="[runs/TASK-METHOD-SEED, numbered if taken]")
+    trust = {
+        "action": "store_true",
+        "help": "run the code that comes with a language model",
+    }
+    train.add_argument("--trust-remote-code", **trust)
+    train.add_argument(
+        "--out", metavar="DIR", help="a new folder [runs/TASK-METHOD-SEED, numbered if taken]"
+    )
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument(
         "--save-every", type=int, default=50, metavar="STEPS", help="a checkpoint" + default
@@ -151,15 +161,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--seeds", type=int, default=5, help="how many, for --compare" + default)
 
-    evaluate = commands.add_parser("evaluate", help="measure a trained run again")
+    # A run's folder may be anybody's: what it must not ask for, the user may.
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--model", help="in place of the one that DIR names")
+    own.add_argument("--data", metavar="FOLDER", help="in place of the one that DIR names")
+    own.add_argument(
+        "--model-args",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        type=_key_value,
+        help="in place of those of the same names in DIR",
+    )
+    own.add_argument("--trust-remote-code", **trust)
+
+    evaluate = commands.add_parser("evaluate", parents=[own], help="measure a trained run again")
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("dir", metavar="DIR")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    export = commands.add_parser("export", help="average a run's particles into one PEFT adapter")
+    export = commands.add_parser(
+        "export", parents=[own], help="average a run's particles into one PEFT adapter"
+    )
     export.set_defaults(run=_export)
     export.add_argument("dir", metavar="DIR")
-    export.add_argument("out", metavar="OUT")
+    export.add_argument("out", metavar="OUT", help="a new folder, or that of an earlier export")
     export.add_argument("--soup", default="exact", choices=("exact", "svd"))
 
     kernels = commands.add_parser(
@@ -169,7 +195,9 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument(
         "--target", choices=("sm_80", "sm_90"), default="sm_90", help="the chip" + default
     )
-    kernels.add_argument("--out", type=Path, metavar="FILE", help="write a JSON record")
+    kernels.add_argument(
+        "--out", type=Path, metavar="FILE", help="write a JSON record; an older one is replaced"
+    )
     kernels.add_argument("--only", default="", metavar="TEXT", help="only names with TEXT")
     kernels.set_defaults(run=_kernels)
 
@@ -211,6 +239,7 @@ def _train(args: argparse.Namespace) -> int:
                 save_every=args.save_every,
                 report=progress.print,
                 on_step=progress.step,
+                trust_remote_code=args.trust_remote_code,
             )
 
     if not args.compare:
@@ -224,7 +253,12 @@ def _train(args: argparse.Namespace) -> int:
         )
         return 0
 
+    checks.integer("--seeds", args.seeds, 1, 1000)
     out = Path(args.out) if args.out else _free_folder(settings("ibdr", args.seed, None), "compare")
+    if not args.resume and out.is_dir() and any(out.iterdir()):
+        raise ValueError(
+            f"{out} holds files; continue a comparison with --resume, or choose another --out"
+        )
     rows = []
     for method in reversed(METHODS):
         particles = 4 if args.particles is None else args.particles
@@ -242,10 +276,23 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from multilora.training import evaluate, load_run, to_json
+def _load_run(args: argparse.Namespace) -> Any:
+    from multilora.training import load_run
 
-    model, task, settings = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
+    return load_run(
+        args.dir,
+        report=lambda line: print(line, file=sys.stderr),
+        model=args.model,
+        data=args.data,
+        model_args=dict(args.model_args),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from multilora.training import evaluate, to_json
+
+    model, task, settings = _load_run(args)
     result, _, _ = evaluate(model, task, particle_chunk=settings.particle_chunk)
     if args.json:
         print(to_json(result))
@@ -255,12 +302,37 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from multilora.training import load_run
-
-    model, _, _ = load_run(args.dir, report=lambda line: print(line, file=sys.stderr))
-    model.soup(args.out, kind=args.soup)
-    print(f"{args.out}: the mean of {model.num_particles} particles as one PEFT adapter")
+    out = Path(args.out)
+    _check_export(out)
+    model, _, _ = _load_run(args)
+    model.soup(out, kind=args.soup)
+    record = {
+        "run": str(args.dir),
+        "soup": args.soup,
+        "files": {f.name: files.digest(f) for f in out.iterdir() if f.name != _EXPORT},
+    }
+    files.write_text(out / _EXPORT, json.dumps(record, indent=2) + "\n")
+    print(f"{out}: the mean of {model.num_particles} particles as one PEFT adapter")
     return 0
+
+
+def _check_export(out: Path) -> None:
+    """Raise ValueError where `out` holds anything but an unchanged earlier export."""
+    try:
+        written = json.loads((out / _EXPORT).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {}
+    inside = out.iterdir() if out.is_dir() else ()
+    strangers = sorted(
+        f.name
+        for f in inside
+        if not f.is_file() or (f.name != _EXPORT and written.get(f.name) != files.digest(f))
+    )
+    if strangers or ((out / _EXPORT).exists() and not written):
+        raise ValueError(
+            f"{out} holds files that are not of an earlier export: "
+            f"{', '.join(strangers[:5] or [_EXPORT])}; choose another folder"
+        )
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -272,6 +344,8 @@ def _kernels(args: argparse.Namespace) -> int:
     from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
     from multilora.ops.triton.problems import problems
 
+    if args.out is not None:
+        _check_record(args.out)
     chip, limit = TARGETS[args.target]
     try:
         native = list(native_reports(args.target, knobs.nvidia.cuobjdump.path, args.only))
@@ -300,8 +374,21 @@ def _kernels(args: argparse.Namespace) -> int:
     )
     if args.out is not None:
         nvcc = _built("_C_cuda") if native else ""
-        args.out.write_text(to_json(args.target, nvcc, reports))
+        files.write_text(args.out, to_json(args.target, nvcc, reports))
     return 1 if failures else 0
+
+
+def _check_record(out: Path) -> None:
+    """Raise ValueError where `out` is a file, but no record of `multilora kernels`."""
+    if not out.exists():
+        return
+    try:
+        keys = json.loads(out.read_text()).keys()
+        ours = keys == {"target", "triton", "ptxas", "nvcc", "kernels"}
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{out} is there already and no record of kernels; choose another --out")
 
 
 def _info(args: argparse.Namespace) -> int:

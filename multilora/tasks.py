@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from multilora import checks
 from multilora.integrations import commonsense, vtab
 from multilora.integrations.timm import (
     class_names,
-    classifier_name,
+    classifiers,
     create_base,
     default_targets,
+    endings,
     image_folder,
+    working_layers,
 )
 
 Report = Callable[[str], None]
@@ -36,13 +40,20 @@ def _call(model: nn.Module, x: Any) -> Tensor:
 
 
 def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    return model(x), y
+    logits = model(x)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"in training mode the model returns a {type(logits).__name__}, not class logits: its "
+            "training has a loss of its own, which particles do not have"
+        )
+    return logits, y
 
 
 @dataclass(frozen=True)
 class Task:
     """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
 
+    head: the classification head, which is new and trained whole; a name, or those of two.
     A batch of inputs is a tensor, or what `collate` makes of them: a dict of tensors.
     predict(model, x): the particles' logits (K, N, classes), which are evaluated against labels.
     learn(model, x, y): the logits and targets that a method's closure returns.
@@ -50,7 +61,7 @@ class Task:
 
     base: nn.Module
     targets: list[str]
-    head: str | None
+    head: str | tuple[str, ...] | None
     classes: list[str]
     train: Dataset
     test: Dataset
@@ -83,9 +94,12 @@ def digits(seed: int, shots: int, report: Report = print) -> Task:
     Test images are the rest of 5–9; corrupted copies of them have noise, blur or low contrast, at
     three severities each; the digits 0–4 are the out-of-distribution images. The seed draws the
     training examples.
+
+    Raises ValueError where `shots` leaves no test images of a digit.
     """
     images, labels = _load_digits()
     source, target = labels < 5, labels >= 5
+    checks.integer("shots", shots, 1, labels[target].bincount()[5:].min().item() - 1)
     base = _digits_model(num_classes=5)
     base.load_state_dict(_pretrained_digits(images[source], labels[source], report))
     with torch.random.fork_rng(devices=[]):
@@ -155,23 +169,64 @@ def _digits_model(num_classes: int) -> nn.Module:
 
 
 def _pretrained_digits(images: Tensor, labels: Tensor, report: Report) -> dict[str, Tensor]:
-    """The weights after pretraining, made once and kept in the cache folder."""
-    from safetensors.torch import load_file, save_file
+    """The weights after pretraining, made once and kept in the cache folder.
 
+    A cached file that is damaged is made again. Processes that make it at the same time make the
+    same, and the last one's stays.
+    """
     recipe = json.dumps([DIGITS_MODEL, _PRETRAINING], sort_keys=True)
     name = f"digits-vit-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
     file = cache_folder() / name
-    if file.is_file():
-        return load_file(file)
+    model = _digits_model(num_classes=5)
+    if os.path.lexists(file):
+        try:
+            return _read_cache(file, model.state_dict())
+        except Exception as error:
+            report(f"{file} is damaged and made again: {error}")
     report("Pretraining the digits ViT on the digits 0–4 (once; it is kept in the cache)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_PRETRAINING["seed"])
-        model = _pretrain(_digits_model(num_classes=5), images, labels)
+        weights = _pretrain(model, images, labels).state_dict()
+    try:
+        _write_cache(file, weights)
+    except OSError as error:
+        report(f"The pretrained digits ViT cannot be kept: {error}")
+    return weights
+
+
+def _read_cache(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Raises some Exception where the file is not what `_write_cache` made of such tensors."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        metadata, names = stored.metadata() or {}, stored.keys()
+        shapes = {name: stored.get_slice(name).get_shape() for name in names}
+        if shapes != {name: list(t.shape) for name, t in expected.items()}:
+            raise ValueError("its tensors are other ones")
+        weights = {name: stored.get_tensor(name) for name in names}
+    if metadata.get("sha256", _digest(weights)) != _digest(weights):
+        raise ValueError("its SHA-256 is not the one that it was written with")
+    return weights
+
+
+def _write_cache(file: Path, weights: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file(model.state_dict(), temporary)
-    os.replace(temporary, file)
-    return model.state_dict()
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(weights, temporary, {"sha256": _digest(weights)})
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of the values, in the order of their names."""
+    sha = hashlib.sha256()
+    for _, tensor in sorted(weights.items()):
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _pretrain(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
@@ -216,15 +271,17 @@ def images(
     targets: Sequence[str] | None = None,
     seed: int = 0,
     augment: bool = False,
+    from_file: bool = False,
     **model_args: Any,
 ) -> Task:
     """Any timm model on a folder of images; see `integrations.timm.image_folder` for its layout.
 
     The seed draws the new head (and, without pretraining, the model) and the augmentation.
+    from_file: see `integrations.timm.create_base`.
     """
-    base = _timm_base(model, len(class_names(data)), pretrained, seed, model_args)
+    base = _timm_base(model, len(class_names(data)), pretrained, seed, from_file, model_args)
     train, test, classes = image_folder(data, base, augment, seed, **model_args)
-    return _image_task(base, targets, train, test, classes)
+    return _image_task(base, targets, train, test, classes, model_args)
 
 
 def vtab1k(
@@ -235,20 +292,26 @@ def vtab1k(
     seed: int = 0,
     augment: bool = False,
     split: str = "test",
+    from_file: bool = False,
     **model_args: Any,
 ) -> Task:
     """Any timm model on a data set of VTAB-1K; see `integrations.vtab.vtab` for its layout."""
-    base = _timm_base(model, vtab.num_classes(data), pretrained, seed, model_args)
+    base = _timm_base(model, vtab.num_classes(data), pretrained, seed, from_file, model_args)
     train, test, classes = vtab.vtab(data, base, split, augment, seed, **model_args)
-    return _image_task(base, targets, train, test, classes)
+    return _image_task(base, targets, train, test, classes, model_args)
 
 
 def _timm_base(
-    model: str, classes: int, pretrained: bool, seed: int, model_args: dict[str, Any]
+    model: str,
+    classes: int,
+    pretrained: bool,
+    seed: int,
+    from_file: bool,
+    model_args: dict[str, Any],
 ) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return create_base(model, classes, pretrained, **model_args)
+        return create_base(model, classes, pretrained, from_file, **model_args)
 
 
 def _image_task(
@@ -257,11 +320,18 @@ def _image_task(
     train: Dataset,
     test: Dataset,
     classes: list[str],
+    model_args: dict[str, Any],
 ) -> Task:
+    working = working_layers(base, **model_args)
+    heads = classifiers(base)
     return Task(
         base=base,
-        targets=_existing(base, targets) if targets else default_targets(base),
-        head=classifier_name(base),
+        targets=(
+            _existing(base, targets, endings(base, working))
+            if targets
+            else default_targets(base, working)
+        ),
+        head=heads[0] if len(heads) == 1 else heads,
         classes=classes,
         train=train,
         test=test,
@@ -282,17 +352,19 @@ def questions(
     classes: str = "answers",
     max_length: int = 512,
     report: Report = print,
+    from_file: bool = False,
     **model_args: Any,
 ) -> Task:
     """A causal language model on a commonsense task; see `integrations.commonsense`.
 
     targets: q_proj and v_proj where it is None. Prompts have at most
     max_length tokens, or what the model has positions for.
+    from_file: see `integrations.commonsense.create_base`.
     """
     train, test = commonsense.load(task, data, split)
-    tokenizer = commonsense.create_tokenizer(model)
+    tokenizer = commonsense.create_tokenizer(model, bool(model_args.get("trust_remote_code")))
     tokens = commonsense.answer_tokens(tokenizer, train[0])
-    base = commonsense.create_base(model, pretrained, seed, **model_args)
+    base = commonsense.create_base(model, pretrained, seed, from_file, **model_args)
     positions = getattr(base.config, "max_position_embeddings", None)
     max_length = min(max_length, positions or max_length)
     prompts = [commonsense.Prompts(tokenizer, part, max_length) for part in (train, test)]
@@ -317,17 +389,23 @@ def questions(
     )
 
 
-def _existing(base: nn.Module, targets: Sequence[str]) -> list[str]:
-    """`targets`, checked: each is the name of a layer, or its end."""
+def _existing(
+    base: nn.Module, targets: Sequence[str], working: Sequence[str] | None = None
+) -> list[str]:
+    """`targets`, checked: each is the name of a layer, or its end.
+
+    working: what to choose among; the linears where it is None.
+    """
     layers = [name for name, _ in base.named_modules()]
     missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
     if missing:
-        ends = {
-            name.rpartition(".")[2]
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        }
+        if working is None:
+            working = {
+                name.rpartition(".")[2]
+                for name, module in base.named_modules()
+                if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+            }
         raise ValueError(
-            f"{type(base).__name__} has no layers {missing}; choose targets among {sorted(ends)}"
+            f"{type(base).__name__} has no layers {missing}; choose targets among {sorted(working)}"
         )
     return list(targets)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import random
 import statistics
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multilora import files, metrics, recipes
+from multilora import checks, files, metrics, recipes
 from multilora.checkpoint import load_particle_model
-from multilora.integrations import commonsense, vtab
+from multilora.integrations import commonsense, untrusted, vtab
 from multilora.methods import IBDR, SVGD, Ensemble, Method
 from multilora.model import ParticleModel, get_particle_model
 from multilora.plots import reliability_diagram
@@ -30,7 +31,20 @@ METHODS = ("ibdr", "svgd", "ensemble", "single")
 _CHECKPOINT = "checkpoint.pt"
 _SETTINGS = "run.json"
 _METRICS = "metrics.json"
+#: What run.json may have, in bytes: it is a kilobyte.
+_MAX_SETTINGS = 2**20
 OnStep = Callable[[int, int, dict[str, float]], None]
+SPLITS = ("test", "tune")
+#: The integers of Settings, which begin at 1 (the seed at 0), and where they end.
+_INTEGERS = {
+    "particles": 2**16,
+    "rank": 2**16,
+    "seed": 2**32 - 1,
+    "steps": 10**9,
+    "batch_size": 2**20,
+    "shots": 10**6,
+    "max_length": 2**24,
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,18 @@ class Settings:
     max_length: int = 512
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}; got {self.method!r}")
+        checks.choice("method", self.method, METHODS)
+        checks.choice("split", self.split, SPLITS)
+        checks.choice("classes", self.classes, commonsense.CLASSES)
+        for name, high in _INTEGERS.items():
+            checks.integer(name, getattr(self, name), 0 if name == "seed" else 1, high)
+        checks.number("lr", self.lr, 0, 1e3, open_low=True)
+        checks.number("weight_decay", self.weight_decay, 0, 1e3)
+        if self.lora_alpha is not None:
+            checks.number("lora_alpha", self.lora_alpha, 0, 1e6, open_low=True)
+        for name in ("pretrained", "augment"):
+            checks.flag(name, getattr(self, name))
+        self._check_texts()
         if (self.model is None) != (self.data is None):
             raise ValueError("a task of your own needs both --model and --data")
         if self.task not in names():
@@ -73,15 +97,33 @@ class Settings:
         self._check_options()
         if self.method == "single" and self.particles != 1:
             raise ValueError(f"a single model has 1 particle; got {self.particles}")
-        if self.steps < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"steps and batch size must be at least 1; got {self.steps} and {self.batch_size}"
-            )
 
     @property
     def particle_chunk(self) -> int | None:
         """How many particles run at a time; None: all."""
         return dict(self.method_args).get("particle_chunk")
+
+    def _check_texts(self) -> None:
+        for name in ("model", "data"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ValueError(f"{name} must be a name or a folder; got {value!r}")
+        texts = self.targets is None or (
+            isinstance(self.targets, (tuple, list))
+            and self.targets
+            and all(isinstance(t, str) and t for t in self.targets)
+        )
+        if not texts:
+            raise ValueError(f"targets must be names of layers; got {self.targets!r}")
+        for name in ("model_args", "method_args"):
+            pairs = getattr(self, name)
+            if not isinstance(pairs, (tuple, list)) or not all(map(_is_named, pairs)):
+                raise ValueError(f"{name} must be pairs of a name and a value; got {pairs!r}")
+            for key, value in pairs:
+                try:
+                    json.dumps(value, allow_nan=False)
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{name}: {key} = {value!r}: {error}") from error
 
     def _check_options(self) -> None:
         """An option that the task would ignore is an error."""
@@ -121,7 +163,22 @@ def recommended(
     return Settings(**chosen, method_args=tuple(method_args.items()))
 
 
-def make_task(settings: Settings, report: Report = print) -> Task:
+def make_task(
+    settings: Settings,
+    report: Report = print,
+    trust_remote_code: bool = False,
+    from_file: bool = False,
+) -> Task:
+    """The task with its data and the base model.
+
+    trust_remote_code: run the code that comes with a language model. from_file: the settings'
+    model is a file's word, not the user's; see `load_run`.
+    """
+    if trust_remote_code and settings.task not in commonsense.names():
+        raise ValueError(
+            f"trust_remote_code is for the tasks {', '.join(commonsense.names())}; got the task "
+            f"{settings.task!r}"
+        )
     if settings.task == "digits":
         return digits(settings.seed, settings.shots, report)
     common = {
@@ -130,8 +187,15 @@ def make_task(settings: Settings, report: Report = print) -> Task:
         "pretrained": settings.pretrained,
         "targets": settings.targets,
         "seed": settings.seed,
-        **dict(settings.model_args),
+        "from_file": from_file,
     }
+    model_args = dict(settings.model_args)
+    reserved = sorted(model_args.keys() & {*common, "augment", "split", "task", "report"})
+    if reserved:
+        raise ValueError(f"model_args cannot give {reserved}, which are settings of the run")
+    common |= model_args
+    if trust_remote_code:
+        common["trust_remote_code"] = True
     if settings.task == "images":
         return images(**common, augment=settings.augment)
     if settings.task == "vtab":
@@ -173,6 +237,7 @@ def train(
     save_every: int = 50,
     report: Report = print,
     on_step: OnStep | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and write OUT; -> what OUT/metrics.json holds.
 
@@ -183,15 +248,19 @@ def train(
     first): a run that was killed at any time, also while it wrote, ends with the numbers of one
     that was not. The random state is PyTorch's, NumPy's and Python's, seeded here.
 
-    Raises ValueError where OUT holds a run and resume is False, or one of other settings, or where
-    its checkpoint is damaged or another run's, which is found before the model is changed;
-    NotADirectoryError where OUT is a file.
+    trust_remote_code: see `make_task`.
+
+    Raises ValueError where OUT holds a run and resume is False, or one of other settings, or other
+    files and no run; where its checkpoint is damaged or another run's, which is found before the
+    model is changed; where no adapter runs in the first step; NotADirectoryError where OUT is a
+    file.
     """
-    if save_every < 1:
-        raise ValueError(f"save_every must be at least 1; got {save_every}")
+    checks.integer("save_every", save_every, 1, _INTEGERS["steps"])
     out = Path(out)
     _check_free(out, settings, resume)
-    task = make_task(settings, report)
+    task = make_task(settings, report, trust_remote_code)
+    if len(task.test) == 0:
+        raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
     method = make_method(settings.method, model, settings.seed, dict(settings.method_args))
@@ -227,7 +296,8 @@ def train(
     for step, (x, y) in enumerate(batches, start=done + 1):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
-        scalars = method.backward(lambda x=x, y=y: task.learn(model, x, y))
+        with _all_run(model) if step == done + 1 else contextlib.nullcontext():
+            scalars = method.backward(lambda x=x, y=y: task.learn(model, x, y))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -252,31 +322,112 @@ def train(
         "step_ms": statistics.median(step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }
-    reliability_diagram(predictions, targets, out / "reliability.png")
+    files.write_file(
+        out / "reliability.png",
+        lambda stream: reliability_diagram(predictions, targets, stream),
+    )
     _write_json(out / _METRICS, result)
     return result
+
+
+@contextlib.contextmanager
+def _all_run(model: ParticleModel) -> Iterator[None]:
+    """Raise ValueError where what is trained inside has no part in the model's predictions.
+
+    That is where no adapter, or a head not, is called, or where no adapter gets a gradient.
+    """
+    layers, heads = dict(model.lora_layers()), dict(model.stacked_modules())
+    idle = {*layers, *heads}
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: idle.discard(name))
+        for name, layer in (*layers.items(), *heads.items())
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle_heads = sorted(idle & heads.keys())
+    if idle_heads:
+        raise ValueError(f"the head {idle_heads[0]} did not run in the first step: it cannot learn")
+    if idle >= layers.keys():
+        raise ValueError(
+            f"none of the {len(layers)} adapters ran in the first step ({', '.join(layers)}): the "
+            "model reads the weights of these layers instead of calling them; choose other "
+            "targets (--targets)"
+        )
+    gradients = (layer.lora_B.grad for layer in layers.values())
+    if not any(g is not None and bool(g.any()) for g in gradients):
+        raise ValueError(
+            f"none of the {len(layers)} adapters got a gradient in the first step "
+            f"({', '.join(layers)}); choose other targets (--targets)"
+        )
 
 
 def particle_model(task: Task, settings: Settings) -> ParticleModel:
     import peft
 
+    heads = [task.head] if isinstance(task.head, str) else task.head
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
         target_modules=task.targets,
-        modules_to_save=None if task.head is None else [task.head],
+        modules_to_save=heads and list(heads),
     )
-    return get_particle_model(task.base, config, settings.particles, seed=settings.seed)
+    # A task's heads are new.
+    return get_particle_model(
+        task.base, config, settings.particles, seed=settings.seed, head_init="reset"
+    )
 
 
-def load_run(folder: str | Path, report: Report = print) -> tuple[ParticleModel, Task, Settings]:
-    """The trained model of a run's folder, with its task."""
-    folder = Path(folder)
+def load_run(
+    folder: str | Path,
+    report: Report = print,
+    model: str | None = None,
+    data: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[ParticleModel, Task, Settings]:
+    """The trained model of a run's folder, with its task.
+
+    The folder may be anybody's, so no code runs that comes with it or that it names; SECURITY.md
+    says what else is expected of it.
+
+    model, data, model_args: in place of what the folder says. As the caller's word they are not
+        checked: the model may be any, with weights in any file.
+    trust_remote_code: run the code that comes with a language model.
+
+    Raises ValueError, naming the file, where it is damaged or asks for what a file must not.
+    """
+    folder, own_args = Path(folder), dict(model_args or {})
     settings = _read_settings(folder)
-    task = make_task(settings, report)
-    model = load_particle_model(task.base, folder)
-    _check_base(folder / _CHECKPOINT, _read_state(folder / _CHECKPOINT), model)
-    return model, task, settings
+    file = folder / _SETTINGS
+    theirs = [
+        (name, value)
+        for name, value in settings.model_args
+        if name not in own_args and not (trust_remote_code and name == "trust_remote_code")
+    ]
+    untrusted.check_arguments(str(file), theirs)
+    if model is None and settings.task in commonsense.names():
+        untrusted.check_transformers_name(str(file), settings.model, folder)
+    elif model is None and settings.model is not None:
+        untrusted.check_timm_name(str(file), settings.model)
+    settings = replace(
+        settings,
+        model=model or settings.model,
+        data=data or settings.data,
+        model_args=tuple((dict(theirs) | own_args).items()),
+    )
+    task = make_task(settings, report, trust_remote_code, model is None)
+    particles = load_particle_model(task.base, folder)
+    for name, here in (("particles", particles.num_particles), ("rank", particles.peft_config.r)):
+        if getattr(settings, name) != here:
+            raise ValueError(
+                f"{file} is of another run: {name} = {getattr(settings, name)}, and the particles "
+                f"in {folder} have {here}"
+            )
+    _check_base(folder / _CHECKPOINT, _read_state(folder / _CHECKPOINT), particles)
+    return particles, task, settings
 
 
 def evaluate(
@@ -291,7 +442,9 @@ def evaluate(
     forward; all where it is None. -> the measures (clean at the top, "corrupted": means over the
     corruptions, "ood"), and the clean predictions (K, N, C) with their targets.
     """
-    sizes = batch_size or task.evaluation_batch, particle_chunk or model.num_particles
+    size = task.evaluation_batch if batch_size is None else batch_size
+    chunk = model.num_particles if particle_chunk is None else particle_chunk
+    sizes = checks.integer("batch_size", size, 1), checks.integer("particle_chunk", chunk, 1)
     log_p, targets = _predictions(model, task, task.test, *sizes)
     ood = None if task.ood is None else _predictions(model, task, task.ood, *sizes)[0]
     result = metrics.evaluate(log_p, targets, ood_logits=ood)
@@ -465,8 +618,13 @@ def _read_state(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing")
     try:
         with open(file, "rb") as stream:
+            archive = zipfile.ZipFile(stream)
+            # torch.save compresses nothing, so that a file cannot unfold to more than its size.
+            whole = sum(entry.file_size for entry in archive.infolist())
+            if whole > file.stat().st_size:
+                raise ValueError(f"it unfolds to {whole} bytes")
             # torch.save writes checksums, and torch.load does not look at them.
-            broken = zipfile.ZipFile(stream).testzip()
+            broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"the checksum of {broken} is wrong")
             stream.seek(0)
@@ -495,7 +653,7 @@ def _fingerprint(model: ParticleModel) -> list[float]:
 
 
 def _check_free(out: Path, settings: Settings, resume: bool) -> None:
-    """Make `out`, which must hold no other run."""
+    """Make `out`, which must hold no other run and no files of the user's."""
     if (out / _SETTINGS).is_file():
         if not resume:
             raise ValueError(
@@ -504,6 +662,18 @@ def _check_free(out: Path, settings: Settings, resume: bool) -> None:
         different = _differences(asdict(_read_settings(out)), asdict(settings))
         if different:
             raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
+        # What a run writes must not land elsewhere.
+        links = [entry for entry in out.rglob("*") if entry.is_symlink()]
+        if links:
+            raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
+    elif out.is_dir():
+        # A run that was killed while it wrote its settings leaves a part of them.
+        strangers = [f.name for f in out.iterdir() if not f.match(f".{_SETTINGS}.*.tmp")]
+        if strangers:
+            raise ValueError(
+                f"{out} holds no run but other files, which a run might replace: "
+                f"{', '.join(sorted(strangers)[:5])}; choose another --out"
+            )
     files.make_folder(out)
 
 
@@ -518,13 +688,20 @@ def _read_settings(folder: Path) -> Settings:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {folder} holds no run of `multilora train`")
     try:
+        if file.stat().st_size > _MAX_SETTINGS:
+            raise ValueError(f"it has {file.stat().st_size} bytes")
         values = json.loads(file.read_text())
-        values["targets"] = tuple(values["targets"]) if values["targets"] else None
+        if isinstance(values["targets"], list):
+            values["targets"] = tuple(values["targets"])
         for name in ("model_args", "method_args"):
-            values[name] = tuple((k, v) for k, v in values.get(name, ()))
+            values[name] = tuple(map(tuple, values.get(name, ())))
         return Settings(**values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
+
+
+def _is_named(pair: Any) -> bool:
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def _finite(value: float) -> bool:

@@ -7,9 +7,10 @@ files, are in recipes/commonsense.json.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from multilora import recipes
+from multilora.integrations import untrusted
 
 CLASSES = ("answers", "vocabulary")
 
@@ -174,7 +176,10 @@ def _from_folder(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, An
 def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]], str]:
     import datasets
 
-    stored = datasets.load_from_disk(str(folder))
+    try:
+        stored = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise ValueError(f"{folder} has the splits {', '.join(stored)} and none of {names}")
@@ -182,11 +187,12 @@ def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]
 
 
 def _json_lines(file: Path) -> Iterable[tuple[int, Any]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             try:
+                line.encode()
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
 
 
@@ -195,7 +201,7 @@ def _examples(task: str, records: Iterable[tuple[int, Any]], where: str) -> list
     for number, record in records:
         try:
             found.append(_example(definition, record))
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} {number}: {error}") from error
     if not found:
         raise ValueError(f"{where.rpartition(',')[0]} has no examples")
@@ -284,32 +290,70 @@ def _pad(rows: list[Tensor]) -> Tensor:
 # --- the language model --------------------------------------------------------------------------
 
 
-def create_base(name: str, pretrained: bool = True, seed: int = 0, **model_args: Any) -> nn.Module:
+def create_base(
+    name: str, pretrained: bool = True, seed: int = 0, from_file: bool = False, **model_args: Any
+) -> nn.Module:
     """A causal language model of transformers, from a local folder or by its name.
 
     pretrained=False makes the folder's or name's configuration with random weights, drawn by the
-    seed. model_args go to from_pretrained.
+    seed. model_args go to from_pretrained. Code that comes with a model runs with
+    trust_remote_code=True alone.
+
+    from_file: a run folder gave the name, not the user. Only safetensors are loaded then, no
+    adapters, no kernels from the Hub, and nothing that this machine has no memory for.
+
+    Raises RuntimeError where transformers cannot load it, ValueError for what a file must not ask
+    for.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    from transformers.utils import find_adapter_config_file
 
-    try:
+    # Unset, transformers would ask on the terminal.
+    trust = bool(model_args.pop("trust_remote_code", False))
+    if from_file:
+        with _loading(name, "", trust):
+            stored, _ = PretrainedConfig.get_config_dict(name)
+        untrusted.check_configuration(name, stored)
+    with _loading(name, "", trust):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **model_args)
+
+    def random() -> nn.Module:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+
+    if from_file:
+        if find_adapter_config_file(name) is not None:
+            raise ValueError(
+                f"{name!r} holds adapters, which may be of any base; if you mean it, give it "
+                "yourself, with --model"
+            )
+        untrusted.check_memory(name, random)
         if pretrained:
-            return AutoModelForCausalLM.from_pretrained(name, **model_args).eval()
-        config = AutoConfig.from_pretrained(name, **model_args)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"transformers could not load {name!r}: {error}") from error
-    with torch.random.fork_rng(devices=[]):
+            model_args["use_safetensors"] = True
+    with _loading(name, "", trust), torch.random.fork_rng(devices=[]):
+        if pretrained:
+            load = AutoModelForCausalLM.from_pretrained
+            return load(name, trust_remote_code=trust, **model_args).eval()
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).eval()
+        return random().eval()
 
 
-def create_tokenizer(name: str) -> Any:
+def create_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
+    with _loading(name, "'s tokenizer", trust_remote_code):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _loading(name: str, what: str, trusted: bool) -> Iterator[None]:
+    """Any error of transformers as a RuntimeError that names the model."""
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(f"transformers could not load {name!r}'s tokenizer: {error}") from error
+        yield
+    except Exception as error:
+        message = f"transformers could not load {name!r}{what}: {error}"
+        if not trusted and "trust_remote_code" in str(error):
+            message += "; on the command line that is --trust-remote-code"
+        raise RuntimeError(message) from error
 
 
 class AnswerLogits:

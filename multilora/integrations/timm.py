@@ -3,54 +3,168 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
+
+from multilora.integrations import untrusted
 
 
 def create_base(
-    name: str, num_classes: int, pretrained: bool = True, **model_args: Any
+    name: str,
+    num_classes: int,
+    pretrained: bool = True,
+    from_file: bool = False,
+    **model_args: Any,
 ) -> nn.Module:
-    """A timm model with a new head of `num_classes`; model_args go to timm.create_model."""
+    """A timm model with a new head of `num_classes`; model_args go to timm.create_model.
+
+    from_file: a run folder gave the name or arguments, not the user. See `untrusted`.
+
+    Raises RuntimeError where timm cannot create it, ValueError for what a file must not ask for.
+    """
     import timm
 
+    def create(pretrained: bool = False) -> nn.Module:
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+
+    if from_file:
+        untrusted.check_memory(name, create)
     try:
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **model_args
-        ).eval()
+        return create(pretrained).eval()
     except Exception as error:
-        if not pretrained:
-            raise
-        raise RuntimeError(
-            f"timm could not create {name!r} with pretrained weights: {error}. Without a network, "
-            "use weights that are in timm's cache already, or pretrained=False"
-        ) from error
+        how = f" with {model_args}" if model_args else ""
+        message = f"timm could not create {name!r}{how}: {type(error).__name__}: {error}"
+        if pretrained:
+            message += (
+                ". Without a network, use pretrained weights that are in timm's cache already, or "
+                "pretrained=False (--no-pretrained)"
+            )
+        raise RuntimeError(message) from error
 
 
-def classifier_name(model: nn.Module) -> str:
-    """The name of the model's classification head, for `modules_to_save`."""
-    head = model.get_classifier()
-    for name, module in model.named_modules():
-        if module is head:
-            return name
-    raise ValueError(f"{type(model).__name__} has no classification head to train")
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's classification heads, for `modules_to_save`.
+
+    Mostly one; a distilled DeiT has two, whose logits it averages. Of a head with BatchNorm, which
+    particles cannot have each their own of, the linears inside.
+    """
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    names = {module: name for name, module in model.named_modules()}
+    found: list[str] = []
+    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+        if head not in names or not any(True for _ in head.parameters()):
+            raise ValueError(f"{type(model).__name__} has no classification head to train")
+        if any(isinstance(m, _BatchNorm) for m in head.modules()):
+            inside = (m for m in head.modules() if isinstance(m, nn.Linear))
+            found += [names[linear] for linear in inside]
+        else:
+            found.append(names[head])
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no classification head to train")
+    return tuple(found)
 
 
-def default_targets(model: nn.Module) -> list[str]:
+def working_layers(model: nn.Module, **model_args: Any) -> list[str]:
+    """The names of the layers that particles can adapt, from a forward of one and of two images.
+
+    Those that are called (BEiT, EVA and Swin V2 read `qkv.weight` instead), whose rows are the
+    images' (and not, say, of a table of positions), and whose arithmetic is that of nn.Linear, or
+    of nn.Conv2d with one group, no dilation and zero padding (timm's Conv2dSame and StdConv2d have
+    their own). The heads do not count.
+
+    Raises ValueError where the model does not turn images into class logits (N, C).
+    """
+    size = data_config(model, **model_args)["input_size"]
+    heads = classifiers(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_plain(module) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    }
+
+    def rows(images: int) -> dict[str, int]:
+        seen: dict[str, int] = {}
+
+        def see(name: str, args: tuple) -> None:
+            if args:
+                seen[name] = args[0].shape[0]
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args))
+            for name, layer in layers.items()
+        ]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                logits = model(torch.zeros(images, *size))
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} does not run on images {size}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape != (images, model.num_classes):
+            raise ValueError(
+                f"{type(model).__name__} turns {images} images into {shape}; class logits "
+                f"({images}, {model.num_classes}) are needed"
+            )
+        return seen
+
+    one, two = rows(1), rows(2)
+    return [name for name in layers if name in one and two.get(name) == 2 * one[name]]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return (
+            type(module).forward is nn.Conv2d.forward
+            and type(module)._conv_forward is nn.Conv2d._conv_forward
+            and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
+        )
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def endings(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """The shortest ends of names by which PEFT finds `layers` and no other module of the model."""
+    names, wanted, found = [n for n, _ in model.named_modules()], set(layers), set()
+    for layer in layers:
+        parts = layer.split(".")
+        for start in reversed(range(len(parts))):
+            end = ".".join(parts[start:])
+            if {n for n in names if f".{n}".endswith(f".{end}")} <= wanted:
+                found.add(end)
+                break
+    return sorted(found)
+
+
+def default_targets(model: nn.Module, working: Sequence[str]) -> list[str]:
     """Attention's fused query-key-value projections, as the papers adapt ViTs.
 
-    Raises ValueError, naming the linear layers there are, for a model without them.
+    working: the names of `working_layers`. Where the projections are not among them, all linears
+    that are, or in a model without such, all convolutions.
+
+    Raises ValueError for a model without any of them.
     """
-    if any(name.split(".")[-1] == "qkv" for name, _ in model.named_modules()):
+    ends = endings(model, working)
+    if "qkv" in ends:
         return ["qkv"]
-    layers = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    raise ValueError(
-        f"{type(model).__name__} has no `qkv` layers; choose targets among {sorted(layers)}"
-    )
+    linears = [n for n in working if isinstance(model.get_submodule(n), nn.Linear)]
+    ends = endings(model, linears) or ends
+    if not ends:
+        raise ValueError(
+            f"{type(model).__name__} has no layer that particles can adapt: none that it calls is "
+            "an nn.Linear, or an nn.Conv2d with one group, no dilation and zero padding"
+        )
+    return ends
 
 
 def class_names(root: str | Path) -> list[str]:
@@ -65,27 +179,66 @@ def class_names(root: str | Path) -> list[str]:
     return names
 
 
+def data_config(model: nn.Module, **model_args: Any) -> dict[str, Any]:
+    """timm's data configuration of a model that was created with `model_args`.
+
+    They decide the images' shape: img_size, a number or (height, width), and in_chans. One channel
+    is normalised by the means over the channels of mean and standard deviation.
+
+    Raises ValueError for channels other than 1 (grey) and 3 (colour).
+    """
+    from timm.data import resolve_model_data_config
+
+    size, args = model_args.get("img_size"), dict(model_args)
+    if isinstance(size, (list, tuple)):
+        args["input_size"] = (model_args.get("in_chans", 3), *size)
+    config = resolve_model_data_config(model, args=args)
+    channels = model_args.get("in_chans", config["input_size"][0])
+    if channels not in (1, 3):
+        raise ValueError(f"images have 1 channel (grey) or 3; the model has in_chans = {channels}")
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for name in ("mean", "std"):
+        if channels == 1:
+            config[name] = (fmean(config[name]),)
+    return config
+
+
 def transforms(
     model: nn.Module, augment: bool = False, whole: bool = False, **model_args: Any
 ) -> tuple[Callable, Callable]:
     """(training, evaluation) transforms by the data configuration that `model` comes with.
 
-    Its image size, interpolation, mean and standard deviation; model_args are those it was created
-    with, of which img_size and in_chans decide the images' shape.
+    Its image size, interpolation, mean and standard deviation; see `data_config`. A model of one
+    channel gets grey images.
 
     augment: training images get timm's random crops, flips and colours; otherwise they are
         prepared as evaluation images are.
     whole: the whole image is resized to the model's size, also where that changes its aspect
         ratio; otherwise evaluation takes the model's own central crop.
     """
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import create_transform
+    from torchvision.transforms import Compose, Grayscale
 
-    config = resolve_model_data_config(model, args=model_args)
+    config = data_config(model, **model_args)
     crop = {"crop_pct": 1.0, "crop_mode": "squash"} if whole else {}
-    evaluation = create_transform(**config | crop, is_training=False)
-    if not augment:
-        return evaluation, evaluation
-    return create_transform(**config, is_training=True), evaluation
+
+    def create(training: bool) -> Callable:
+        transform = create_transform(**config | ({} if training else crop), is_training=training)
+        return Compose([Grayscale(), transform]) if config["input_size"][0] == 1 else transform
+
+    evaluation = create(training=False)
+    return (create(training=True) if augment else evaluation), evaluation
+
+
+def read_image(path: str | Path) -> Any:
+    """The image in RGB. Raises ValueError, naming the file, where it cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"the image {path} cannot be read: {error}") from error
 
 
 class Augmented(Dataset):
@@ -133,15 +286,17 @@ def image_folder(
         held_out = next((root / n for n in ("val", "test") if (root / n).is_dir()), None)
         if held_out is None:
             raise FileNotFoundError(f"{root} has train/ but neither val/ nor test/")
-        train = ImageFolder(str(root / "train"), training)
-        test = ImageFolder(str(held_out), evaluation)
+        train = ImageFolder(str(root / "train"), training, loader=read_image)
+        test = ImageFolder(str(held_out), evaluation, loader=read_image)
         if train.classes != test.classes:
             raise ValueError(
                 f"{root}/train and {held_out} have different classes: "
                 f"{train.classes} and {test.classes}"
             )
         return Augmented(train, seed) if augment else train, test, train.classes
-    train, test = ImageFolder(str(root), training), ImageFolder(str(root), evaluation)
+    train, test = (
+        ImageFolder(str(root), transform, loader=read_image) for transform in (training, evaluation)
+    )
     order = range(len(train))
     classes = train.classes
     train = Subset(train, [i for i in order if i % 5 != 4])

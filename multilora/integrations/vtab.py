@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from multilora import recipes
-from multilora.integrations.timm import Augmented, transforms
+from multilora.integrations.timm import Augmented, read_image, transforms
 
 # What is trained on and what is evaluated on.
 SPLITS = {"test": ("train800val200.txt", "test.txt"), "tune": ("train800.txt", "val200.txt")}
@@ -73,15 +73,8 @@ class ImageList(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"the image {path} cannot be read: {error}") from error
-        return self.transform(image), label
+        return self.transform(read_image(path)), label
 
 
 def _read_list(file: Path, num_classes: int) -> list[tuple[Path, int]]:

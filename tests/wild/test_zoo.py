@@ -27,9 +27,7 @@ IN_LOOP = [name for name, entry in ZOO.items() if entry.fold == "loop"]
 def particles(entry: Entry, base: nn.Module, fold: str, trained: bool = True) -> ml.ParticleModel:
     # Axes are a matter of the batch.
     axes = entry.axes if fold == "batch" else {}
-    model = ml.get_particle_model(
-        copy.deepcopy(base), entry.config(), PARTICLES, fold=fold, **axes
-    )
+    model = ml.get_particle_model(copy.deepcopy(base), entry.config(), PARTICLES, fold=fold, **axes)
     if trained:
         perturb(model)
     return model
@@ -49,9 +47,7 @@ def scalar(tensors: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
     # Against the largest number of the tensor: sums cancel.
     atol = tolerance * max(1.0, theirs.detach().abs().max().item()) if theirs.numel() else 0.0
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}"
-    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
 def assert_equals_peft(

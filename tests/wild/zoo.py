@@ -9,6 +9,7 @@ import copy
 import functools
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,8 +35,9 @@ class Entry(NamedTuple):
     # Keyword arguments of the forward, or positional ones.
     make_inputs: Callable[[], dict[str, Any] | tuple]
     lora: dict[str, Any]
-    # "batch", or "loop" where folding the particles into the batch is refused.
+    # "batch", or "loop" where folding the particles into the batch is refused, and why.
     fold: str = "batch"
+    why: str = ""
     tolerance: float = EXACT
     # What get_particle_model is told about this model's axes.
     axes: Mapping[str, Any] = MappingProxyType({})
@@ -1278,3 +1280,50 @@ add(
     _timm_lora("embed"),
     fold="loop",
 )
+
+
+# The document. ------------------------------------------------------------------------------------
+
+#: What one check cannot see, and why.
+CANNOT_SEE = {
+    "other inputs": "Rows that meet only for inputs unlike those of the first forward of a form: "
+    "a branch that was not taken then.",
+    "less than rounding": "Rows that change each other by less than the rounding of the model's "
+    "dtype, which the tolerance must let pass.",
+    "gradients": "Outputs are compared, not gradients: a term whose value is zero and whose "
+    "gradient is not (`m - m.detach()`).",
+}
+
+_HEAD = """# Models
+
+Every architecture below runs in the tests with tiny random weights, in evaluation and in training
+mode. For each particle all tensors of the output, and the gradients of all adapters and heads, are
+those of PEFT with that particle's adapter: to 1e-10 in float64, or to 1e-5 where the model itself
+computes norms, rotary angles or softmax in float32. "batch" means that `fold="batch"`, the default,
+is right; "loop" that it is refused, and `fold="loop"` is right. Batch norms keep the base's
+statistics.
+
+This file is written by `python tests/wild/zoo.py`.
+
+| model | adapted | fold | |
+|---|---|---|---|
+"""
+
+
+def table() -> str:
+    """docs/models.md."""
+    rows = []
+    for name, entry in ZOO.items():
+        targets = entry.lora.get("target_modules", "PEFT's default")
+        names = targets if isinstance(targets, str) else ", ".join(targets)
+        notes = [entry.why] if entry.why else []
+        notes += [f"`{key}={value!r}`" for key, value in entry.axes.items()]
+        rows.append(
+            f"| {name} | {names.replace('|', chr(92) + '|')} | {entry.fold} | {' '.join(notes)} |"
+        )
+    limits = "".join(f"- {text}\n" for text in CANNOT_SEE.values())
+    return f"{_HEAD}{chr(10).join(rows)}\n\n## What the isolation check cannot see\n\n{limits}"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[2] / "docs" / "models.md").write_text(table())

@@ -104,7 +104,7 @@ def queue_of_earlier_rows(mix, h):
 def conditional_write(mix, h):
     h = h.clone()
     long = h.norm(dim=1)
-    h[long >= long.mean()] *= 2
+    h[long >= long.mean()] -= 0.5 * long.mean()
     return h
 
 
@@ -119,6 +119,11 @@ def running_sum_over_the_batch(mix, h):
 
 
 @coupling
+def running_sum_from_the_end(mix, h):
+    return h.flip(0).cumsum(0).flip(0)
+
+
+@coupling
 def rolled_rows(mix, h):
     return h.roll(1, 0)
 
@@ -126,6 +131,11 @@ def rolled_rows(mix, h):
 @coupling
 def first_row_as_reference(mix, h):
     return h - h[:1]
+
+
+@coupling
+def last_row_as_reference(mix, h):
+    return h - h[-1:]
 
 
 @coupling
@@ -156,8 +166,9 @@ def one_scale_for_all_rows(mix, h):
 
 @coupling
 def best_rows_only(mix, h):
-    length = h.norm(dim=1)
-    return h * (length >= length.topk((len(h) + 1) // 2).values.min())[:, None]
+    length = h.norm(dim=1, keepdim=True)
+    best = length.topk((len(h) + 1) // 2, dim=0).values
+    return h * (length - best.mean())
 
 
 @coupling
@@ -174,16 +185,16 @@ def mean_beside_dropout_in_training(mix, h):
 
 @coupling
 def four_bits_with_one_scale(mix, h):
-    scale = h.abs().max() / 3
+    scale = h.abs().mean()
     return (h / scale).round() * scale
 
 
 @coupling
 def halt_together(mix, h):
-    for _ in range(20):
-        if not (h.norm(dim=1) > 0.3).any():
+    for _ in range(100):
+        if h.norm(dim=1).mean() < 0.5:
             break
-        h = 0.8 * h
+        h = 0.95 * h
     return h
 
 
@@ -286,6 +297,46 @@ def test_contrastive_output(dtype: torch.dtype) -> None:
             for trained in (False, True):
                 with pytest.raises(ml.ParticleIsolationError):
                     particles(base, trained, training)(rows_of(batch, dtype))
+
+
+class _Outputs(Net):
+    """The rows' own output, beside what a test makes of them."""
+
+    def __init__(self, others: Callable[[Tensor], Any]):
+        super().__init__(lambda mix, h: h)
+        self.others = others
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = super().forward(x)
+        return {"logits": y, "others": self.others(y)}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda y: y.mean(0),
+        lambda y: (y, y - y.mean(0)),
+        lambda y: {"sizes": y.norm(dim=1).sort().values},
+        lambda y: y.flatten(),
+        lambda y: torch.cat([y, y.sum(0, keepdim=True)]),
+    ],
+    ids=["mean-without-rows", "nested", "sorted", "other-length", "a-row-more"],
+)
+def test_coupling_in_another_output(others: Callable[[Tensor], Any], trained: bool) -> None:
+    with pytest.raises(ml.ParticleIsolationError):
+        particles(built(lambda: _Outputs(others)), trained)(rows_of(6))
+
+
+def test_mean_loss_alone_has_no_particles() -> None:
+    class Loss(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square().mean()
+
+    base = built(lambda: Loss(lambda mix, h: h))
+    with pytest.raises(ml.ParticleIsolationError):
+        particles(base)(rows_of(6))
+    assert particles(base, fold="loop")(rows_of(6)).shape == (PARTICLES,)
 
 
 # Sound models. ------------------------------------------------------------------------------------
@@ -402,6 +453,10 @@ def _hard_choice(mix, h):
     return nn.functional.one_hot(h.argmax(1), h.shape[1]).to(h) + 0.5 * h
 
 
+def _invalid_rows(mix, h):
+    return torch.where(h[:, :1] > 0.2, float("nan"), torch.where(h[:, :1] < -0.3, h / 0, h))
+
+
 SOUND: dict[str, Callable[[], nn.Module]] = {
     "deep": lambda: Deep(residual=False),
     "deep-residual": lambda: Deep(residual=True),
@@ -428,6 +483,7 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
     "small-numbers": lambda: Net(lambda mix, h: 1e-6 * h),
     "large-numbers": lambda: Net(lambda mix, h: 1e4 * h),
     "nearly-cancelling": lambda: Net(lambda mix, h: (100 + h) - 100),
+    "not-a-number": lambda: Net(_invalid_rows),
     "zeros": lambda: Net(lambda mix, h: torch.relu(h - 2)),
 }
 
@@ -575,6 +631,22 @@ def test_compiled_forward_is_not_checked() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert compiled(rows_of(6)).shape == (PARTICLES, 6, 4)
+
+
+@pytest.mark.parametrize("fold", ["batch", "loop"])
+def test_model_that_writes_into_its_input(fold: str, tmp_path: Any) -> None:
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(2))
+
+    base = built(lambda: Writes(lambda mix, h: h)).double()
+    model = particles(base, fold=fold)
+    model.save_pretrained(tmp_path)
+    y = model(rows_of(6, torch.float64))
+    for k in range(PARTICLES):
+        single = load_peft(base, tmp_path / f"particle_{k}")
+        expected = single(rows_of(6, torch.float64))
+        torch.testing.assert_close(y[k], expected, rtol=1e-12, atol=1e-12)
 
 
 @contextlib.contextmanager

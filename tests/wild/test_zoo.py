@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import load_peft, particle_tensors, peft_tensors, perturb
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,6 +32,19 @@ def particles(entry: Entry, base: nn.Module, fold: str, trained: bool = True) ->
     if trained:
         perturb(model)
     return model
+
+
+def built(entry: Entry, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The base; skips where it does not run by itself: bfloat16, or an older transformers."""
+    try:
+        base = entry.build(dtype)
+        with torch.no_grad():
+            call(base, entry.inputs(dtype))
+    except Exception as error:
+        if dtype is not torch.bfloat16 and transformers.__version__ >= "5":
+            raise
+        pytest.skip(f"the model itself does not run: {type(error).__name__}: {error}")
+    return base
 
 
 def outputs(model: Any, inputs: dict[str, Any] | tuple) -> dict[str, Tensor]:
@@ -101,7 +115,7 @@ def assert_equals_peft(
 def test_equals_peft(name: str, tmp_path: Path) -> None:
     """In the fold that the table gives, in evaluation and in training mode, with the check on."""
     entry = ZOO[name]
-    base = entry.build()
+    base = built(entry)
     model = particles(entry, base, entry.fold)
     model.save_pretrained(tmp_path)
     singles = [load_peft(base, tmp_path / f"particle_{k}") for k in range(PARTICLES)]
@@ -114,7 +128,7 @@ def test_equals_peft(name: str, tmp_path: Path) -> None:
 def test_is_refused_in_a_batch(name: str, training: bool) -> None:
     """Fresh particles, whose adapters do nothing yet, and trained ones."""
     entry = ZOO[name]
-    base = entry.build()
+    base = built(entry)
     for trained in (False, True):
         model = particles(entry, base, "batch", trained).train(training)
         with pytest.raises(ValueError, match='fold="loop"'):
@@ -124,7 +138,7 @@ def test_is_refused_in_a_batch(name: str, training: bool) -> None:
 @pytest.mark.parametrize("name", IN_BATCH)
 def test_loop_equals_batch(name: str) -> None:
     entry = ZOO[name]
-    base, inputs = entry.build(), entry.inputs()
+    base, inputs = built(entry), entry.inputs()
     with torch.no_grad():
         batch = outputs(particles(entry, base, "batch").eval(), inputs)
         loop = outputs(particles(entry, base, "loop").eval(), inputs)
@@ -138,12 +152,8 @@ def test_loop_equals_batch(name: str) -> None:
 @pytest.mark.parametrize("name", IN_BATCH)
 def test_check_lets_pass(name: str, dtype: torch.dtype) -> None:
     entry = ZOO[name]
-    base, inputs = entry.build(dtype), entry.inputs(dtype)
+    base, inputs = built(entry, dtype), entry.inputs(dtype)
     with torch.no_grad():
-        try:
-            call(base, inputs)
-        except RuntimeError as error:
-            pytest.skip(f"PyTorch has no kernel for it on the CPU: {error}")
         for trained in (False, True):
             model = particles(entry, base, "batch", trained)
             for training in (False, True):

@@ -462,7 +462,12 @@ _encoder(
     "SEQ_CLS",
     {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24},
 )
-_encoder("fnet", "FNet", "dense", "SEQ_CLS", {**_TEXT}, make_inputs=_tokens())
+add(
+    "fnet",
+    _hf("FNetForSequenceClassification", "FNetConfig", **_TEXT, num_labels=3),
+    _tokens(),
+    {"target_modules": ["dense"], "modules_to_save": ["classifier"]},
+)
 _encoder("esm", "Esm", "query value", "SEQ_CLS", {**_TEXT, "mask_token_id": 3})
 _encoder("roformer", "RoFormer", "query value", "SEQ_CLS", {**_TEXT, "embedding_size": 8})
 
@@ -1065,7 +1070,7 @@ add(
         key_dim=8,
     ),
     _images(32),
-    _timm_lora("qkv.linear ln1.linear", "head"),
+    _timm_lora("qkv.linear ln1.linear", "head.linear"),
 )
 
 # Modules of one's own. ----------------------------------------------------------------------------

@@ -1293,6 +1293,8 @@ add(
 CANNOT_SEE = {
     "other inputs": "Rows that meet only for inputs unlike those of the first forward of a form: "
     "a branch that was not taken then.",
+    "equal particles": "Rows that meet only where they are equal, as all particles' are before the "
+    "first step: the check moves the adapters apart to see anything then.",
     "less than rounding": "Rows that change each other by less than the rounding of the model's "
     "dtype, which the tolerance must let pass.",
     "gradients": "Outputs are compared, not gradients: a term whose value is zero and whose "

@@ -3,6 +3,7 @@
 from multilora import metrics
 from multilora._version import __version__
 from multilora.checkpoint import load_particle_model
+from multilora.isolation import ParticleIsolationError
 from multilora.methods import IBDR, SVGD, Ensemble
 from multilora.metrics import predict
 from multilora.model import ParticleModel, get_particle_model
@@ -21,6 +22,7 @@ __all__ = [
     "SVGD",
     "BackendUnavailableError",
     "Ensemble",
+    "ParticleIsolationError",
     "ParticleModel",
     "__version__",
     "get_particle_model",

@@ -16,42 +16,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from multilora import calls
+from multilora.calls import Call
 from multilora.ops import lora_add, lora_linear
-
-
-class ParticleRows:
-    """What the layers know of the forward that is under way.
-
-    count: its number of rows, K·B; None outside of a forward.
-    shared: B while the rows of every particle are still the same, before the first particle layer;
-        else None.
-    """
-
-    count: int | None = None
-    shared: int | None = None
-
-    def still_shared(self) -> bool:
-        return self.shared is not None
-
-    @property
-    def recomputing(self) -> bool:
-        """Whether a checkpoint runs its part of an earlier forward again, inside a backward."""
-        return self.count is None and torch._C._current_graph_task_id() != -1
 
 
 class ParticleLayer(nn.Module):
     """A layer of K particles."""
 
-    def __init__(self, rows: ParticleRows):
-        super().__init__()
-        self.rows = rows
-        self._was_first = False
-        # By mode: whether the rows of all particles were the same when they had to be.
-        self._known_first: dict[bool, bool] = {}
-
     @property
     def num_particles(self) -> int:
-        """K, or how many of them run now (`ParticleModel.particles`)."""
+        """K, or how many of them there are inside `ParticleModel.particles`."""
         raise NotImplementedError
 
     def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -59,53 +34,49 @@ class ParticleLayer(nn.Module):
         for name, parameter in self._parameters.items():
             yield self, name, parameter
 
-    def is_first(self, x: Tensor | None = None) -> bool:
-        """Whether all particles give this layer the same rows x; behind it they differ.
+    def enter(self) -> Call | None:
+        """The call that this layer runs in; None under torch.compile and where nobody says.
 
-        To be asked once a forward. A checkpoint's recomputation has the answer of its forward.
+        Raises RuntimeError outside of a call, where rows would be dealt out to the particles.
         """
-        if torch.compiler.is_compiling() or not self.rows.recomputing:
-            first = self.rows.still_shared() and x is not None and self.num_particles > 1
-            self.rows.shared = None
-            if first and (x.device.type == "cpu" or self.training not in self._known_first):
-                # What is random need not draw from PyTorch's generators. (On a GPU to look is to
-                # wait: once.)
-                rows = self.split(x)
-                self._known_first[self.training] = bool((rows[1:] == rows[:1]).all())
-            self._was_first = first and self._known_first[self.training]
-        return self._was_first
+        if torch.compiler.is_compiling():
+            return None
+        call = calls.current()
+        if call is not None:
+            call.ran.add(self)
+        elif self.num_particles > 1 and not calls.in_backward():
+            raise RuntimeError(
+                "a layer of several particles runs outside of model(...), where every row would go "
+                "to one of them: use model.call(name, ...) for another method of the base, "
+                "model.particle(k) for one particle, or `with model.base_only():` for none"
+            )
+        return call
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise ValueError where the leading axis of x cannot be particles times batch.
+    def split(self, x: Tensor, call: Call | None, particles: int) -> Tensor:
+        """(k·B, ...) -> (k, B, ...).
 
-        A layer that is fed (tokens, batch, d), say, would mix particles. What cannot be told
-        apart is an input whose first two axes are both K·B long.
+        Raises ValueError where the leading axis of x cannot be particles times batch. Lengths can
+        fit by accident: that is for the isolation check to find.
         """
-        count = self.rows.count
-        batch_is_second = x.ndim > 2 and x.shape[0] != count and x.shape[1] == count
-        if batch_is_second or not self.has_rows(x):
+        unit = particles if call is None or call.rows is None else call.rows
+        batch_is_second = particles > 1 and x.ndim > 2 and x.shape[0] != unit == x.shape[1]
+        if batch_is_second or x.shape[0] % max(unit, 1):
             raise ValueError(
                 f"a particle layer needs an input whose leading axis is particles × batch, "
-                f"a multiple of {self._unit()} (K = {self.num_particles}); got {tuple(x.shape)}. "
-                "Layers that put another axis first cannot be targets."
+                f"a multiple of {unit} (K = {particles}); got {tuple(x.shape)}. Where layers put "
+                'another axis first, use fold="loop".'
             )
+        return x.view(particles, x.shape[0] // particles, *x.shape[1:])
 
-    def has_rows(self, x: Tensor) -> bool:
-        return x.shape[0] % max(self._unit(), 1) == 0
 
-    def _unit(self) -> int:
-        return self.num_particles if self.rows.count is None else self.rows.count
+def is_same_for_all(x: Tensor, call: Call | None) -> bool:
+    """Whether x is (1, ...), one set of rows for all particles' examples (relative positions)."""
+    return call is not None and call.rows is not None and x.shape[0] == 1 != call.rows
 
-    def split(self, x: Tensor) -> Tensor:
-        """(K·B, ...) -> (K, B, ...)."""
-        self.check_rows(x)
-        return x.view(self.num_particles, x.shape[0] // self.num_particles, *x.shape[1:])
 
-    def split_rows(self, x: Tensor) -> Tensor:
-        """(K·B, *, d) -> (K, T, d) in one view, with T the product of B and *."""
-        self.check_rows(x)
-        rows = math.prod(x.shape[:-1]) // self.num_particles
-        return x.reshape(self.num_particles, rows, x.shape[-1])
+def own(parameter: Tensor, call: Call | None) -> Tensor:
+    """The tensor (k, ...) of the particles that run."""
+    return parameter if call is None or call.part is None else call.part(parameter)
 
 
 class LoraLayer(ParticleLayer):
@@ -118,12 +89,11 @@ class LoraLayer(ParticleLayer):
         self,
         base_layer: nn.Module,
         num_particles: int,
-        rows: ParticleRows,
         rank: int,
         scaling: float,
         dropout: float,
     ):
-        super().__init__(rows)
+        super().__init__()
         d_out, d_in = self.weight_shape(base_layer)
         factory = self.masters(base_layer)
         self.base_layer = base_layer
@@ -149,15 +119,31 @@ class LoraLayer(ParticleLayer):
             "device": weight.device,
         }
 
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight: models read its dtype or device."""
-        return self.base_layer.weight
+    def __getattr__(self, name: str) -> Any:
+        """What models read of a layer, its weight or sizes, is the frozen layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base_layer = self._modules.get("base_layer")
+            if base_layer is None or name.startswith("_"):
+                raise
+            return getattr(base_layer, name)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen bias."""
-        return self.base_layer.bias
+    def forward(self, x: Tensor) -> Tensor:
+        call = self.enter()
+        if call is not None and call.frozen:
+            return self.base_layer(x)
+        lora_A, lora_B = own(self.lora_A, call), own(self.lora_B, call)
+        if not is_same_for_all(x, call):
+            return self.adapted(x, self.split(x, call, len(lora_A)), lora_A, lora_B)
+        # Once for every particle, and its result for each of its examples.
+        rows = x.expand(len(lora_A), *x.shape)
+        y = self.adapted(rows.flatten(0, 1), rows, lora_A, lora_B)
+        return y.repeat_interleave(call.rows // len(lora_A), 0)
+
+    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The layer of x (k·B, ...), which is also rows (k, B, ...), with k particles' factors."""
+        raise NotImplementedError
 
     def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
         """A from Kaiming's uniform (init True) or N(0, 1/r²) ("gaussian"), B zero."""
@@ -181,19 +167,16 @@ class LoraLinear(LoraLayer):
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
         return tuple(_linear_weight(base_layer).shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
-        rows = self.split_rows(x)  # (K, T, d_in)
-        # Rows that are the same for all particles need one base product.
-        base_rows = rows[:1] if self.is_first(x) else rows
+        rows = flat(rows)  # (k, T, d_in)
         if self.training and self.dropout > 0:
             # The mask lies before A only, so the two products read different inputs.
-            dropped = F.dropout(rows, self.dropout)
-            delta = _low_rank(dropped, self.lora_A, self.lora_B, self.scaling)
-            y = F.linear(base_rows, weight, bias)
+            delta = _low_rank(F.dropout(rows, self.dropout), lora_A, lora_B, self.scaling)
+            y = F.linear(rows, weight, bias)
             y = y + delta.to(y.dtype)
         else:
-            y = lora_linear(base_rows, weight, self.lora_A, self.lora_B, bias, self.scaling)
+            y = lora_linear(rows, weight, lora_A, lora_B, bias, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -218,23 +201,15 @@ class LoraForeignLinear(LoraLayer):
             "device": tensors[0].device,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.split_rows(x)  # (K, T, d_in)
-        particles, is_first = rows.shape[0], self.is_first(x)
-        if is_first:
-            # The same rows for all particles: one product, repeated.
-            x = x[: x.shape[0] // particles]
+    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = self.base_layer(x)
         self._check_output(x, y)
-        if is_first:
-            y, x = y.repeat(particles, *[1] * (y.ndim - 1)), rows
+        rows = flat(rows)  # (k, T, d_in)
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
-        elif is_first:
-            rows = rows[:1]
         if not torch.compiler.is_compiling() and self._is_held(x, y):
             y = y.clone()
-        return lora_add(y, rows, self.lora_A, self.lora_B, self.scaling)
+        return lora_add(y, rows, lora_A, lora_B, self.scaling)
 
     def _check_output(self, x: Tensor, y: Any) -> None:
         name, expected = type(self.base_layer).__name__, (*x.shape[:-1], self.lora_B.shape[1])
@@ -271,15 +246,13 @@ class LoraConv2d(LoraLayer):
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
         return base_layer.weight.shape[0], base_layer.weight[0].numel()
 
-    def forward(self, x: Tensor) -> Tensor:
-        base, particles = self.base_layer, self.num_particles
-        self.is_first()
-        rows = self.split(x)  # (K, B, C, H, W)
+    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        base, particles = self.base_layer, len(lora_A)  # rows (k, B, C, H, W)
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
-        rows = rows.transpose(0, 1).flatten(1, 2)  # (B, K·C, H, W)
-        lora_A = self.lora_A.view(-1, *base.weight.shape[1:])  # (K·r, C, kh, kw)
-        lora_B = self.lora_B.flatten(0, 1)[..., None, None]  # (K·d_out, r, 1, 1)
+        rows = rows.transpose(0, 1).flatten(1, 2)  # (B, k·C, H, W)
+        lora_A = lora_A.reshape(-1, *base.weight.shape[1:])  # (k·r, C, kh, kw)
+        lora_B = lora_B.flatten(0, 1)[..., None, None]  # (k·d_out, r, 1, 1)
         shrunk = F.conv2d(
             rows, lora_A.to(rows.dtype), None, base.stride, base.padding, groups=particles
         )
@@ -293,26 +266,50 @@ class StackedModule(ParticleLayer):
     """K copies of a module (`modules_to_save`: the head) with stacked parameters (K, ...).
 
     nn.Linear runs as one batched product and nn.Embedding as one look-up; any other module runs
-    under torch.func.vmap. Buffers are shared by the particles.
+    under torch.func.vmap, or as it is for one particle. Buffers are shared by the particles.
     """
 
-    def __init__(self, module: nn.Module, num_particles: int, rows: ParticleRows):
-        super().__init__(rows)
-        # The structure without storage, for vmap; not registered, so its tensors are no state.
+    def __init__(self, module: nn.Module, num_particles: int):
+        super().__init__()
+        # The structure without storage, to run with other tensors; not registered, so its tensors
+        # are no state.
         self.__dict__["template"] = copy.deepcopy(module).to("meta")
         self.module = copy.deepcopy(module)
-        for name, parameter in list(self.module.named_parameters()):
+        for i, (name, parameter) in enumerate(list(self.module.named_parameters())):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             stacked = parameter.detach().to(dtype).expand(num_particles, *parameter.shape)
             _set_parameter(self.module, name, nn.Parameter(stacked.clone()))
-        # Empty: it remembers the module's dtype, through model.to(dtype) too, beside the float32
-        # masters.
-        like = next(module.parameters())
-        self.register_buffer("dtype_of", like.new_empty(0), persistent=False)
+            # For the frozen base, and for its dtype, beside the float32 masters.
+            original = module.get_parameter(name).detach()
+            self.register_buffer(f"original_{i}", original, persistent=False)
 
     @property
     def num_particles(self) -> int:
         return next(self.module.parameters()).shape[0]
+
+    def __getattr__(self, name: str) -> Any:
+        """What models read of the module: sizes are the original's, parameters the particle's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "module" not in self._modules:
+                raise
+            value = getattr(self.__dict__["template"], name)
+        if not isinstance(value, Tensor):
+            return value
+        call = calls.current()
+        stacked = getattr(self.module, name)
+        if call is None or not isinstance(stacked, nn.Parameter):
+            raise AttributeError(f"{name!r} of a module to save: every particle has its own")
+        if call.frozen:
+            return self._original()[name]
+        if call.particles > 1:
+            raise NotImplementedError(
+                f"the model reads {name!r} of a module to save instead of calling it, and each of "
+                f'the {call.particles} particles that run has its own: use fold="loop"'
+            )
+        call.ran.add(self)
+        return own(stacked, call)[0]
 
     def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         for module in self.module.modules():
@@ -333,46 +330,67 @@ class StackedModule(ParticleLayer):
                 stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
 
     def forward(self, *args, **kwargs):
-        self.is_first()
-        if len(args) == 1 and not kwargs:
+        call = self.enter()
+        self.template.train(self.training)
+        if call is not None and call.frozen:
+            return self._run(self._original(), args, kwargs)
+        parameters = {n: own(p, call) for n, p in self.module.named_parameters()}
+        if len(args) == 1 and not kwargs and not is_same_for_all(args[0], call):
             if type(self.template) is nn.Linear:
-                return self._linear(args[0])
+                return self._linear(args[0], call, **parameters)
             if type(self.template) is nn.Embedding:
-                return self._embedding(args[0])
+                return self._embedding(args[0], call, **parameters)
         leaves, structure = tree_flatten((args, kwargs))
-        mapped = [isinstance(t, Tensor) and t.ndim > 0 and self.has_rows(t) for t in leaves]
-        tensors = [self.split(t) for t, is_mapped in zip(leaves, mapped) if is_mapped]
-        if not tensors:
+        floating = [t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        dtype = floating[0] if floating else self.original_0.dtype
+        parameters = {name: p.to(dtype) for name, p in parameters.items()}
+        particles = len(next(iter(parameters.values())))
+        if particles == 1:
+            return self._run({name: p[0] for name, p in parameters.items()}, args, kwargs)
+        tensors = [t for t in leaves if isinstance(t, Tensor) and t.ndim > 0]
+        shared = bool(tensors) and all(is_same_for_all(t, call) for t in tensors)
+        unit = particles if call is None or call.rows is None else call.rows
+        mapped = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] % unit == 0 for t in leaves]
+        rows = [self.split(t, call, particles) for t, is_mapped in zip(leaves, mapped) if is_mapped]
+        if not rows and not shared:
             shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
             raise ValueError(f"a stacked module needs an input of particles × batch; got {shapes}")
-        floating = [t.dtype for t in tensors if t.is_floating_point()]
-        dtype = floating[0] if floating else self.dtype_of.dtype
-        parameters = {name: p.to(dtype) for name, p in self.module.named_parameters()}
-        buffers = dict(self.module.named_buffers())
-        self.template.train(self.training)
 
         def one_particle(parameters, *rows):
             rows = iter(rows)
             inputs = [next(rows) if m else leaf for leaf, m in zip(leaves, mapped)]
-            args, kwargs = tree_unflatten(inputs, structure)
-            return torch.func.functional_call(self.template, (parameters, buffers), args, kwargs)
+            return self._run(parameters, *tree_unflatten(inputs, structure))
 
-        outputs = torch.func.vmap(one_particle, randomness="different")(parameters, *tensors)
-        return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, outputs)
+        outputs = torch.func.vmap(one_particle, randomness="different")(parameters, *rows)
+        outputs = tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, outputs)
+        if not shared:
+            return outputs
+        return tree_map(lambda t: t.repeat_interleave(unit // particles, 0), outputs)
 
-    def _linear(self, x: Tensor) -> Tensor:
-        rows = self.split_rows(x)
-        weight, bias = self.module.weight.to(x.dtype), self.module.bias
+    def _run(self, parameters: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module for one particle."""
+        tensors = (parameters, dict(self.module.named_buffers()))
+        return torch.func.functional_call(self.template, tensors, args, kwargs)
+
+    def _original(self) -> dict[str, Tensor]:
+        names = (name for name, _ in self.module.named_parameters())
+        return {name: getattr(self, f"original_{i}") for i, name in enumerate(names)}
+
+    def _linear(
+        self, x: Tensor, call: Call | None, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        rows = flat(self.split(x, call, len(weight)))
+        weight = weight.to(x.dtype)
         if bias is None:
             y = torch.bmm(rows, weight.mT)
         else:
             y = torch.baddbmm(bias.to(x.dtype).unsqueeze(1), rows, weight.mT)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _embedding(self, ids: Tensor) -> Tensor:
-        rows = self.split(ids)  # (K, B, *)
-        weight = self.module.weight.to(self.dtype_of.dtype)  # (K, V, d)
-        first = torch.arange(self.num_particles, device=ids.device) * weight.shape[1]
+    def _embedding(self, ids: Tensor, call: Call | None, weight: Tensor) -> Tensor:
+        rows = self.split(ids, call, len(weight))  # (k, B, *)
+        weight = weight.to(self.original_0.dtype)  # (k, V, d)
+        first = torch.arange(len(weight), device=ids.device) * weight.shape[1]
         first = first.view(-1, *[1] * (rows.ndim - 1))
         y = F.embedding(rows + first, weight.flatten(0, 1)).flatten(0, 1)
         if self.template.padding_idx is not None:
@@ -405,6 +423,11 @@ def is_foreign_linear(module: nn.Module) -> bool:
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def flat(rows: Tensor) -> Tensor:
+    """(k, B, *, d) -> (k, T, d), with T the product of B and *."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:-1]), rows.shape[-1])
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

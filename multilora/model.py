@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-import inspect
+import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from multilora.calls import Call
+from multilora.fold import Axes, Names
 from multilora.layers import (
     LoraConv2d,
     LoraForeignLinear,
@@ -26,22 +25,20 @@ from multilora.layers import (
     is_foreign_linear,
 )
 from multilora.parallel import Ranks
-from multilora.trunk import TrunkRows, share_forwards
+from multilora.run import ParticleView, Runner
+from multilora.targets import (
+    check_base,
+    check_config,
+    check_targets,
+    just_created,
+    resolve,
+    vocabulary,
+)
+from multilora.trunk import Cut, TrunkRows
 
 if TYPE_CHECKING:
     import peft
     from torch.distributed.device_mesh import DeviceMesh
-
-# LoraConfig's fields that particles honour. The last line names, dates and loads a configuration
-# and changes no arithmetic. Any other field away from its default raises.
-_HONOURED = frozenset(
-    """
-    r lora_alpha target_modules exclude_modules lora_dropout use_rslora rank_pattern alpha_pattern
-    layers_to_transform layers_pattern init_lora_weights modules_to_save fan_in_fan_out task_type
-    peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    """.split()
-)
-_ADAPTER = "default"
 
 
 class Adapter(NamedTuple):
@@ -54,7 +51,7 @@ class Adapter(NamedTuple):
 
 
 class ParticleModel(nn.Module):
-    """K particles over one frozen base, run as one batch of K·B rows. See get_particle_model."""
+    """K particles over one frozen base. See get_particle_model."""
 
     def __init__(
         self,
@@ -62,67 +59,101 @@ class ParticleModel(nn.Module):
         config: peft.LoraConfig,
         num_particles: int,
         seeds: Sequence[int],
-        rows: TrunkRows,
-        share_trunk: bool = True,
+        share_trunk: bool | str = False,
         ranks: Ranks | None = None,
+        fold: str = "batch",
+        batch_axes: Axes | None = None,
+        output_axes: Mapping[str, int | None] | int | None = None,
+        check_isolation: bool = True,
     ):
         super().__init__()
         self.base = base
         self.peft_config = config
         self.num_particles = num_particles
         self.seeds = tuple(seeds)  # of all processes' particles
-        self.rows = rows
-        self.share_trunk = share_trunk
         self.ranks = ranks or Ranks()
+        self.fold, self.check_isolation = fold, check_isolation
+        self.batch_axes, self.output_axes = dict(batch_axes or {}), output_axes
         self.training = base.training
-        # The particles that run, of those that there are, inside `particles()`.
-        self._every, self._window = num_particles, slice(0, num_particles)
-        self._caches = "use_cache" in inspect.signature(base.forward).parameters
-        self._used_layers_checked = False
+        # The particles that run, of those that there are, inside `particles()`, and whose thread
+        # is there.
+        self.every, self.window = num_particles, slice(0, num_particles)
+        self.thread: int | None = None
+        self._runner, self._cut = Runner(), None
+        self.share_trunk = share_trunk
         self._freeze_statistics()
+
+    @property
+    def share_trunk(self) -> bool | str:
+        """Whether what lies below the cut runs once for all particles: a promise of the user's."""
+        return self._share_trunk
+
+    @share_trunk.setter
+    def share_trunk(self, where: bool | str) -> None:
+        if where and self.fold == "loop":
+            raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
+        if self._cut is not None:
+            self._cut.remove()
+        self._cut = Cut(self.base, where) if where else None
+        self._share_trunk = where
+        self._runner.forget()
+
+    @property
+    def has_cut(self) -> bool:
+        """Whether there is a place in the base from which on every particle has its own rows."""
+        return self._cut is not None and bool(self._cut.above)
 
     def forward(self, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
         """The base model's forward, for every particle: x (B, ...) -> (K, B, ...).
 
-        Every input tensor whose leading axis is the batch goes to all particles; with
-        per_particle=True such a tensor is (K, B, ...), a mini-batch for each. Every output tensor
-        whose leading axis is the batch comes back as (K, B, ...), inside tuples, dicts and
-        transformers' ModelOutput too; anything else comes back as the base returned it. So `.loss`
-        of a transformers model is one mean over all particles: a method makes its own from
-        logits and labels.
+        Every input with a batch axis goes to all particles; with per_particle=True it is
+        (K, B, ...), a mini-batch for each. The batch is that of the first argument, or of
+        `input_ids`, `pixel_values` and their like; `batch_axes` of get_particle_model says what is
+        not plain. Outputs with rows for every particle come back as (K, B, ...), inside tuples,
+        dicts and transformers' ModelOutput too; anything else comes back as the base returned it.
+        So `.loss` of a transformers model is one mean over all particles: a method makes its own
+        from logits and labels. With fold="loop" every output tensor has the particle axis in front.
 
-        Where the particles share their inputs, frozen modules below the first adapted layer run
-        once for all of them (`share_trunk`), but for those that draw random numbers, and not under
-        torch.compile. A transformers decoder makes no key-value cache in training mode.
+        The first forward of each mode and each form of the inputs is checked against one particle
+        alone. A transformers decoder makes no key-value cache in training mode. One argument that
+        is `trunk(...)` goes on from there.
+
+        Raises ParticleIsolationError where the model mixes particles, ValueError where a batch axis
+        is ambiguous or no adapter runs.
         """
-        particles = self.num_particles
-        batch = _batch_size((args, kwargs), self._every if per_particle else None)
-        lead = (self._every, batch) if per_particle else (batch,)
-        if self._caches and self.training:
-            kwargs.setdefault("use_cache", False)
+        if len(args) == 1 and isinstance(args[0], TrunkRows):
+            rows, kwargs = args[0], args[0].kwargs | kwargs
+            return self._runner.run(self, "forward", rows.args, kwargs, False, rows)
+        return self._runner.run(self, "forward", args, kwargs, per_particle)
 
-        def fold(t: Tensor) -> Tensor:
-            if t.ndim < len(lead) or t.shape[: len(lead)] != lead:
-                return t
-            stacked = t[self._window] if per_particle else t.expand(particles, *t.shape)
-            return stacked.reshape(particles * batch, *stacked.shape[2:])
+    def call(self, name: str, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
+        """Another method of the base, folded and checked like its forward.
 
-        def unfold(t: Tensor) -> Tensor:
-            if t.ndim == 0 or t.shape[0] != particles * batch:
-                return t
-            return t.view(particles, batch, *t.shape[1:])
+        name: such as "get_image_features", or with a path, "vision_model.forward".
+        """
+        return self._runner.run(self, name, args, kwargs, per_particle)
 
-        shared = batch if self.share_trunk and not per_particle else None
-        check_use = not self._used_layers_checked and not torch.compiler.is_compiling()
-        try:
-            if not torch.compiler.is_compiling():
-                self.rows.devices = self.devices()
-            self.rows.start(particles * batch, shared, (args, kwargs))
-            args, kwargs = _map_tensors(fold, args), _map_kwargs(fold, kwargs)
-            output = self._first_forward(args, kwargs) if check_use else self.base(*args, **kwargs)
-        finally:
-            self.rows.stop()
-        return _map_tensors(unfold, output)
+    def trunk(self, *args: Any, **kwargs: Any) -> TrunkRows:
+        """What lies below the cut of the shared trunk, run once without a graph: B rows, to be
+        passed to the model in place of its inputs any number of times.
+
+        Raises ValueError where the trunk is not shared, or holds no blocks.
+        """
+        if self._cut is None or not self._cut.below:
+            raise ValueError("trunk needs share_trunk with at least one block below its cut")
+        return self._runner.rows_at_the_cut(self, args, kwargs)
+
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Inside, `model(x)`, `model.base(x)` and its methods are the frozen base's, (B, ...)."""
+        with Call(self, 0, frozen=True).active():
+            yield
+
+    def particle(self, particle: int) -> ParticleView:
+        """One particle's own model: `view(x)` -> (B, ...), and any method of the base."""
+        if not 0 <= particle < self.num_particles:
+            raise ValueError(f"there are {self.num_particles} particles; got {particle}")
+        return ParticleView(self, particle)
 
     @contextlib.contextmanager
     def particles(self, start: int, stop: int) -> Iterator[None]:
@@ -142,40 +173,46 @@ class ParticleModel(nn.Module):
             parameter: nn.Parameter(parameter.detach()[start:stop], parameter.requires_grad)
             for _, _, parameter in stacked
         }
-        before = self.num_particles, self._window
+        before = self.num_particles, self.window, self.thread
+        self.thread = threading.get_ident()
         try:
             for module, name, parameter in stacked:
                 module._parameters[name] = parts[parameter]
             self.num_particles = stop - start
-            self._window = slice(self._window.start + start, self._window.start + stop)
+            self.window = slice(self.window.start + start, self.window.start + stop)
             yield
         finally:
             for module, name, parameter in stacked:
                 module._parameters[name] = parameter
-            self.num_particles, self._window = before
+            self.num_particles, self.window, self.thread = before
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
-        """run() (K, ...) from its results for `particle_chunk` particles at a time, joined.
-
-        The trunk runs once where `run` calls this model on the same inputs each time.
-        """
+        """run() (K, ...) from its results for `particle_chunk` particles at a time, joined."""
         if type(particle_chunk) is not int or particle_chunk < 1:
             raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
         if particle_chunk >= self.num_particles:
             return run()
         parts = []
-        with self.rows.remembering():
-            for start in range(0, self.num_particles, particle_chunk):
-                with self.particles(start, min(start + particle_chunk, self.num_particles)):
-                    parts.append(run())
+        for start in range(0, self.num_particles, particle_chunk):
+            with self.particles(start, min(start + particle_chunk, self.num_particles)):
+                parts.append(run())
         return torch.cat(parts)
 
     def devices(self) -> list[torch.device]:
         """Where the model's parameters are, without repetition."""
         return list({p.device: None for p in self.parameters()})
 
-    def particle_parameters(self) -> list[nn.Parameter]:
-        """The stacked trainable tensors, particle axis first: adapters and heads."""
+    def particle_parameters(self, separate: bool = False) -> list[nn.Parameter]:
+        """The stacked trainable tensors, particle axis first: adapters and heads.
+
+        separate: K leaves a tensor instead, one a particle, which share its memory and its
+            gradient. An optimizer whose step depends on a whole tensor (Adafactor, LAMB, Muon), or
+            that is to have a learning rate a particle, needs them. See `optim.separate_parameters`.
+        """
+        if separate:
+            from multilora.optim import separate_parameters
+
+            return separate_parameters(self)
         return [p for p in self.parameters() if p.requires_grad]
 
     def adapters(self) -> list[Adapter]:
@@ -227,38 +264,20 @@ class ParticleModel(nn.Module):
 
         checkpoint.soup(self, path, kind)
 
-    def _first_forward(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The base's forward, and a warning where it did not call some particle layer."""
-        layers = dict([*self.lora_layers(), *self.stacked_modules()])
-        unused = set(layers)
-        hooks = [
-            layer.register_forward_hook(lambda *_, name=name: unused.discard(name))
-            for name, layer in layers.items()
-        ]
-        try:
-            output = self.base(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._used_layers_checked = True
-        if unused:
-            warnings.warn(
-                f"{len(unused)} of {len(layers)} particle layers did not run in the first forward "
-                f"and so have no effect in it: {', '.join(sorted(unused)[:5])}. The model may read "
-                "their weights instead of calling them.",
-                stacklevel=3,
-            )
-        return output
-
 
 def get_particle_model(
     base: nn.Module,
     config: peft.LoraConfig,
     num_particles: int,
     seed: int | Sequence[int] = 0,
-    head_init: str = "reset",
-    share_trunk: bool = True,
+    head_init: str | None = None,
+    share_trunk: bool | str = False,
     mesh: DeviceMesh | None = None,
+    *,
+    fold: str = "batch",
+    batch_axes: Axes | None = None,
+    output_axes: Mapping[str, int | None] | int | None = None,
+    check_isolation: bool = True,
 ) -> ParticleModel:
     """K LoRA particles over `base`, which is frozen and changed in place.
 
@@ -275,54 +294,113 @@ def get_particle_model(
         `particle_seeds(seed, K)[k]`, whatever K is.
     head_init: "reset" redraws every particle's copy of `modules_to_save` at the scale of the
         original, so that particles start from different functions; "copy" keeps the original's
-        weights, for a head that was trained. Token embeddings and language-model heads are always
-        copied. The adapters differ in either case: every particle has its own A; B is zero.
-    share_trunk: where particles share their inputs, run what lies below the first adapted layer
-        once for all of them; also an attribute of the model, to be set at any time.
+        weights, for a module that was trained. By default, modules are copied, but for those that
+        were just created, which are redrawn with a warning: transformers says which weights were in
+        no checkpoint, a timm classifier has another number of classes than its checkpoint, and any
+        other model has no checkpoint that we know of. Token embeddings and language-model heads
+        are always copied. The adapters differ in any case: every particle has its own A; B is zero.
+    share_trunk: a promise that what lies below the first adapted block is the same for all
+        particles (nothing random, no state, no hooks), so that it may run once for all of them
+        where they share their inputs. True: the cut lies before the first block with an adapter, in
+        the innermost nn.ModuleList or nn.Sequential that holds them all; or the name of the module
+        before which it lies. Also an attribute of the model. Not under torch.compile.
     mesh: processes that share the work: a DeviceMesh with the axes "data", "particle" or both.
         Along "particle", each process holds K/P particles, and `model.num_particles` is that
         number; the particles are those that one process would have. Methods communicate.
+    fold: "batch", all particles in one pass over K·B rows; or "loop", one after another, which is
+        right for any model, at the speed of a loop.
+    batch_axes: the axis of the batch in the arguments of the base's forward, by name, or None for
+        what is the same for all rows, as `in_dims` of torch.func.vmap. Needed where names and
+        lengths do not say it: an argument whose axis is ambiguous raises.
+    output_axes: the same of its outputs, by field (or index of a tuple), or a number for all, where
+        the isolation check does not find it.
+    check_isolation: compare the first forward of each mode and form of inputs with one particle
+        alone. It cannot see what other inputs of the same form would mix, states other than
+        buffers, tensors and numbers that are attributes of modules, or what an argument that is an
+        object of another kind (a key-value cache) holds; nor does it run under torch.compile.
 
     Adapters of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
 
     Raises NotImplementedError for a field of LoraConfig that particles do not support, TypeError
-    for a target that is no linear or convolution, ValueError for bad numbers; `base` is then as
-    it was.
+    for a target that is no linear or convolution, ValueError for bad numbers and for a base whose
+    weights are not there (meta); `base` is then as it was.
     """
-    _check_config(config)
+    check_config(config)
     if type(num_particles) is not int or num_particles < 1:
         raise ValueError(f"num_particles must be an integer >= 1; got {num_particles!r}")
-    if head_init not in ("reset", "copy"):
+    if head_init not in (None, "reset", "copy"):
         raise ValueError(f'head_init must be "reset" or "copy"; got {head_init!r}')
+    if fold not in ("batch", "loop"):
+        raise ValueError(f'fold must be "batch" or "loop"; got {fold!r}')
+    _check_axes(base, batch_axes)
+    if share_trunk and fold == "loop":
+        raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
+    check_base(base)
     ranks = Ranks.of_mesh(mesh)
     seeds = _seeds(seed, num_particles)
     num_particles = len(ranks.own(seeds))
-    config, targets, saved = _resolve(base, config)
-    _check_targets(targets, saved)
+    config, targets, saved = resolve(base, config)
+    check_targets(targets, saved)
+    if isinstance(share_trunk, str):
+        base.get_submodule(share_trunk)
+    new = just_created(base, saved) if head_init is None else {}
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    rows = TrunkRows()
-    vocabulary = _vocabulary(base)
+    kept = vocabulary(base)
     redrawn = []
     for name, target in targets.items():
         layer = _layer_type(target.layer)(
-            target.layer, num_particles, rows, target.rank, target.scaling, target.dropout
+            target.layer, num_particles, target.rank, target.scaling, target.dropout
         )
         redrawn.append((layer, (config.init_lora_weights,)))
         layer.train(target.layer.training)
         _replace(base, name, layer)
+    reset = []
     for name, module in saved.items():
-        stacked = StackedModule(module, num_particles, rows)
+        stacked = StackedModule(module, num_particles)
         stacked.train(module.training)
-        if head_init == "reset" and module not in vocabulary:
+        if (head_init == "reset" or name in new) and module not in kept:
+            reset.append(name)
             redrawn.append((stacked, ()))
         _replace(base, name, stacked)
+    if head_init is None and reset:
+        warnings.warn(
+            f"modules_to_save {reset} start from weights drawn anew for every particle, since "
+            f'{new[reset[0]]}; head_init="copy" keeps what they hold, head_init="reset" says that '
+            "this is meant",
+            stacklevel=2,
+        )
     for particle, particle_seed in enumerate(ranks.own(seeds)):
         generator = torch.Generator().manual_seed(particle_seed)
         for layer, how in redrawn:
             layer.reset_particle(particle, generator, *how)
-    share_forwards(base, rows)
-    return ParticleModel(base, config, num_particles, seeds, rows, share_trunk, ranks)
+    for module in base.modules():
+        # Its fast path reads the weights of its linears, in evaluation.
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+    return ParticleModel(
+        base,
+        config,
+        num_particles,
+        seeds,
+        share_trunk,
+        ranks,
+        fold,
+        batch_axes,
+        output_axes,
+        check_isolation,
+    )
+
+
+def _check_axes(base: nn.Module, axes: Axes | None) -> None:
+    names = Names(base.forward)
+    for name, axis in (axes or {}).items():
+        if name not in names.order and not names.takes_any:
+            raise ValueError(f"batch_axes: forward has the arguments {names.order}; got {name!r}")
+        if axis is not None and (type(axis) is not int or axis < 0):
+            raise ValueError(
+                f"batch_axes: an axis is an integer >= 0 or None; got {name}: {axis!r}"
+            )
 
 
 def _layer_type(target: nn.Module) -> type[LoraLayer]:
@@ -356,219 +434,6 @@ def particle_seeds(seed: int, num_particles: int) -> list[int]:
     return [(seed * 0x9E3779B97F4A7C15 + k) % 2**63 for k in range(num_particles)]
 
 
-class _Target(NamedTuple):
-    layer: nn.Module
-    rank: int
-    scaling: float
-    dropout: float
-
-
-def _check_config(config: peft.LoraConfig) -> None:
-    import peft
-
-    if not isinstance(config, peft.LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig; got {type(config).__name__}")
-    default = peft.LoraConfig()
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in _HONOURED and value != getattr(default, field.name):
-            raise NotImplementedError(
-                f"LoraConfig.{field.name} = {value!r} is not supported for particles; "
-                f"leave it at {getattr(default, field.name)!r}"
-            )
-    if config.init_lora_weights not in (True, "gaussian"):
-        raise NotImplementedError(
-            f"LoraConfig.init_lora_weights = {config.init_lora_weights!r} is not supported for "
-            'particles; use True or "gaussian"'
-        )
-
-
-def _resolve(
-    base: nn.Module, config: peft.LoraConfig
-) -> tuple[peft.LoraConfig, dict[str, _Target], dict[str, nn.Module]]:
-    """What PEFT would adapt, asked of PEFT itself; `base` stays as it is.
-
-    -> the config as PEFT completes it, the targets and the modules to save by name.
-    """
-    from peft import get_peft_model
-    from peft.tuners.lora import LoraLayer as PeftLoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    if any(isinstance(m, (BaseTunerLayer, LoraLayer, StackedModule)) for m in base.modules()):
-        raise ValueError("base already has adapters; pass the plain model")
-    config = copy.deepcopy(config)
-    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
-    # PEFT changes a model's modules, hooks and attributes. It gets a copy of them, over the same
-    # tensors.
-    shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
-    # Of linears with a forward of their own it knows some. It gets plain ones of their sizes.
-    for module in filter(is_foreign_linear, base.modules()):
-        sizes = (module.in_features, module.out_features)
-        shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
-    shadow = copy.deepcopy(base, shared)
-    targets, saved = {}, {}
-    try:
-        # The adapters are made on the meta device: no memory, no random numbers.
-        get_peft_model(shadow, config, _ADAPTER, low_cpu_mem_usage=True)
-        wrappers = {
-            name: module
-            for name, module in shadow.named_modules()
-            if isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper))
-        }
-    finally:
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(trainable[name])
-    for name, wrapper in wrappers.items():
-        outer = next((n for n in wrappers if name.startswith(f"{n}.")), None)
-        if outer in saved:
-            raise ValueError(
-                f"modules_to_save {outer!r} also contains {name!r}, which is adapted or saved "
-                "itself; choose one"
-            )
-        if outer is not None:
-            continue  # inside a layer that PEFT takes apart; that layer is refused below
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
-            saved[name] = base.get_submodule(name)
-        else:
-            targets[name] = _Target(
-                base.get_submodule(name),
-                wrapper.r.get(_ADAPTER, 0),
-                float(wrapper.scaling.get(_ADAPTER, 0)),
-                config.lora_dropout,
-            )
-    if config.modules_to_save is not None:
-        # PEFT appends a task's head at every load.
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    return config, targets, saved
-
-
-def _check_targets(targets: dict[str, _Target], saved: dict[str, nn.Module]) -> None:
-    from transformers.pytorch_utils import Conv1D
-
-    for name, target in targets.items():
-        layer = target.layer
-        if isinstance(layer, nn.Conv2d):
-            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-            if not plain:
-                raise TypeError(
-                    f"target {name!r} is a Conv2d with groups={layer.groups}, "
-                    f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}; particles "
-                    "support groups=1, dilation=1 and zero padding"
-                )
-        elif isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError(
-                f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
-                "never calls it: an adapter there would do nothing"
-            )
-        elif is_foreign_linear(layer):
-            if not any(True for _ in (*layer.parameters(), *layer.buffers())):
-                raise TypeError(
-                    f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
-                    "which would say on which device its adapters belong"
-                )
-        elif not (
-            isinstance(layer, Conv1D)
-            or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
-        ):
-            raise TypeError(
-                f"target {name!r} is a {type(layer).__name__}; particles support nn.Linear, "
-                "transformers' Conv1D, nn.Conv2d, and modules without children that are linears of "
-                "in_features and out_features"
-            )
-    for name, module in saved.items():
-        quantised = [
-            type(m).__name__
-            for m in module.modules()
-            if is_foreign_linear(m) and not _is_trainable(m)
-        ]
-        if quantised:
-            raise TypeError(
-                f"modules_to_save {name!r} contains a {quantised[0]}, whose packed weight cannot "
-                "be trained; adapt it, or keep it out of the quantisation"
-            )
-        if any(isinstance(m, _BatchNorm) for m in module.modules()):
-            raise TypeError(
-                f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
-                "be kept a particle"
-            )
-        for inner in module.modules():
-            plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
-            if isinstance(inner, nn.Embedding) and not plain and _is_particular(inner):
-                raise TypeError(
-                    f"modules_to_save {name!r} contains {inner}: inside another module, particles "
-                    "support embeddings without padding_idx and max_norm"
-                )
-
-
-def _is_trainable(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and all(p.is_floating_point() for p in parameters)
-
-
-def _is_particular(embedding: nn.Embedding) -> bool:
-    return embedding.padding_idx is not None or embedding.max_norm is not None
-
-
-def _vocabulary(base: nn.Module) -> list[nn.Module]:
-    """Token embeddings and language-model heads, which hold a pretrained vocabulary."""
-    modules = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        # transformers' models for images have the getters, which raise.
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            modules.append(getattr(base, getter)())
-    return modules
-
-
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent), leaf, module)
-
-
-def _batch_size(inputs: Any, particles: int | None) -> int:
-    """The length of the batch axis, by the first input tensor that has one."""
-    axis = 0 if particles is None else 1
-    for t in _tensors(inputs):
-        if t.ndim > axis:
-            if particles is not None and t.shape[0] != particles:
-                raise ValueError(
-                    f"per_particle=True needs inputs (K, B, ...) with K = {particles}; "
-                    f"got {tuple(t.shape)}"
-                )
-            return t.shape[axis]
-    raise ValueError("the model's inputs hold no tensor with a batch axis")
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
-def _map_kwargs(function, kwargs: dict[str, Any]) -> dict[str, Any]:
-    # transformers' cache_position counts tokens; its length can equal the batch by accident.
-    return {
-        key: value if key == "cache_position" else _map_tensors(function, value)
-        for key, value in kwargs.items()
-    }
-
-
-def _map_tensors(function, tree: Any) -> Any:
-    """`tree` with function(tensor) for every tensor in tuples, lists, dicts and ModelOutputs."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(function, value) for value in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_map_tensors(function, value) for value in tree)
-    if dataclasses.is_dataclass(tree) and isinstance(tree, Mapping):  # ModelOutput
-        return type(tree)(**{key: _map_tensors(function, value) for key, value in tree.items()})
-    if isinstance(tree, Mapping):
-        kind = OrderedDict if isinstance(tree, OrderedDict) else dict
-        return kind((key, _map_tensors(function, value)) for key, value in tree.items())
-    return tree

@@ -22,7 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multilora as ml
-from multilora.layers import LoraForeignLinear, LoraLinear, ParticleRows, is_foreign_linear
+from multilora.calls import Call
+from multilora.layers import LoraForeignLinear, LoraLinear, is_foreign_linear
 
 K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
 
@@ -247,7 +248,8 @@ def test_dropout_lies_before_A_only(training):
     layer = model.base.first
     x = torch.randn(K * BATCH, TOKENS, D_IN, dtype=torch.float64)
     torch.manual_seed(5)
-    y = layer(x)
+    with Call(model, K, len(x)).active():
+        y = layer(x)
     torch.manual_seed(5)
     rows = F.dropout(x.view(K, -1, D_IN), 0.5, training)
     delta = layer.scaling * rows @ layer.lora_A.mT.double() @ layer.lora_B.mT.double()
@@ -285,18 +287,13 @@ def test_the_base_is_called_once_and_its_output_becomes_the_result(stub, grad, m
     for name in ("first", "last"):
         layer = model.base.get_submodule(name)
         layer.register_forward_hook(lambda module, args, y: results.append(y.data_ptr()))
-    model.share_trunk = False
+    model(inputs()[0])  # with the isolation check
+    calls.clear(), results.clear()
     with torch.set_grad_enabled(grad):
         output = model(inputs()[0])
     assert output.requires_grad == grad
     assert [shape for shape, _ in calls] == [(K * BATCH, TOKENS, D_IN), (K * BATCH, D_OUT)]
     assert [memory for _, memory in calls] == results
-    # The first layer's rows are the same for all particles.
-    calls.clear()
-    model.share_trunk = True
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(model(inputs()[0]), output)
-    assert [shape for shape, _ in calls] == [(BATCH, TOKENS, D_IN), (K * BATCH, D_OUT)]
 
 
 class Held(nn.Linear):
@@ -332,7 +329,8 @@ def test_memory_that_may_be_read_again_is_not_taken(how):
     x = torch.randn(K * BATCH, TOKENS, D_OUT)
     before = x.clone()
     expected = layer.base_layer(x).detach().clone()
-    y = layer(x)
+    with Call(model, K, len(x)).active():
+        y = layer(x)
     assert not torch.equal(y, expected) and torch.equal(x, before)
     held = {
         "attribute": lambda: layer.base_layer.last_output,
@@ -399,24 +397,8 @@ def tensor_parallel(rank, folder):
     assert_same_gradients(gradients(model, x, weights), gradients(twin, x, weights), 1e-5)
 
 
-def tensor_parallel_trunk(rank, folder):
-    base, plain = Net(), Net()
-    plain.load_state_dict(base.state_dict())
-    column = ColwiseParallel(output_layouts=Replicate())
-    parallelize_module(base, DeviceMesh("cpu", [0]), {"first": column})
-    lora = config(target_modules=["last"], modules_to_save=None)
-    models = [ml.get_particle_model(net, lora, K) for net in (base, plain)]
-    outputs = [model(inputs(torch.float32)[0]) for model in models for _ in range(2)]
-    for output in outputs:
-        torch.testing.assert_close(output, outputs[0])
-    # Its weights are sharded: it runs for every particle, in all processes equally often.
-    shared = [list(model.base.first.forward.known.values()) for model in models]
-    assert shared == [[None], [[True]]]
-
-
-@pytest.mark.parametrize("function", [tensor_parallel, tensor_parallel_trunk])
-def test_tensor_parallel(function, tmp_path):
-    run_in_processes(1, function, tmp_path)
+def test_tensor_parallel(tmp_path):
+    run_in_processes(1, tensor_parallel, tmp_path)
 
 
 # --- PEFT and its files --------------------------------------------------------------------------
@@ -557,11 +539,10 @@ def test_files_and_soups_over_packed_weights(tmp_path):
 
 
 def layer_of(forward, sizes=(D_IN, D_OUT)) -> LoraForeignLinear:
-    """A particle layer over a linear with this forward."""
+    """A layer of one particle over a linear with this forward."""
     linear = nn.Linear(*sizes)
     linear.forward = forward
-    rows = ParticleRows()
-    return LoraForeignLinear(linear.requires_grad_(False), K, rows, 2, 1.0, 0.0)
+    return LoraForeignLinear(linear.requires_grad_(False), 1, 2, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "files", "recipes", "_C", "_C_cuda"],
+    ["_version", "calls", "files", "fold", "randomness", "recipes", "_C", "_C_cuda"],
     ["ops.common", "ops.native", "ops.machine_code"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops"],
     ["parallel", "layers"],
-    ["trunk"],
+    ["isolation", "targets", "trunk"],
+    ["run"],
     ["model"],
     ["methods", "checkpoint", "metrics"],
     ["integrations"],

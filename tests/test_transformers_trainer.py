@@ -226,7 +226,6 @@ def test_an_ensemble_is_two_runs_of_a_loop(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_evaluation_takes_the_memory_of_a_chunk(name, tmp_path):
     model = particles_of(FAMILIES[name].build(torch.float32), FAMILIES[name].config(), K)
-    model.share_trunk = False
     sizes = []
     embedding = model.base.get_input_embeddings()
     embedding.register_forward_hook(lambda module, args, y: sizes.append(len(y)))

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from multilora.ops.common import IGNORE_INDEX, accumulator
 from multilora.parallel import Ranks
-from multilora.trunk import random_state, set_random_state
+from multilora.randomness import RandomState
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 Loss = str | Callable[[Tensor, Tensor], Tensor]
@@ -72,8 +72,6 @@ class Passes:
             if self._wrapper is not None:
                 # Gradients are averaged here; the wrapper waits for hooks that do not run.
                 stack.enter_context(self._wrapper.no_sync())
-            if hasattr(self.model, "rows") and (repeats or len(self._parts) > 1):
-                stack.enter_context(self.model.rows.remembering())
             try:
                 yield
             finally:
@@ -103,7 +101,7 @@ class Passes:
         else:
             self._states, parts = [], []
             for part in self._parts:
-                self._states.append(random_state(self.devices))
+                self._states.append(RandomState(self.devices))
                 with torch.no_grad(), self._only(part):
                     logits, targets = self._call(closure, part)
                 parts.append((logits, targets))
@@ -122,7 +120,7 @@ class Passes:
             return self._mean_all(gradients(logits, self.params, own))
         grads = self._buffers()
         for part, state in zip(self._parts, self._states):
-            set_random_state(state)
+            state.restore()
             with self._only(part) as params:
                 logits, _ = self._call(closure, part)
                 if logits.shape != own[part].shape:

@@ -1,0 +1,314 @@
+"""Particles on the batch axis: which axis of which input that is, by the inputs' names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Inputs that hold the batch wherever they are, the first that is given before the others.
+_FIRST = (
+    "input_ids inputs_embeds pixel_values input_values input_features decoder_input_ids "
+    "decoder_inputs_embeds"
+).split()
+#: Inputs with a row for every example; one of them that has another length is no guess.
+_ROWS = {
+    *_FIRST,
+    *(
+        "attention_mask token_type_ids labels decoder_attention_mask bool_masked_pos "
+        "global_attention_mask start_positions end_positions mm_token_type_ids pixel_values_videos"
+    ).split(),
+}
+#: Inputs that are the same for all examples, whatever their length.
+_SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index", "edge_attr"}
+#: States that an earlier call returned: their rows are particles × batch already.
+_STATES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
+
+Axes = Mapping[str, int | None]
+
+
+class PerParticle(list):
+    """An output that is no tensor, one entry a particle: pass it on as it is."""
+
+
+class Leaf(NamedTuple):
+    """A tensor among the inputs.
+
+    axis: of the batch, in the shape that the base sees; None where all rows share it.
+    own: whether it has a particle axis in front.
+    guessed: whether its length alone says that it has rows.
+    """
+
+    name: str
+    tensor: Tensor
+    axis: int | None
+    own: bool
+    guessed: bool
+
+
+class Inputs:
+    """The arguments of one call, with the batch axis of each tensor in them.
+
+    batch: B. particles: K of inputs that are (K, B, ...), a mini-batch for each; or None.
+    strict: whether it matters, as it does not for one particle.
+
+    Raises ValueError, naming the argument, where none has a batch axis, or one is ambiguous.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        args: tuple,
+        kwargs: dict[str, Any],
+        axes: Axes,
+        particles: int | None,
+        strict: bool = True,
+    ):
+        self.strict = strict
+        self.args, self.kwargs, self.names = args, kwargs, names
+        self.particles = particles
+        arguments = names.of(args, kwargs)
+        lead = 0 if particles is None else 1
+        first = _first(arguments, names.order, axes, lead)
+        axis = axes.get(first[0]) or 0
+        if first[1].ndim <= axis + lead or (lead and first[1].shape[0] != particles):
+            wanted = f"(K, B, ...) with K = {particles}" if lead else f"with a batch axis {axis}"
+            raise ValueError(
+                f"{'per_particle=True' if lead else 'the model'} needs inputs {wanted}; got "
+                f"{tuple(first[1].shape)}, {first[0]}"
+            )
+        self.batch = first[1].shape[axis + lead]
+        self.leaves = [
+            self._leaf(name, tensor, axes, first[0])
+            for name, value in arguments
+            for tensor in tensors(value)
+        ]
+
+    def _leaf(self, name: str, tensor: Tensor, axes: Axes, first: str) -> Leaf:
+        shape, batch, lead = (
+            tensor.shape,
+            self.batch,
+            () if self.particles is None else (self.particles,),
+        )
+        known = name == first or name in axes or name in _ROWS
+        axis = axes.get(name, None if name in _SHARED | _STATES else 0)
+        if axis is None or not shape or (name not in axes and shape[0] == 1 != batch and not lead):
+            return Leaf(name, tensor, None, False, False)
+        moved = shape[len(lead) + axis : len(lead) + axis + 1]
+        if shape[: len(lead)] == lead and moved == (batch,):
+            return Leaf(name, tensor, axis, bool(lead), not known)
+        # Of one mini-batch a particle the others' inputs may still be the same for all.
+        same = not lead or shape[0] != batch or batch == 1
+        if not self.strict or (same and (not known or (lead and shape[0] == 1))):
+            return Leaf(name, tensor, None, False, False)
+        raise ValueError(
+            f"the batch axis of {name} {tuple(shape)} is not clear: {first} has a batch of {batch}"
+            + (f" for each of {self.particles} particles" if lead else "")
+            + f". Say what it is with batch_axes={{{name!r}: axis}} (None: the same for all rows), "
+            'or use fold="loop", which needs no batch axis'
+        )
+
+    @property
+    def guessed(self) -> list[str]:
+        """The arguments that have the batch's length and no name that says so."""
+        return [leaf.name for leaf in self.leaves if leaf.guessed]
+
+    def form(self, of_one: bool = True) -> tuple:
+        """What decides how the base treats these inputs, beside numbers and lengths; of_one: and
+        whether the batch is of one example."""
+        rest = tuple(
+            (name, value)
+            for name, value in self.names.of(self.args, self.kwargs)
+            if value is None or isinstance(value, (bool, str))
+        )
+        leaves = tuple((x.name, x.tensor.ndim, x.tensor.dtype, x.axis, x.own) for x in self.leaves)
+        return leaves, rest, of_one and self.batch == 1, self.particles is not None
+
+    def of_particle(self, particle: int, rows: Tensor | None = None) -> tuple[tuple, dict]:
+        """The arguments of one particle alone, or of some of its rows."""
+
+        def alone(leaf: Leaf) -> Tensor:
+            t = leaf.tensor[particle] if leaf.own else leaf.tensor
+            if rows is None or leaf.axis is None:
+                return t
+            return t.index_select(leaf.axis, rows.to(t.device))
+
+        return self._map(alone)
+
+    def folded(self, which: Sequence[int], rows: Tensor | None = None) -> tuple[tuple, dict]:
+        """The arguments of some particles in one batch, particle first."""
+
+        def fold(leaf: Leaf) -> Tensor:
+            if leaf.axis is None:
+                return leaf.tensor
+            t = leaf.tensor
+            t = t[which[0] : which[-1] + 1] if leaf.own else t.expand(len(which), *t.shape)
+            if leaf.own and len(t) != len(which):
+                t = leaf.tensor[list(which)]
+            t = t if rows is None else t.index_select(leaf.axis + 1, rows.to(t.device))
+            return t.movedim(0, leaf.axis).flatten(leaf.axis, leaf.axis + 1)
+
+        return self._map(fold)
+
+    def _map(self, function: Callable[[Leaf], Tensor]) -> tuple[tuple, dict]:
+        leaves = iter(self.leaves)
+        return map_tensors(lambda _: function(next(leaves)), (self.args, self.kwargs))
+
+    def is_uniform(self) -> bool:
+        """Whether all examples are equal, or nothing but zeros: mixing them would not show."""
+        rows = [x.tensor.movedim(x.axis + x.own, 0) for x in self.leaves if x.axis is not None]
+        return all(
+            bool((t == t[:1]).all()) and (self.batch > 1 or (t.is_floating_point() and not t.any()))
+            for t in rows
+        )
+
+    @property
+    def opaque(self) -> bool:
+        """Whether an argument is an object that may hold rows, and cannot be looked into."""
+        plain = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, Tensor)
+        return any(
+            not isinstance(leaf, plain)
+            for _, value in self.names.of(self.args, self.kwargs)
+            for leaf in _leaves(value)
+        )
+
+
+class Names:
+    """The names of a function's arguments."""
+
+    def __init__(self, function: Callable[..., Any]):
+        parameters = inspect.signature(function).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.positional = [p.name for p in parameters if p.kind in positional]
+        self.order = [p.name for p in parameters]
+        self.takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+    def of(self, args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        beyond = (f"argument {i}" for i in range(len(self.positional), len(args)))
+        return [*zip([*self.positional[: len(args)], *beyond], args), *kwargs.items()]
+
+
+def _first(
+    arguments: list[tuple[str, Any]], order: list[str], axes: Axes, lead: int
+) -> tuple[str, Tensor]:
+    """The argument whose batch is the batch; lead: axes in front of it."""
+    given = {}
+    for name, value in arguments:
+        found = next((t for t in tensors(value) if t.ndim > lead), None)
+        if found is not None:
+            given[name] = found
+    named = [name for name, axis in axes.items() if axis is not None]
+    unnamed = [n for n in (*order, *given) if n not in _SHARED | _STATES and n not in axes]
+    for name in (*named, *_FIRST, *unnamed):
+        if name in given and axes.get(name, 0) is not None:
+            return name, given[name]
+    raise ValueError("the model's inputs hold no tensor with a batch axis")
+
+
+def unfold(output: Any, axes: list[int | str | None], particles: int) -> Any:
+    """(K·m, ...) -> (K, m, ...) of every tensor of the output; axes: see `particle_axis`."""
+    axes = iter(axes)
+
+    def one(t: Tensor) -> Tensor:
+        axis = next(axes)
+        if axis is None:
+            return t
+        if axis == "same":
+            return t.expand(particles, *t.shape)
+        return t.unflatten(axis, (particles, -1)).movedim(axis, 0)
+
+    return map_tensors(one, output)
+
+
+def conventional_axes(output: Any, rows: int, axes: Axes | int | None) -> list[int | None]:
+    """The axis of every output tensor by `output_axes`, else the leading one of `rows` rows."""
+
+    def axis(name: str, t: Tensor) -> int | None:
+        if isinstance(axes, Mapping) and name in axes:
+            return axes[name]
+        if isinstance(axes, int):
+            return axes if t.ndim > axes else None
+        return 0 if t.ndim and t.shape[0] == rows else None
+
+    return [axis(name, t) for name, t in named_tensors(output)]
+
+
+def stack(outputs: list[Any]) -> Any:
+    """The outputs of K particles as one, with the particle axis in front of every tensor."""
+    columns = list(zip(*(list(_leaves(output)) for output in outputs), strict=True))
+
+    def join(values: tuple) -> Any:
+        if not isinstance(values[0], Tensor):
+            same = all(v is values[0] or _is_equal(v, values[0]) for v in values)
+            return values[0] if same else PerParticle(values)
+        shapes = {tuple(v.shape) for v in values}
+        if len(shapes) > 1:
+            raise ValueError(f"the particles' outputs differ in shape, {sorted(shapes)}")
+        return torch.stack(values)
+
+    joined = iter(map(join, columns))
+    return map_leaves(lambda _: next(joined), outputs[0])
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    return isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor))
+
+
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor of an output, by the field or index that it is in; "" where it is all."""
+    if isinstance(output, Tensor):
+        return [("", output)]
+    parts = _parts(output)
+    fields = getattr(output, "_fields", None)
+    names = parts[1] or fields or range(len(parts[0])) if parts else ()
+    return [(str(n), t) for n, part in zip(names, parts[0] if parts else ()) for t in tensors(part)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with function(leaf) for every leaf in tuples, lists, dicts and dataclasses."""
+    parts = _parts(tree)
+    if parts is None:
+        return function(tree)
+    values, keys = parts
+    values = [map_leaves(function, value) for value in values]
+    if isinstance(tree, Mapping):
+        if dataclasses.is_dataclass(tree):  # ModelOutput
+            return type(tree)(**dict(zip(keys, values)))
+        return (OrderedDict if isinstance(tree, OrderedDict) else dict)(zip(keys, values))
+    if keys is not None:
+        return dataclasses.replace(tree, **dict(zip(keys, values)))
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    parts = _parts(tree)
+    if parts is None:
+        yield tree
+        return
+    for value in parts[0]:
+        yield from _leaves(value)
+
+
+def _parts(tree: Any) -> tuple[list[Any], list[str] | None] | None:
+    """The values in a container and their names, if it has any; None of what is a leaf."""
+    if isinstance(tree, Mapping):
+        return list(tree.values()), list(tree)
+    if isinstance(tree, (list, tuple)) and not isinstance(tree, (PerParticle, torch.Size)):
+        return list(tree), None
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree) if field.init]
+        return [getattr(tree, name) for name in names], names
+    return None

@@ -1,0 +1,460 @@
+"""The isolation check: do K particles in one batch compute what each computes alone?"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from multilora.calls import Call
+from multilora.fold import Inputs, named_tensors, tensors
+from multilora.layers import LoraLayer, ParticleLayer
+from multilora.randomness import RandomState
+
+#: None: the tensor is the same for all particles; "same": so are its rows, and it is repeated.
+Axis = int | str | None
+
+
+class ParticleIsolationError(ValueError):
+    """A model computes something else for K particles in one batch than for each alone."""
+
+
+class _Run(NamedTuple):
+    """A call of some particles: its output, and the state that it left in the modules."""
+
+    output: Any
+    state: _State
+
+
+class IsolationCheck:
+    """One check of one call, made before it; `axes` then looks at the call's own output.
+
+    The model runs for `particle` alone, from the random state of the call, and its output is to be
+    that particle's part of the call's. Where the model draws random numbers, or where no adapter
+    tells the particles apart yet, so that mixing them would not show, two particles with adapters
+    moved apart run for a few of the rows without randomness instead, and one of them alone.
+
+    particles: how many run in the call. first: the place of the first in inputs of its own. shared:
+    whether the call has a shared trunk, without which the particle alone runs. sharded: whether
+    other processes run along, so that nothing may depend on the data.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        function: Callable[..., Any],
+        inputs: Inputs,
+        particle: int,
+        particles: int,
+        first: int,
+        shared: bool,
+        sharded: bool = False,
+    ):
+        self.base, self.function, self.inputs = base, function, inputs
+        self.particle, self.particles, self.first = particle, particles, first
+        self.shared, self.sharded = shared, sharded
+        self.devices = list({p.device: None for p in base.parameters()})
+        self.random, self.state = RandomState(self.devices), _State(base)
+        #: Whether the rows were such that a mixture of them would have shown.
+        self.telling = not inputs.is_uniform()
+        #: Whether it could not be made.
+        self.unknown = False
+        self.failure: Exception | None = None
+        self._alone: _Run | None = None
+        self._axes: list[Axis] | None = None
+        self._names = {module: name for name, module in base.named_modules()}
+        try:
+            self._run()
+        except (torch.OutOfMemoryError, ParticleIsolationError):
+            raise
+        except Exception as error:
+            # The call raises it too, where it is the model's own.
+            self.failure = error
+        finally:
+            self._restore()
+
+    def axes(self, output: Any) -> list[Axis] | None:
+        """The axis of the particles in every tensor of the call's output; None: not to be checked.
+
+        Raises ParticleIsolationError.
+        """
+        if self.failure is not None:
+            raise self._error(
+                f"the model runs for {self.particles} particles together, and for one alone it "
+                f"raises {type(self.failure).__name__}: {self.failure}"
+            ) from self.failure
+        if self._axes is None:
+            if self._alone is None:
+                return None
+            call = _Run(output, _State(self.base))
+            return self._judge(call, self._alone, self.particles, self.particle, self.inputs.batch)
+        fitted = []
+        for axis, (name, t) in zip(self._axes, named_tensors(output), strict=True):
+            if isinstance(axis, int) and (t.ndim <= axis or t.shape[axis] % self.particles):
+                raise self._error(f"output {name!r} has no place for particles: {tuple(t.shape)}")
+            fitted.append(axis)
+        return fitted
+
+    def raised(self, error: Exception) -> ParticleIsolationError:
+        """What to raise where the call raised, and one particle alone did not."""
+        return self._error(
+            f"the model runs for one particle alone, and for {self.particles} together it raises "
+            f"{type(error).__name__}: {error}"
+        )
+
+    def _run(self) -> None:
+        if not self._all_equal():
+            alone = self._run_alone()
+            if self.random == RandomState(self.devices):
+                self._alone = alone
+                return
+            self._restore()
+        modes = (True, False) if self.base.training else (False,)
+        for training in modes:
+            with _mode(self.base, training), _WithoutRandomness():
+                pair = self._run_pair()
+                self._restore()
+                alone = self._run_alone(self._part(), self._few_rows())
+            if self.random == RandomState(self.devices):
+                with _mode(self.base, training), _WithoutRandomness():
+                    few = len(self._few_rows())
+                    self._axes = self._judge(pair, alone, 2, 1, few)
+                return
+            self._restore()
+        self.telling, self.unknown = False, True
+        warnings.warn(
+            f"{type(self.base).__name__} draws random numbers that cannot be held, so it was not "
+            "checked that its particles do not mix",
+            stacklevel=6,
+        )
+
+    def _all_equal(self) -> bool:
+        """Whether no adapter tells two particles apart, as at the start."""
+        factors = [m.lora_B for m in self.base.modules() if isinstance(m, LoraLayer)]
+        return all(bool((B - B[:1] == 0).all()) for B in factors)
+
+    # --- the runs ---
+
+    def _run_alone(self, part=None, rows: Tensor | None = None) -> _Run:
+        k = self.particle
+        part = (lambda p: p[k : k + 1]) if part is None else (lambda p, pair=part: pair(p)[1:])
+        return self._call(self.inputs.of_particle(self.first + k, rows), Call(None, 1, part=part))
+
+    def _run_pair(self, other: int = 0) -> _Run:
+        rows, both = self._few_rows(), self._pair()
+        if self.shared:
+            inputs = self.inputs.of_particle(self.first + both[1], rows)
+        else:
+            inputs = self.inputs.folded([self.first + k for k in both], rows)
+        batch = len(rows) if self.shared else None
+        return self._call(inputs, Call(None, 2, 2 * len(rows), batch, self._part(other)))
+
+    def _run_all(self) -> _Run:
+        which = range(self.first, self.first + self.particles)
+        rows = self.particles * self.inputs.batch
+        if self.shared:
+            inputs, batch = self.inputs.of_particle(self.first), self.inputs.batch
+        else:
+            inputs, batch = self.inputs.folded(which), None
+        return self._call(inputs, Call(None, self.particles, rows, batch))
+
+    def _call(self, inputs: tuple[tuple, dict], call: Call) -> _Run:
+        args, kwargs = inputs
+        with torch.no_grad(), call.active():
+            return _Run(self.function(*args, **kwargs), _State(self.base))
+
+    def _restore(self) -> None:
+        self.random.restore()
+        self.state.restore()
+        torch.clear_autocast_cache()
+
+    def _pair(self) -> tuple[int, int]:
+        """Another particle, and the one that is looked at."""
+        return (self.particle + 1) % self.particles, self.particle
+
+    def _part(self, other: int = 0) -> Callable[[Tensor], Tensor]:
+        """The pair's tensors (2, ...), its adapters moved apart; other: how the first one's are."""
+        scaling = {m.lora_B: m.scaling for m in self.base.modules() if isinstance(m, LoraLayer)}
+
+        @functools.cache
+        def part(parameter: Tensor) -> Tensor:
+            pair = parameter[list(self._pair())]
+            if parameter not in scaling:
+                return pair
+            # Irregular numbers that no generator draws.
+            noise = torch.arange(1, 1 + pair[0].numel(), dtype=torch.float64).outer(
+                torch.tensor((78.233 if other else 12.9898, 39.346), dtype=torch.float64)
+            )
+            noise = noise.sin().mT.reshape(pair.shape).to(pair)
+            # As large as the frozen product at its usual start, for A at its own.
+            return pair + noise / (abs(scaling[parameter]) or 1.0) / parameter.shape[-1] ** 0.5
+
+        return part
+
+    def _few_rows(self) -> Tensor:
+        batch = self.inputs.batch
+        few = min(batch, max(2, batch // 3))
+        return torch.arange(few) * batch // max(few, 1)
+
+    # --- the comparison ---
+
+    def _judge(self, many: _Run, one: _Run, n: int, particle: int, batch: int) -> list[Axis]:
+        """The axis of n particles in every tensor of `many`; raises where that particle, alone
+        with its batch, is another."""
+        axes: list[Axis] = []
+        apart = []
+        names = [name for name, _ in named_tensors(many.output)]
+        if names != [name for name, _ in named_tensors(one.output)]:
+            raise self._error("the output of one particle alone has other fields")
+        for name, a, b in zip(names, tensors(many.output), tensors(one.output)):
+            axis = self._axis(a, b, n, batch)
+            if axis == "none":
+                raise self._error(
+                    f"output {name!r} is {tuple(a.shape)} for {n} particles with a batch of "
+                    f"{batch} each, and {tuple(b.shape)} for one"
+                )
+            axes.append(axis)
+            if a.ndim:  # a number is a mean over all, such as `.loss`
+                apart.append((_apart(*_mine(a, b, axis, n, particle), axis), name))
+        if all(axis is None for axis in axes):
+            raise self._error("no output has rows for every particle")
+        for (worst, typical), name in apart:
+            # Half precision may send a row elsewhere (a router's choice), but not most rows.
+            gross = typical > self._most if self._is_rough else worst > self._most
+            if gross or (worst > self._least and not self._is_rounding()):
+                raise self._error(f"output {name!r} differs by {worst:.2g} of its size")
+        changed = many.state.difference(one.state, self._least)
+        if changed is not None:
+            name = f"{self._names[changed[0]]}.{changed[1]}".strip(".")
+            raise self._error(f"{name} is a state that the rows of all particles change together")
+        return axes
+
+    def _axis(self, many: Tensor, one: Tensor, n: int, batch: int) -> Axis:
+        if many.shape == one.shape:
+            is_rows = self.shared and many.ndim > 0 and many.shape[0] == batch
+            return "same" if is_rows else None
+        if many.ndim != one.ndim:
+            return "none"
+        differ = [i for i, (a, b) in enumerate(zip(many.shape, one.shape)) if a != b]
+        fits = len(differ) == 1 and many.shape[differ[0]] == n * one.shape[differ[0]]
+        return differ[0] if fits else "none"
+
+    @functools.cached_property
+    def _eps(self) -> float:
+        """The rounding of the least exact numbers that the model computes with."""
+        dtypes = {p.dtype for p in self.base.parameters() if p.dtype.is_floating_point}
+        dtypes |= {leaf.tensor.dtype for leaf in self.inputs.leaves} | {torch.float32}
+        for kind in {d.type for d in self.devices}:
+            if torch.is_autocast_enabled(kind):
+                dtypes.add(torch.get_autocast_dtype(kind))
+        # Tensor cores round float32 to 11 bits.
+        rough = 2.0**-11 if any(d.type not in ("cpu", "meta") for d in self.devices) else 0.0
+        return max(rough, *(torch.finfo(d).eps for d in dtypes if d.is_floating_point))
+
+    @property
+    def _is_rough(self) -> bool:
+        return self._eps > torch.finfo(torch.float32).eps
+
+    @property
+    def _least(self) -> float:
+        """What rounding may change, of the size of a row; beyond it `_is_rounding` is asked."""
+        return min(100 * self._eps, 2e-3)
+
+    @property
+    def _most(self) -> float:
+        return 0.1 if self._is_rough else 1e-3
+
+    def _is_rounding(self) -> bool:
+        """Whether a particle stays what it is beside another one: the very same kernels run, so
+        that the least mixture shows."""
+        if self.sharded:
+            return True
+        with _mode(self.base, False), _WithoutRandomness():
+            runs = []
+            for other in (0, 1):
+                self._restore()
+                runs.append(self._run_pair(other).output)
+        self._restore()
+        for a, b in zip(*map(tensors, runs)):
+            if a.ndim and a.shape[0] % 2 == 0:
+                a, b = (t.unflatten(0, (2, -1))[1] for t in (a, b))
+                if _apart(a, b, 0)[0] > self._least / 4:
+                    return False
+        return True
+
+    def _error(self, what: str) -> ParticleIsolationError:
+        return ParticleIsolationError(
+            f"{type(self.base).__name__} does not keep its particles apart: {what}"
+            f"{self._first_difference()}. Particles ride on the batch axis. If an input has its "
+            "batch elsewhere or none, say so with batch_axes={name: axis or None}; else use "
+            'fold="loop", which runs one particle after another and is right for any model. '
+            "check_isolation=False switches this check off"
+        )
+
+    def _first_difference(self) -> str:
+        """Where in the model it begins, for the message."""
+        seen: list[tuple[nn.Module, list[Tensor]]] = []
+        found: list[str] = []
+        few = self._axes is not None or self._alone is None
+
+        def record(module: nn.Module, args: tuple, output: Any) -> None:
+            seen.append((module, [t.detach() for t in tensors(output)]))
+
+        def compare(module: nn.Module, args: tuple, output: Any) -> None:
+            if found:
+                return
+            expected, of_one = next(one, (None, []))
+            name = f"; first at {self._names[module] or 'the model'} ({type(module).__name__})"
+            if expected is not module:
+                found.append(name)
+                return
+            for a, b in zip(tensors(output), of_one):
+                axis = self._axis(a, b, n, batch)
+                shapes = f"{name}: {tuple(a.shape)} together, {tuple(b.shape)} alone"
+                if axis == "none" or _apart(*_mine(a, b, axis, n, k), axis)[0] > self._least:
+                    found.append(shapes)
+                    return
+
+        n, k = (2, 1) if few else (self.particles, self.particle)
+        batch = len(self._few_rows()) if few else self.inputs.batch
+        quiet = contextlib.nullcontext() if not few else _WithoutRandomness()
+        with contextlib.suppress(Exception), quiet:
+            self._restore()
+            with _watching(self._names, record):
+                self._run_alone(*((self._part(), self._few_rows()) if few else ()))
+            one = iter(seen)
+            self._restore()
+            with _watching(self._names, compare):
+                self._run_pair() if few else self._run_all()
+        self._restore()
+        return found[0] if found else ""
+
+
+def _mine(many: Tensor, one: Tensor, axis: Axis, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """The part of particle k, and what it is alone."""
+    if not isinstance(axis, int):
+        return many, one
+    return many.unflatten(axis, (n, -1)).select(axis, k), one
+
+
+def _apart(a: Tensor, b: Tensor, axis: Axis) -> tuple[float, float]:
+    """The distance of a's rows from b's, relative to their size: the largest, and the median."""
+    a, b = a.detach(), b.detach()
+    if isinstance(axis, int):
+        a, b = (t.movedim(axis, 0) for t in (a, b))
+    else:
+        a, b = a.unsqueeze(0), b.unsqueeze(0)
+    if a.numel() == 0:
+        return 0.0, 0.0
+    a, b = (t.reshape(len(t), -1) for t in (a, b))
+    if not a.is_floating_point():
+        error = (a != b).any(1).double()
+    else:
+        a, b = a.double(), b.double()
+        # Masks: infinities and the largest numbers there are.
+        equal = (a == b) | (a.isnan() & b.isnan())
+        plain = a.isfinite() & b.isfinite() & (b.abs() < 1e30)
+        error = torch.where(equal, 0, torch.where(plain, a - b, torch.inf)).square().mean(1)
+        size = torch.where(plain, b, 0).square().mean(1)
+        # A row of zeros may round too.
+        error = (error / (size + 1e-6 * size.mean()).clamp_min(1e-60)).sqrt()
+    return error.max().item(), error.median().item()
+
+
+class _State:
+    """The buffers, and the tensors and numbers among the attributes, of all modules but ours.
+
+    Large tensors are left out: packed weights are buffers too.
+    """
+
+    _LARGEST = 1 << 20
+
+    def __init__(self, base: nn.Module):
+        self.values = {}
+        for module in base.modules():
+            if isinstance(module, ParticleLayer):
+                continue
+            for where in (module._buffers, vars(module)):
+                for name, value in where.items():
+                    if isinstance(value, Tensor) and value.numel() <= self._LARGEST:
+                        self.values[module, name] = where, value, value.detach().clone()
+                    elif type(value) in (int, float):
+                        self.values[module, name] = where, value, value
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for (_, name), (where, value, copy) in self.values.items():
+                if isinstance(value, Tensor) and not _is_equal(value, copy):
+                    value.copy_(copy)
+                where[name] = value
+
+    def difference(self, other: _State, least: float) -> tuple[nn.Module, str] | None:
+        """A tensor, or a number with a fraction, that is another one there."""
+        for key, (_, _, a) in self.values.items():
+            b = other.values.get(key, (None, None, None))[2]
+            if type(a) is float and type(b) is float:
+                a, b = torch.tensor([a]), torch.tensor([b])
+            same_shape = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
+            if same_shape and a.is_floating_point() and _apart(a, b, None)[0] > least:
+                return key
+        return None
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a != a)).all())
+
+
+_CONSTANT = {"rand": 0.5, "randn": 0.0, "bernoulli": 1.0, "uniform_": 0.5, "normal_": 0.0}
+
+
+class _WithoutRandomness(TorchFunctionMode):
+    """Inside, PyTorch's dropout keeps everything and its random numbers are constants."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name.removesuffix("_").rstrip("123d").endswith("dropout"):
+            return kwargs["input"] if "input" in kwargs else args[0]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
+        elif name == "multi_head_attention_forward":
+            kwargs["training"] = False
+        elif name in ("bernoulli_", "uniform_", "normal_"):
+            return args[0].fill_(_CONSTANT.get(name, 1.0))
+        elif name in ("rand_like", "randn_like", "bernoulli"):
+            return torch.full_like(args[0], _CONSTANT[name.removesuffix("_like")])
+        elif name in ("rand", "randn"):
+            size = args[0] if args and not isinstance(args[0], int) else args
+            kwargs.pop("generator", None)
+            return torch.full(kwargs.pop("size", size), _CONSTANT[name], **kwargs)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _mode(base: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, no module is in training mode, or all are as they were."""
+    modules = [] if training else [m for m in base.modules() if m.training]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _watching(modules: dict[nn.Module, str], hook: Callable[..., None]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,335 @@
+"""How a particle model calls its base: all particles in one batch, one after another, or one."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from multilora import calls
+from multilora.calls import Call
+from multilora.fold import (
+    Inputs,
+    Names,
+    PerParticle,
+    conventional_axes,
+    map_leaves,
+    map_tensors,
+    stack,
+    tensors,
+    unfold,
+)
+from multilora.isolation import Axis, IsolationCheck, ParticleIsolationError
+from multilora.trunk import Reached, TrunkRows
+
+if TYPE_CHECKING:
+    from multilora.model import ParticleModel
+
+
+class Runner:
+    """Calls the base of a model, and knows what earlier calls have shown of it."""
+
+    def __init__(self):
+        self._names: dict[str, Names] = {}
+        # By method, mode and form of the inputs: the particles' axis in the outputs.
+        self._checked: dict[Any, list[Axis] | None] = {}
+        # By mode: the particle layers that ran in its first forward.
+        self._ran: dict[bool, set[str]] = {}
+
+    def forget(self) -> None:
+        """The model is called in another way from now on."""
+        self._checked.clear()
+
+    def run(
+        self,
+        model: ParticleModel,
+        name: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+        rows: TrunkRows | None = None,
+    ) -> Any:
+        """The method `name` of the base, for every particle."""
+        function = _method(model.base, name)
+        if name == "forward":
+            kwargs = self._without_cache(model, kwargs)
+        if not torch.compiler.is_compiling():
+            if model.thread not in (None, threading.get_ident()):
+                raise RuntimeError("another thread runs some of the particles (particle_chunk)")
+            call = calls.current()
+            if call is not None and call.owner is model and call.frozen:
+                return function(*args, **kwargs)
+        if model.fold == "loop":
+            return self._loop(model, name, function, args, kwargs, per_particle)
+        inputs = self.inputs(model, name, args, kwargs, per_particle)
+        if torch.compiler.is_compiling():
+            _refuse_guesses(model, inputs)
+            args, kwargs = inputs.folded(range(model.num_particles))
+            return _unfolded(model, function(*args, **kwargs), inputs, None)
+        return self._batch(model, name, function, inputs, rows)
+
+    def rows_at_the_cut(self, model: ParticleModel, args: tuple, kwargs: dict) -> TrunkRows:
+        """The base up to the cut of its trunk, without a graph."""
+        rows = TrunkRows(args, kwargs)
+        batch = self.inputs(model, "forward", args, kwargs, False).batch
+        call = Call(model, model.num_particles, batch=batch, trunk=rows)
+        try:
+            with torch.no_grad(), call.active():
+                model.base(*args, **self._without_cache(model, kwargs))
+        except Reached:
+            return rows
+        raise ValueError("the model did not come to the cut of its trunk")
+
+    def inputs(
+        self,
+        model: ParticleModel,
+        name: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+    ) -> Inputs:
+        every = model.every if per_particle else None
+        names, strict = self._names_of(model, name), model.num_particles > 1
+        return Inputs(names, args, kwargs, model.batch_axes, every, strict)
+
+    def _batch(
+        self,
+        model: ParticleModel,
+        name: str,
+        function: Callable[..., Any],
+        inputs: Inputs,
+        rows: TrunkRows | None,
+    ) -> Any:
+        """All particles in one batch, checked where this form of inputs is new."""
+        sharded = _is_sharded(model.base)
+        key = (name, model.training, inputs.form(of_one=not sharded))
+        shares, check = model.has_cut and inputs.particles is None, None
+        if sharded or (key not in self._checked and not _can_check(model, inputs)):
+            _refuse_guesses(model, inputs)
+        if key not in self._checked and _can_check(model, inputs):
+            check = IsolationCheck(
+                model.base,
+                function,
+                inputs,
+                # Not the first, whose rows are where they would be without the others.
+                1 + len(self._checked) % (model.num_particles - 1),
+                model.num_particles,
+                model.window.start,
+                shares,
+                sharded,
+            )
+        if shares or (model.num_particles == 1 and inputs.particles is None):
+            args, kwargs = inputs.args, inputs.kwargs
+        else:
+            args, kwargs = inputs.folded(range(model.window.start, model.window.stop))
+        total = None if model.num_particles == 1 else model.num_particles * inputs.batch
+        call = Call(model, model.num_particles, total, inputs.batch if shares else None, trunk=rows)
+        try:
+            output = self._called(model, name, function, args, kwargs, call)
+        except (torch.OutOfMemoryError, ParticleIsolationError):
+            raise
+        except Exception as error:
+            if check is None or check.failure is not None or check.unknown:
+                raise
+            raise check.raised(error) from error
+        axes = self._checked.get(key)
+        if check is not None:
+            axes = check.axes(output)
+            if check.telling or sharded:
+                self._checked[key] = axes
+        return _unfolded(model, output, inputs, axes)
+
+    def _loop(
+        self,
+        model: ParticleModel,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+    ) -> Any:
+        """One particle after another, over the same inputs."""
+        if torch.compiler.is_compiling() or _is_compiled(model.base):
+            raise NotImplementedError('fold="loop" does not run under torch.compile')
+        inputs = self.inputs(model, name, args, kwargs, True) if per_particle else None
+        before = [(t, _version(t)) for t in tensors((args, kwargs))]
+        parts: dict[Tensor, tuple[Tensor, ...]] = {}
+        outputs = []
+        for k in range(model.num_particles):
+
+            def part(parameter: Tensor, k: int = k) -> Tensor:
+                if parameter not in parts:
+                    parts[parameter] = parameter.split(1)
+                return parts[parameter][k]
+
+            mine = (args, kwargs) if inputs is None else inputs.of_particle(model.window.start + k)
+            mine = map_leaves(lambda x, k=k: x[k] if isinstance(x, PerParticle) else x, mine)
+            call = Call(model, 1, part=part)
+            outputs.append(self._called(model, name, function, *mine, call))
+            if any(_version(t) != version for t, version in before):
+                raise ParticleIsolationError(
+                    f"{type(model.base).__name__} writes into its input, which the next particle "
+                    "reads: let it write into a copy"
+                )
+        return stack(outputs)
+
+    def _called(
+        self,
+        model: ParticleModel,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+        call: Call,
+    ) -> Any:
+        first = name == "forward" and model.training not in self._ran
+        entered: set[nn.Module] = set()
+        hooks = []
+        if first and not model.training:
+            parents = {_parent(model.base, layer) for layer in self._ran.get(True, ())}
+            hooks = [p.register_forward_pre_hook(lambda m, _: entered.add(m)) for p in parents]
+        try:
+            with call.active():
+                output = function(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if first:
+            self._look_at_layers(model, call.ran, entered)
+        for t in tensors(output):
+            call.mark(t)
+        return output
+
+    def _look_at_layers(
+        self, model: ParticleModel, ran: set[nn.Module], entered: set[nn.Module]
+    ) -> None:
+        """Raise where adapters did not run in a mode's first forward, and warn of some."""
+        adapters = dict(model.lora_layers())
+        layers = adapters | dict(model.stacked_modules())
+        names = {name for name, layer in layers.items() if layer in ran}
+        base = type(model.base).__name__
+        if not names & adapters.keys():
+            raise ValueError(
+                f"none of the {len(adapters)} adapters ran: {base} reads the weights of "
+                f"{', '.join(sorted(adapters)[:3])} instead of calling them, and adapters there "
+                "have no effect; choose other target_modules"
+            )
+        if not model.training:
+            missing = self._ran.get(True, set()) - names
+            missing = sorted(n for n in missing if _parent(model.base, n) in entered)
+            if missing:
+                raise ValueError(
+                    f"{', '.join(missing[:5])} ran in training mode and not in evaluation, where "
+                    f"{type(_parent(model.base, missing[0])).__name__} reads the weights instead: "
+                    "the adapters would have no effect there; choose other target_modules"
+                )
+        unused = layers.keys() - names
+        if unused and not self._ran:
+            warnings.warn(
+                f"{len(unused)} of {len(layers)} particle layers did not run in the first forward "
+                f"and so have no effect in it: {', '.join(sorted(unused)[:5])}. The model may read "
+                "their weights instead of calling them.",
+                stacklevel=7,
+            )
+        self._ran[model.training] = names
+
+    def _names_of(self, model: ParticleModel, name: str) -> Names:
+        if name not in self._names:
+            method = _method(model.base, name)
+            self._names[name] = Names(method.forward if isinstance(method, nn.Module) else method)
+        return self._names[name]
+
+    def _without_cache(self, model: ParticleModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if model.training and "use_cache" in self._names_of(model, "forward").order:
+            return {"use_cache": False} | kwargs
+        return kwargs
+
+
+class ParticleView:
+    """One particle of a model, called as the base is: rows (B, ...) in and out.
+
+    Gradients go to its part of the stacked tensors. Attributes are the base's; its methods run with
+    this particle's adapters.
+    """
+
+    def __init__(self, model: ParticleModel, particle: int):
+        self._model, self._particle = model, particle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._within(self._model.base, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model.base, name)
+        if not callable(value) or isinstance(value, nn.Module):
+            return value
+        return functools.partial(self._within, value)
+
+    def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        k = self._particle
+        call = Call(self._model, 1, part=lambda p: p[k : k + 1])
+        with call.active():
+            output = function(*args, **kwargs)
+        return map_tensors(call.mark, output)
+
+
+def _method(base: nn.Module, name: str) -> Callable[..., Any]:
+    """The base for its forward, so that hooks run; another method by its name, or path."""
+    if name == "forward":
+        return base
+    path, _, last = name.rpartition(".")
+    module = base.get_submodule(path)
+    return module if last == "forward" else getattr(module, last)
+
+
+def _parent(base: nn.Module, name: str) -> nn.Module:
+    return base.get_submodule(name.rpartition(".")[0])
+
+
+def _can_check(model: ParticleModel, inputs: Inputs) -> bool:
+    return (
+        model.check_isolation
+        and model.num_particles > 1
+        and inputs.batch > 0
+        and not inputs.opaque
+        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+        and not _is_compiled(model.base)
+    )
+
+
+def _refuse_guesses(model: ParticleModel, inputs: Inputs) -> None:
+    """Raise where an input was taken for a batch by its length, and nobody looks at that."""
+    if model.num_particles > 1 and inputs.guessed:
+        name = inputs.guessed[0]
+        raise ValueError(
+            f"{name} has the length of the batch, {inputs.batch}, and nothing says whether it is "
+            f"one: say so with batch_axes={{{name!r}: 0}} (or None) in get_particle_model"
+        )
+
+
+def _unfolded(model: ParticleModel, output: Any, inputs: Inputs, axes: list[Axis] | None) -> Any:
+    if axes is None or len(axes) != sum(1 for _ in tensors(output)):
+        rows = model.num_particles * inputs.batch
+        axes = conventional_axes(output, rows, model.output_axes)
+    return unfold(output, axes, model.num_particles)
+
+
+def _is_compiled(base: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in base.modules())
+
+
+def _is_sharded(base: nn.Module) -> bool:
+    """Whether processes run the base together: they must do the same, whatever their data."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return any(hasattr(p, "placements") for p in base.parameters())
+
+
+def _version(t: Tensor) -> int:
+    """What changes when a tensor is written to; an inference tensor keeps none."""
+    return 0 if t.is_inference() else t._version

@@ -1,0 +1,240 @@
+"""Which modules of a model are adapted or saved, and whether particles can do that.
+
+Names are found by PEFT itself; what particles cannot do is refused before anything is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from multilora.layers import LoraLayer, StackedModule, is_foreign_linear
+
+if TYPE_CHECKING:
+    import peft
+
+# LoraConfig's fields that particles honour. The last line names, dates and loads a configuration
+# and changes no arithmetic. Any other field away from its default raises.
+_HONOURED = frozenset(
+    """
+    r lora_alpha target_modules exclude_modules lora_dropout use_rslora rank_pattern alpha_pattern
+    layers_to_transform layers_pattern init_lora_weights modules_to_save fan_in_fan_out task_type
+    peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    """.split()
+)
+_ADAPTER = "default"
+
+
+class Target(NamedTuple):
+    layer: nn.Module
+    rank: int
+    scaling: float
+    dropout: float
+
+
+def check_config(config: peft.LoraConfig) -> None:
+    import peft
+
+    if not isinstance(config, peft.LoraConfig):
+        raise TypeError(f"config must be a peft.LoraConfig; got {type(config).__name__}")
+    default = peft.LoraConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _HONOURED and value != getattr(default, field.name):
+            raise NotImplementedError(
+                f"LoraConfig.{field.name} = {value!r} is not supported for particles; "
+                f"leave it at {getattr(default, field.name)!r}"
+            )
+    if config.init_lora_weights not in (True, "gaussian"):
+        raise NotImplementedError(
+            f"LoraConfig.init_lora_weights = {config.init_lora_weights!r} is not supported for "
+            'particles; use True or "gaussian"'
+        )
+
+
+def resolve(
+    base: nn.Module, config: peft.LoraConfig
+) -> tuple[peft.LoraConfig, dict[str, Target], dict[str, nn.Module]]:
+    """What PEFT would adapt, asked of PEFT itself; `base` stays as it is.
+
+    -> the config as PEFT completes it, the targets and the modules to save by name.
+    """
+    from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer as PeftLoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if any(isinstance(m, (BaseTunerLayer, LoraLayer, StackedModule)) for m in base.modules()):
+        raise ValueError("base already has adapters; pass the plain model")
+    config = copy.deepcopy(config)
+    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+    # PEFT changes a model's modules, hooks and attributes. It gets a copy of them, over the same
+    # tensors.
+    shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    # Of linears with a forward of their own it knows some. It gets plain ones of their sizes.
+    for module in filter(is_foreign_linear, base.modules()):
+        sizes = (module.in_features, module.out_features)
+        shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
+    shadow = copy.deepcopy(base, shared)
+    targets, saved = {}, {}
+    try:
+        # The adapters are made on the meta device: no memory, no random numbers.
+        get_peft_model(shadow, config, _ADAPTER, low_cpu_mem_usage=True)
+        wrappers = {
+            name: module
+            for name, module in shadow.named_modules()
+            if isinstance(module, (PeftLoraLayer, AuxiliaryTrainingWrapper))
+        }
+    finally:
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(trainable[name])
+    for name, wrapper in wrappers.items():
+        outer = next((n for n in wrappers if name.startswith(f"{n}.")), None)
+        if outer in saved:
+            raise ValueError(
+                f"modules_to_save {outer!r} also contains {name!r}, which is adapted or saved "
+                "itself; choose one"
+            )
+        if outer is not None:
+            continue  # inside a layer that PEFT takes apart; that layer is refused below
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            saved[name] = base.get_submodule(name)
+        else:
+            targets[name] = Target(
+                base.get_submodule(name),
+                wrapper.r.get(_ADAPTER, 0),
+                float(wrapper.scaling.get(_ADAPTER, 0)),
+                config.lora_dropout,
+            )
+    if config.modules_to_save is not None:
+        # PEFT appends a task's head at every load.
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
+    return config, targets, saved
+
+
+def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    for name, target in targets.items():
+        layer = target.layer
+        if isinstance(layer, nn.Conv2d):
+            own = type(layer).forward, type(layer)._conv_forward
+            if own != (nn.Conv2d.forward, nn.Conv2d._conv_forward) or "forward" in vars(layer):
+                raise TypeError(
+                    f"target {name!r} is a {type(layer).__name__}, whose forward is not that of "
+                    "nn.Conv2d: the files of its particles would be another function in PEFT"
+                )
+            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+            if not plain:
+                raise TypeError(
+                    f"target {name!r} is a Conv2d with groups={layer.groups}, "
+                    f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}; particles "
+                    "support groups=1, dilation=1 and zero padding"
+                )
+        elif isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise TypeError(
+                f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
+                "never calls it: an adapter there would do nothing"
+            )
+        elif is_foreign_linear(layer):
+            if not any(True for _ in (*layer.parameters(), *layer.buffers())):
+                raise TypeError(
+                    f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
+                    "which would say on which device its adapters belong"
+                )
+        elif not (
+            isinstance(layer, Conv1D)
+            or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
+        ):
+            raise TypeError(
+                f"target {name!r} is a {type(layer).__name__}; particles support nn.Linear, "
+                "transformers' Conv1D, nn.Conv2d, and modules without children that are linears of "
+                "in_features and out_features"
+            )
+    for name, module in saved.items():
+        quantised = [
+            type(m).__name__
+            for m in module.modules()
+            if is_foreign_linear(m) and not _is_trainable(m)
+        ]
+        if quantised:
+            raise TypeError(
+                f"modules_to_save {name!r} contains a {quantised[0]}, whose packed weight cannot "
+                "be trained; adapt it, or keep it out of the quantisation"
+            )
+        if any(isinstance(m, _BatchNorm) for m in module.modules()):
+            raise TypeError(
+                f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
+                "be kept a particle"
+            )
+        for inner in module.modules():
+            if type(inner).__name__ == "_SpectralNorm" or any(
+                type(hook).__name__ == "SpectralNorm" for hook in inner._forward_pre_hooks.values()
+            ):
+                raise TypeError(
+                    f"modules_to_save {name!r} has spectral normalisation, whose running vectors "
+                    "cannot be kept a particle"
+                )
+            plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
+            if isinstance(inner, nn.Embedding) and not plain and _is_particular(inner):
+                raise TypeError(
+                    f"modules_to_save {name!r} contains {inner}: inside another module, particles "
+                    "support embeddings without padding_idx and max_norm"
+                )
+
+
+def _is_trainable(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.is_floating_point() for p in parameters)
+
+
+def _is_particular(embedding: nn.Embedding) -> bool:
+    return embedding.padding_idx is not None or embedding.max_norm is not None
+
+
+def vocabulary(base: nn.Module) -> list[nn.Module]:
+    """Token embeddings and language-model heads, which hold a pretrained vocabulary."""
+    modules = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        # transformers' models for images have the getters, which raise.
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            modules.append(getattr(base, getter)())
+    return modules
+
+
+def check_base(base: nn.Module) -> None:
+    """Raise ValueError where a weight of the base is not in memory."""
+    missing = [name for name, p in base.named_parameters() if p.device.type == "meta"]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} weights of the base have no memory (the device meta), such as "
+            f"{missing[0]!r}: it is offloaded or was not loaded. Adapters need the device that "
+            "their layer computes on; load the base onto devices as a whole"
+        )
+
+
+def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]:
+    """The modules that hold no pretrained weights, each with the reason to think so."""
+    config = getattr(base, "config", None)
+    pretrained = getattr(base, "pretrained_cfg", None)
+    new = {}
+    for name, module in saved.items():
+        if hasattr(config, "_name_or_path"):  # transformers, whose version 5 marks what it loaded
+            marked = any(getattr(p, "_is_hf_initialized", False) for p in base.parameters())
+            if marked:
+                if not any(getattr(p, "_is_hf_initialized", False) for p in module.parameters()):
+                    new[name] = "the checkpoint held none of their weights"
+            elif not config._name_or_path:
+                new[name] = "the model was made without a checkpoint"
+        elif isinstance(pretrained, dict) or hasattr(pretrained, "num_classes"):  # timm
+            classes = getattr(pretrained, "num_classes", None) or dict(pretrained)["num_classes"]
+            if getattr(base, "num_classes", classes) != classes:
+                new[name] = f"the checkpoint of this model is for {classes} classes"
+        else:
+            new[name] = "nothing says that they come from a checkpoint"
+    return new

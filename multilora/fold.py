@@ -168,14 +168,10 @@ class Inputs:
         )
 
     @property
-    def opaque(self) -> bool:
-        """Whether an argument is an object that may hold rows, and cannot be looked into."""
-        plain = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, Tensor)
-        return any(
-            not isinstance(leaf, plain)
-            for _, value in self.names.of(self.args, self.kwargs)
-            for leaf in _leaves(value)
-        )
+    def has_state(self) -> bool:
+        """Whether an argument is a state of an earlier call, which a call may change."""
+        arguments = self.names.of(self.args, self.kwargs)
+        return any(name in _STATES and value is not None for name, value in arguments)
 
 
 class Names:

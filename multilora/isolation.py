@@ -104,7 +104,7 @@ class IsolationCheck:
     def raised(self, error: Exception) -> ParticleIsolationError:
         """What to raise where the call raised, and one particle alone did not."""
         return self._error(
-            f"the model runs for one particle alone, and for {self.particles} together it raises "
+            f"the model runs for one particle alone, and for several together it raises "
             f"{type(error).__name__}: {error}"
         )
 
@@ -118,14 +118,17 @@ class IsolationCheck:
         modes = (True, False) if self.base.training else (False,)
         for training in modes:
             with _mode(self.base, training), _WithoutRandomness():
-                pair = self._run_pair()
-                self._restore()
                 alone = self._run_alone(self._part(), self._few_rows())
-            if self.random == RandomState(self.devices):
-                with _mode(self.base, training), _WithoutRandomness():
-                    few = len(self._few_rows())
-                    self._axes = self._judge(pair, alone, 2, 1, few)
-                return
+                self._restore()
+                try:
+                    pair = self._run_pair()
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    raise self.raised(error) from error
+                if self.random == RandomState(self.devices):
+                    self._axes = self._judge(pair, alone, 2, 1, len(self._few_rows()))
+                    return
             self._restore()
         self.telling, self.unknown = False, True
         warnings.warn(

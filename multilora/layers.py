@@ -59,6 +59,8 @@ class ParticleLayer(nn.Module):
         fit by accident: that is for the isolation check to find.
         """
         unit = particles if call is None or call.rows is None else call.rows
+        if call is not None and particles != call.particles:
+            raise RuntimeError("another thread chose other particles in the middle of a forward")
         batch_is_second = particles > 1 and x.ndim > 2 and x.shape[0] != unit == x.shape[1]
         if batch_is_second or x.shape[0] % max(unit, 1):
             raise ValueError(
@@ -124,10 +126,9 @@ class LoraLayer(ParticleLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            base_layer = self._modules.get("base_layer")
-            if base_layer is None or name.startswith("_"):
+            if name.startswith("_") or "base_layer" not in self._modules:
                 raise
-            return getattr(base_layer, name)
+            return getattr(self._modules["base_layer"], name)
 
     def forward(self, x: Tensor) -> Tensor:
         call = self.enter()

@@ -316,8 +316,9 @@ def get_particle_model(
         the isolation check does not find it.
     check_isolation: compare the first forward of each mode and form of inputs with one particle
         alone. It cannot see what other inputs of the same form would mix, states other than
-        buffers, tensors and numbers that are attributes of modules, or what an argument that is an
-        object of another kind (a key-value cache) holds; nor does it run under torch.compile.
+        buffers, tensors and numbers that are attributes of modules, or whether a scalar such as
+        `.loss` is more than a mean; and it does not run on calls with a key-value cache, or under
+        torch.compile.
 
     Adapters of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
 

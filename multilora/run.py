@@ -67,6 +67,8 @@ class Runner:
                 return function(*args, **kwargs)
         if model.fold == "loop":
             return self._loop(model, name, function, args, kwargs, per_particle)
+        if name == "generate":
+            self._look_at_prompts(model, args, kwargs, per_particle)
         inputs = self.inputs(model, name, args, kwargs, per_particle)
         if torch.compiler.is_compiling():
             _refuse_guesses(model, inputs)
@@ -112,7 +114,7 @@ class Runner:
         shares, check = model.has_cut and inputs.particles is None, None
         if sharded or (key not in self._checked and not _can_check(model, inputs)):
             _refuse_guesses(model, inputs)
-        if key not in self._checked and _can_check(model, inputs):
+        if key not in self._checked and name != "generate" and _can_check(model, inputs):
             check = IsolationCheck(
                 model.base,
                 function,
@@ -239,6 +241,19 @@ class Runner:
             )
         self._ran[model.training] = names
 
+    def _look_at_prompts(
+        self, model: ParticleModel, args: tuple, kwargs: dict[str, Any], per_particle: bool
+    ) -> None:
+        """Check the forward that generation calls. Its own output cannot be compared: it is as long
+        as the longest answer of all particles."""
+        prompts = dict(self._names_of(model, "generate").of(args, kwargs))
+        known = self._names_of(model, "forward").order
+        if "inputs" in prompts:
+            prompts[getattr(model.base, "main_input_name", known[0])] = prompts["inputs"]
+        prompts = {n: v for n, v in prompts.items() if n in known and v is not None}
+        with torch.no_grad():
+            self.run(model, "forward", (), prompts, per_particle)
+
     def _names_of(self, model: ParticleModel, name: str) -> Names:
         if name not in self._names:
             method = _method(model.base, name)
@@ -296,7 +311,8 @@ def _can_check(model: ParticleModel, inputs: Inputs) -> bool:
         model.check_isolation
         and model.num_particles > 1
         and inputs.batch > 0
-        and not inputs.opaque
+        and not any(leaf.tensor.is_meta for leaf in inputs.leaves)
+        and not inputs.has_state
         and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         and not _is_compiled(model.base)
     )

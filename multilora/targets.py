@@ -232,9 +232,17 @@ def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]
             elif not config._name_or_path:
                 new[name] = "the model was made without a checkpoint"
         elif isinstance(pretrained, dict) or hasattr(pretrained, "num_classes"):  # timm
-            classes = getattr(pretrained, "num_classes", None) or dict(pretrained)["num_classes"]
-            if getattr(base, "num_classes", classes) != classes:
+            as_dict = pretrained if isinstance(pretrained, dict) else vars(pretrained)
+            classes = as_dict.get("num_classes")
+            is_head = not _classifiers(base).isdisjoint(module.modules())
+            if is_head and getattr(base, "num_classes", classes) != classes:
                 new[name] = f"the checkpoint of this model is for {classes} classes"
         else:
             new[name] = "nothing says that they come from a checkpoint"
     return new
+
+
+def _classifiers(base: nn.Module) -> set[nn.Module]:
+    """The heads of a timm model."""
+    heads = base.get_classifier() if hasattr(base, "get_classifier") else ()
+    return set(heads) if isinstance(heads, (tuple, list)) else {heads}

@@ -336,6 +336,8 @@ add(
     lambda: {"input_ids": _ids(1, TOKENS), **_NO_CACHE},
     {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"},
     tolerance=FLOAT32_PARTS,
+    fold="loop",
+    why="Without a pad token the model takes one row, and particles are rows.",
 )
 add(
     "gpt2-classifier",
@@ -407,6 +409,8 @@ add(
     ),
     _padded,
     _SEQ_CLS,
+    fold="loop",
+    why="The projected positions are repeated for one row's heads.",
 )
 add(
     "deberta-v2",
@@ -419,6 +423,8 @@ add(
     ),
     _padded,
     {"target_modules": ["query_proj", "pos_key_proj", "pos_query_proj"], **_SEQ_CLS},
+    fold="loop",
+    why="The projected positions are repeated for one row's heads.",
 )
 _encoder(
     "modernbert",
@@ -452,7 +458,13 @@ _encoder(
     {**_TEXT, "num_attention_heads": 4, "embedding_size": 16, "conv_kernel_size": 3},
 )
 _encoder(
-    "longformer", "Longformer", "query value", "SEQ_CLS", {**_TEXT, "attention_window": [4, 4]}
+    "longformer",
+    "Longformer",
+    "query value",
+    "SEQ_CLS",
+    {**_TEXT, "attention_window": [4, 4]},
+    fold="loop",
+    why="Its layers see (time, batch, width).",
 )
 # Works with the time axis first inside: its hidden states are (T, B, d).
 _encoder(
@@ -461,6 +473,8 @@ _encoder(
     "layer_1 layer_2",
     "SEQ_CLS",
     {"vocab_size": VOCABULARY, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24},
+    fold="loop",
+    why="Its layers see (time, batch, width).",
 )
 add(
     "fnet",
@@ -547,6 +561,8 @@ add(
     _translation,
     "q wi wo",
     tolerance=FLOAT32_PARTS,
+    fold="loop",
+    why="Experts see the tokens that are sent to them, another number for each particle.",
 )
 add(
     "whisper",
@@ -593,6 +609,8 @@ add(
     ),
     _waves,
     "linear_q linear_v linear_pos",
+    fold="loop",
+    why="The projected positions are viewed as one row's.",
 )
 add("hubert", _hf("HubertForCTC", "HubertConfig", **_SPEECH), _waves, "q_proj v_proj")
 add("wavlm", _hf("WavLMForCTC", "WavLMConfig", **_SPEECH), _waves, "intermediate_dense")
@@ -725,13 +743,21 @@ def _contrast(texts: int, images: int) -> Callable[[], dict[str, Any]]:
 
 
 # Every image is compared with every text, (images, texts): all rows of the batch meet.
-add("clip", _hf("CLIPModel", "CLIPConfig", **_CLIP), _contrast(2, 2), "q_proj v_proj", fold="loop")
+add(
+    "clip",
+    _hf("CLIPModel", "CLIPConfig", **_CLIP),
+    _contrast(2, 2),
+    "q_proj v_proj",
+    fold="loop",
+    why="Every image is compared with every text.",
+)
 add(
     "clip-loss",
     _hf("CLIPModel", "CLIPConfig", **_CLIP),
     lambda: {**_contrast(2, 2)(), "return_loss": True},
     "q_proj v_proj",
     fold="loop",
+    why="Every image is compared with every text.",
 )
 # As many prompts as K = 3 particles have rows.
 add(
@@ -740,6 +766,7 @@ add(
     _contrast(6, 2),
     "q_proj v_proj",
     fold="loop",
+    why="Every image is compared with every text.",
 )
 add(
     "clip-images-of-one-text",
@@ -747,6 +774,7 @@ add(
     _contrast(2, 6),
     "q_proj v_proj",
     fold="loop",
+    why="Every image is compared with every text.",
 )
 add(
     "siglip",
@@ -759,6 +787,7 @@ add(
     _contrast(2, 2),
     "q_proj v_proj",
     fold="loop",
+    why="Every image is compared with every text.",
 )
 add(
     "clip-vision",
@@ -806,8 +835,9 @@ add(
     ),
     _two_images,
     {"target_modules": r".*language_model.*\.(q_proj|v_proj)"},
-    fold="loop",
     tolerance=FLOAT32_PARTS,
+    fold="loop",
+    why="Images are twice as many as rows.",
 )
 add(
     "llava-one-image",
@@ -819,6 +849,8 @@ add(
     },
     "q_proj v_proj linear_1",
     tolerance=FLOAT32_PARTS,
+    fold="loop",
+    why="The image features are a list with an entry for every row.",
 )
 
 
@@ -871,8 +903,9 @@ add(
     ),
     _patches,
     "q_proj v_proj qkv",
-    fold="loop",
     tolerance=FLOAT32_PARTS,
+    fold="loop",
+    why="The patches of all images are one list.",
 )
 add(
     "blip-2",
@@ -1097,6 +1130,7 @@ add(
     lambda: (torch.randn(7, 5), torch.randint(0, 7, (2, 20))),
     _GRAPH_LORA,
     fold="loop",
+    why="The edges number the nodes of one graph.",
 )
 # As many edges' rows as nodes, and told that the edges are the same for all particles.
 add(
@@ -1104,8 +1138,9 @@ add(
     GraphNetwork,
     lambda: (torch.randn(2, 5), torch.tensor([[0, 1, 1], [1, 0, 1]])),
     _GRAPH_LORA,
-    fold="loop",
     axes={"batch_axes": {"x": 0, "edges": None}},
+    fold="loop",
+    why="The edges number the nodes of one graph.",
 )
 
 
@@ -1128,10 +1163,23 @@ add(
     lambda: (torch.randn(TOKENS, BATCH, 8),),
     _timm_lora("linear1 linear2"),
     fold="loop",
+    why="Its layers see (time, batch, width).",
 )
+
+
+class TimeFirstOutside(TimeFirst):
+    """x (T, B, d) -> (T, B, 3), with the batch first for the layers inside."""
+
+    def __init__(self):
+        super().__init__(batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
 add(
-    "time-first-named",
-    TimeFirst,
+    "time-first-outside",
+    TimeFirstOutside,
     lambda: (torch.randn(TOKENS, BATCH, 8),),
     _timm_lora("linear1 linear2"),
     axes={"batch_axes": {"x": 1}, "output_axes": 1},
@@ -1165,6 +1213,7 @@ for _rows in (BATCH, 3 * BATCH, 7):
         lambda: (torch.randn(BATCH, 6),),
         "image text",
         fold="loop",
+        why="The table is no batch: its rows are the same for all, and its features are not.",
     )
 
 
@@ -1180,15 +1229,18 @@ class Prototypes(nn.Module):
         return {"logits": self.body(x) @ self.prototypes.T, "prototypes": self.prototypes}
 
 
-add("prototypes", Prototypes, lambda: (torch.randn(BATCH, 6),), "body", fold="loop")
-add(
-    "prototypes-named",
-    Prototypes,
-    lambda: (torch.randn(BATCH, 6),),
-    "body",
-    axes={"output_axes": {"logits": 0, "prototypes": None}},
-    shared=frozenset({"['prototypes']"}),
-)
+for _name, _axes in (
+    ("prototypes", {}),
+    ("prototypes-named", {"output_axes": {"logits": 0, "prototypes": None}}),
+):
+    add(
+        _name,
+        Prototypes,
+        lambda: (torch.randn(BATCH, 6),),
+        "body",
+        axes=_axes,
+        shared=frozenset({"['prototypes']"}),
+    )
 
 
 class RoutedExperts(nn.Module):
@@ -1196,11 +1248,11 @@ class RoutedExperts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.router = nn.Linear(6, 3)
+        self.body, self.router = nn.Linear(6, 6), nn.Linear(6, 3)
         self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)
+        tokens = self.body(x.flatten(0, 1))
         weight, choice = self.router(tokens).softmax(-1).max(-1)
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
@@ -1213,15 +1265,15 @@ add(
     "routed-experts",
     RoutedExperts,
     lambda: (torch.randn(BATCH, TOKENS, 6),),
-    {"target_modules": r"experts\.\d"},
+    {"target_modules": r"body|experts\.\d"},
     fold="loop",
+    why="Experts see the tokens that are sent to them, another number for each particle.",
 )
-# Below the experts, a router is a linear of tokens like any other.
 add(
     "routed-experts-router",
     RoutedExperts,
     lambda: (torch.randn(BATCH, TOKENS, 6),),
-    "router",
+    "body router",
 )
 
 
@@ -1270,11 +1322,11 @@ class Recurrent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed, self.lstm, self.head = nn.Linear(5, 6), nn.GRU(6, 6, batch_first=True), None
+        self.embed, self.gru = nn.Linear(5, 6), nn.GRU(6, 6, batch_first=True)
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, state = self.lstm(self.embed(x))
+        y, state = self.gru(self.embed(x))
         return self.head(y[:, -1]), state
 
 
@@ -1283,7 +1335,6 @@ add(
     Recurrent,
     lambda: (torch.randn(BATCH, TOKENS, 5),),
     _timm_lora("embed"),
-    fold="loop",
 )
 
 

@@ -5,7 +5,8 @@ Two questions, of training steps in float32 at random weights:
   32 images: how do peak memory and time grow with K? Every K in a process of its own, with the C
   library's own allocator, so that what its heap loses to fragments counts.
 - ViT-B/16, rank 8 on the last four of twelve blocks, on their MLPs or on `qkv`, K = 8: how much
-  faster is a step whose trunk runs once for all particles? Both ways take turns in one process.
+  faster is a step whose trunk runs once for all particles (for IBDR's two passes too, through
+  `model.trunk`)? Both ways take turns in one process.
 """
 
 from __future__ import annotations
@@ -109,7 +110,9 @@ def trunk(method: str, targets: str, images: int, seconds: float, rounds: int) -
     def backward(shared: bool) -> torch.Tensor:
         model.share_trunk = shared
         optimizer.zero_grad()
-        algorithm.backward(lambda: (model(x), y))
+        # IBDR's two passes use the same rows at the cut.
+        inputs = model.trunk(x) if shared and algorithm.interacts else x
+        algorithm.backward(lambda: (model(inputs), y))
         return torch.cat([p.grad.flatten() for p in model.particle_parameters()])
 
     def step(shared: bool) -> float:

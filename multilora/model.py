@@ -96,7 +96,6 @@ class ParticleModel(nn.Module):
             self._cut.remove()
         self._cut = Cut(self.base, where) if where else None
         self._share_trunk = where
-        self._runner.forget()
 
     @property
     def has_cut(self) -> bool:

@@ -42,10 +42,6 @@ class Runner:
         # By mode: the particle layers that ran in its first forward.
         self._ran: dict[bool, set[str]] = {}
 
-    def forget(self) -> None:
-        """The model is called in another way from now on."""
-        self._checked.clear()
-
     def run(
         self,
         model: ParticleModel,
@@ -110,8 +106,9 @@ class Runner:
     ) -> Any:
         """All particles in one batch, checked where this form of inputs is new."""
         sharded = _is_sharded(model.base)
-        key = (name, model.training, inputs.form(of_one=not sharded))
         shares, check = model.has_cut and inputs.particles is None, None
+        cut = model.share_trunk if shares else False
+        key = (name, model.training, cut, inputs.form(of_one=not sharded))
         if sharded or (key not in self._checked and not _can_check(model, inputs)):
             _refuse_guesses(model, inputs)
         if key not in self._checked and name != "generate" and _can_check(model, inputs):

@@ -1,9 +1,10 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import metrics
+from multilora import losses, metrics
 from multilora._version import __version__
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
+from multilora.losses import causal_targets
 from multilora.methods import IBDR, SVGD, Ensemble
 from multilora.metrics import predict
 from multilora.model import ParticleModel, get_particle_model
@@ -16,6 +17,7 @@ from multilora.ops import (
     particle_loss,
     use_backend,
 )
+from multilora.optim import clip_grad_norm_
 
 __all__ = [
     "IBDR",
@@ -25,11 +27,14 @@ __all__ = [
     "ParticleIsolationError",
     "ParticleModel",
     "__version__",
+    "causal_targets",
+    "clip_grad_norm_",
     "get_particle_model",
     "gram_volume",
     "load_particle_model",
     "lora_gram",
     "lora_linear",
+    "losses",
     "metrics",
     "pairwise_frobenius",
     "particle_loss",

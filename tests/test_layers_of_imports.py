@@ -20,7 +20,7 @@ LAYERS = [
     ["ops.common", "ops.native", "ops.machine_code"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops"],
-    ["parallel", "layers"],
+    ["parallel", "layers", "losses"],
     ["isolation", "targets", "trunk", "peft_format"],
     ["embeddings", "run"],
     ["model"],

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -251,11 +251,14 @@ class ParticleModel(nn.Module):
 
     # The file format lives above this module; it is imported when files are asked for.
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write path/particle_0 … particle_{K-1}, plain PEFT adapters, and path/multilora.json."""
+    def save_pretrained(
+        self, path: str | Path, save_embedding_layers: bool | Literal["auto"] = "auto"
+    ) -> None:
+        """Write path/particle_0 … particle_{K-1}, plain PEFT adapters, and path/multilora.json. See
+        `checkpoint.save_pretrained`."""
         from multilora import checkpoint
 
-        checkpoint.save_pretrained(self, path)
+        checkpoint.save_pretrained(self, path, save_embedding_layers)
 
     def soup(self, path: str | Path, kind: str = "exact") -> None:
         """Write the averaged ΔW as one PEFT adapter folder. See `checkpoint.soup`."""

@@ -189,10 +189,10 @@ def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
         (["--model", "vit_tiny_patch16_224", "--out", "{tmp}"], "both --model and --data"),
         (["--data", "{tmp}/none", *MODEL, "--out", "{tmp}/run"], "does not exist"),
         (["--method", "single", "--particles", "3", "--out", "{tmp}"], "1 particle; got 3"),
-        (["--steps", "0", "--out", "{tmp}"], "steps must be an integer in [1, 1000000000]; got 0"),
+        (["--steps", "0", "--out", "{tmp}"], "steps must be an integer in [1"),
         (
             ["--save-every", "0", "--out", "{tmp}/run"],
-            "save_every must be an integer in [1, 1000000000]; got 0",
+            "save_every must be an integer in [1",
         ),
         (["--method-args", "alpha=abc", "--out", "{tmp}/run"], "alpha of ibdr is a number"),
     ],

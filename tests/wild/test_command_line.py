@@ -74,6 +74,17 @@ def test_train_replaces_no_files_of_the_users(tmp_path, capsys, name, more):
     assert {f for f in (tmp_path / "folder").rglob("*") if f.is_file()} == {file}
 
 
+def test_a_comparison_replaces_no_table_of_the_users(tmp_path, capsys):
+    (tmp_path / "compare.json").write_text("of the user")
+    compare = [*SHORT, "--compare", "--seeds", "1", "--out", tmp_path]
+    refused([*compare, "--resume"], capsys, "holds files already")
+    (tmp_path / "compare.json").unlink()
+    (tmp_path / "svgd-0").mkdir()
+    (tmp_path / "svgd-0" / "metrics.json").write_text("of the user")
+    refused([*compare, "--resume"], capsys, "svgd-0", "metrics.json")
+    assert (tmp_path / "svgd-0" / "metrics.json").read_text() == "of the user"
+
+
 def test_an_empty_folder_and_what_a_kill_left_are_free(tmp_path):
     (tmp_path / ".run.json.0123.tmp").write_text("{")
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == 0

@@ -391,10 +391,10 @@ def test_convolutions_with_an_arithmetic_of_their_own_do_not_count(kind):
     more = {"dilated": {"dilation": 2}, "reflected": {"padding_mode": "reflect", "padding": 1}}
     kind, more = (nn.Conv2d, more[kind]) if isinstance(kind, str) else (kind, {})
     model = Pooled(kind(3, 4, 3, **more))
-    assert working_layers(model, img_size=8) == []
+    assert working_layers(model, img_size=8) == {}
     with pytest.raises(ValueError, match="Pooled has no layer that particles can adapt"):
-        default_targets(model, [])
-    assert working_layers(Pooled(nn.Conv2d(3, 4, 3)), img_size=8) == ["convolution"]
+        default_targets(model, {})
+    assert working_layers(Pooled(nn.Conv2d(3, 4, 3)), img_size=8) == {"convolution": 4}
 
 
 def test_a_training_with_a_loss_of_its_own_is_refused():

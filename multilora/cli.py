@@ -253,11 +253,14 @@ def _train(args: argparse.Namespace) -> int:
         )
         return 0
 
-    checks.integer("--seeds", args.seeds, 1, 1000)
+    seeds = range(args.seed, args.seed + checks.integer("--seeds", args.seeds, 1, 1000))
     out = Path(args.out) if args.out else _free_folder(settings("ibdr", args.seed, None), "compare")
-    if not args.resume and out.is_dir() and any(out.iterdir()):
+    table = out / "compare.json"
+    started = any((out / f"{m}-{s}" / "run.json").is_file() for m in METHODS for s in seeds)
+    if out.is_dir() and (table.exists() and not started if args.resume else any(out.iterdir())):
         raise ValueError(
-            f"{out} holds files; continue a comparison with --resume, or choose another --out"
+            f"{out} holds files already; continue a comparison with --resume, or choose another "
+            "--out"
         )
     rows = []
     for method in reversed(METHODS):
@@ -267,10 +270,10 @@ def _train(args: argparse.Namespace) -> int:
                 settings(method, seed, 1 if method == "single" else particles),
                 out / f"{method}-{seed}",
             )
-            for seed in range(args.seed, args.seed + args.seeds)
+            for seed in seeds
         ]
         rows.append((method, results))
-    (out / "compare.json").write_text(to_json(dict(rows)) + "\n")
+    files.write_text(table, to_json(dict(rows)) + "\n")
     _print_table(rows)
     print(f"mean ± standard error over {args.seeds} seeds; every run is in {out}")
     return 0

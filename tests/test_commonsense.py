@@ -225,6 +225,31 @@ def test_a_saved_dataset(tmp_path):
         commonsense.load("arc_challenge", tmp_path / "other")
 
 
+def test_what_is_no_text_in_a_saved_dataset_is_not_fetched(tmp_path):
+    picture = {"path": str(tmp_path / "none.png"), "bytes": None}
+    features = datasets.Features(
+        {
+            "question": datasets.Value("string"),
+            "passage": datasets.Value("string"),
+            "answer": datasets.Value("bool"),
+            "picture": datasets.Image(),
+        }
+    )
+    stored = datasets.Dataset.from_list([BOOLQ | {"picture": picture}] * 2, features=features)
+    datasets.DatasetDict(train=stored, validation=stored).save_to_disk(tmp_path / "data")
+    train, _ = commonsense.load("boolq", tmp_path / "data")
+    assert train == commonsense.examples("boolq", [BOOLQ] * 2)
+
+
+def test_a_damaged_dataset_is_named(tmp_path):
+    stored = datasets.Dataset.from_list([BOOLQ])
+    datasets.DatasetDict(train=stored, validation=stored).save_to_disk(tmp_path)
+    for file in (tmp_path / "train").glob("*.arrow"):
+        file.write_bytes(b"no arrow")
+    with pytest.raises(ValueError, match=f"{tmp_path} is damaged"):
+        commonsense.load("boolq", tmp_path)
+
+
 @pytest.mark.parametrize(
     "task, lines, split, message",
     [

@@ -175,6 +175,7 @@ def _from_folder(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, An
 
 def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]], str]:
     import datasets
+    from datasets.features.features import require_decoding
 
     try:
         stored = datasets.load_from_disk(str(folder))
@@ -183,7 +184,9 @@ def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise ValueError(f"{folder} has the splits {', '.join(stored)} and none of {names}")
-    return enumerate(stored[name], start=1), f"{folder}, {name}, record"
+    # Images and sounds are no part of a question, and would be fetched from where they say.
+    other = [n for n, f in stored[name].features.items() if require_decoding(f)]
+    return enumerate(stored[name].remove_columns(other), start=1), f"{folder}, {name}, record"
 
 
 def _json_lines(file: Path) -> Iterable[tuple[int, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -71,13 +71,13 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-def working_layers(model: nn.Module, **model_args: Any) -> list[str]:
-    """The names of the layers that particles can adapt, from a forward of one and of two images.
+def working_layers(model: nn.Module, **model_args: Any) -> dict[str, int]:
+    """The layers that particles can adapt, by name, and the number of axes of their inputs.
 
     Those that are called (BEiT, EVA and Swin V2 read `qkv.weight` instead), whose rows are the
     images' (and not, say, of a table of positions), and whose arithmetic is that of nn.Linear, or
     of nn.Conv2d with one group, no dilation and zero padding (timm's Conv2dSame and StdConv2d have
-    their own). The heads do not count.
+    their own). The heads do not count. Found in a forward of one and of two images.
 
     Raises ValueError where the model does not turn images into class logits (N, C).
     """
@@ -89,12 +89,12 @@ def working_layers(model: nn.Module, **model_args: Any) -> list[str]:
         if _is_plain(module) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
     }
 
-    def rows(images: int) -> dict[str, int]:
-        seen: dict[str, int] = {}
+    def inputs(images: int) -> dict[str, torch.Size]:
+        seen: dict[str, torch.Size] = {}
 
         def see(name: str, args: tuple) -> None:
             if args:
-                seen[name] = args[0].shape[0]
+                seen[name] = args[0].shape
 
         hooks = [
             layer.register_forward_pre_hook(lambda _, args, name=name: see(name, args))
@@ -119,8 +119,10 @@ def working_layers(model: nn.Module, **model_args: Any) -> list[str]:
             )
         return seen
 
-    one, two = rows(1), rows(2)
-    return [name for name in layers if name in one and two.get(name) == 2 * one[name]]
+    one, two = inputs(1), inputs(2)
+    return {
+        name: len(two[name]) for name in layers if name in one and two[name][0] == 2 * one[name][0]
+    }
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -133,7 +135,7 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def endings(model: nn.Module, layers: Sequence[str]) -> list[str]:
+def endings(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """The shortest ends of names by which PEFT finds `layers` and no other module of the model."""
     names, wanted, found = [n for n, _ in model.named_modules()], set(layers), set()
     for layer in layers:
@@ -146,18 +148,22 @@ def endings(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def default_targets(model: nn.Module, working: Sequence[str]) -> list[str]:
+def default_targets(model: nn.Module, working: Mapping[str, int]) -> list[str]:
     """Attention's fused query-key-value projections, as the papers adapt ViTs.
 
-    working: the names of `working_layers`. Where the projections are not among them, all linears
-    that are, or in a model without such, all convolutions.
+    working: see `working_layers`. Where the projections are not among them, all linears that see
+    tokens, or in a model without such, all layers.
 
     Raises ValueError for a model without any of them.
     """
     ends = endings(model, working)
     if "qkv" in ends:
         return ["qkv"]
-    linears = [n for n in working if isinstance(model.get_submodule(n), nn.Linear)]
+    linears = [
+        name
+        for name, axes in working.items()
+        if axes > 2 and isinstance(model.get_submodule(name), nn.Linear)
+    ]
     ends = endings(model, linears) or ends
     if not ends:
         raise ValueError(

@@ -74,6 +74,17 @@ def test_train_replaces_no_files_of_the_users(tmp_path, capsys, name, more):
     assert {f for f in (tmp_path / "folder").rglob("*") if f.is_file()} == {file}
 
 
+def test_a_comparison_replaces_no_table_of_the_users(tmp_path, capsys):
+    (tmp_path / "compare.json").write_text("of the user")
+    compare = [*SHORT, "--compare", "--seeds", "1", "--out", tmp_path]
+    refused([*compare, "--resume"], capsys, "holds files already")
+    (tmp_path / "compare.json").unlink()
+    (tmp_path / "svgd-0").mkdir()
+    (tmp_path / "svgd-0" / "metrics.json").write_text("of the user")
+    refused([*compare, "--resume"], capsys, "svgd-0", "metrics.json")
+    assert (tmp_path / "svgd-0" / "metrics.json").read_text() == "of the user"
+
+
 def test_an_empty_folder_and_what_a_kill_left_are_free(tmp_path):
     (tmp_path / ".run.json.0123.tmp").write_text("{")
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == 0
@@ -380,10 +391,10 @@ def test_convolutions_with_an_arithmetic_of_their_own_do_not_count(kind):
     more = {"dilated": {"dilation": 2}, "reflected": {"padding_mode": "reflect", "padding": 1}}
     kind, more = (nn.Conv2d, more[kind]) if isinstance(kind, str) else (kind, {})
     model = Pooled(kind(3, 4, 3, **more))
-    assert working_layers(model, img_size=8) == []
+    assert working_layers(model, img_size=8) == {}
     with pytest.raises(ValueError, match="Pooled has no layer that particles can adapt"):
-        default_targets(model, [])
-    assert working_layers(Pooled(nn.Conv2d(3, 4, 3)), img_size=8) == ["convolution"]
+        default_targets(model, {})
+    assert working_layers(Pooled(nn.Conv2d(3, 4, 3)), img_size=8) == {"convolution": 4}
 
 
 def test_a_training_with_a_loss_of_its_own_is_refused():

@@ -384,5 +384,7 @@ def test_arguments_of_transformers(theirs, capsys):
     }.items():
         change(theirs / "run", model_args=[[name, value]])
         both(theirs / "run", capsys, name)
-    change(theirs / "run", model_args=[["attn_implementation", "eager"], ["dtype", "float32"]])
+    change(
+        theirs / "run", model_args=[["attn_implementation", "eager"], ["torch_dtype", "float32"]]
+    )
     assert cli.main(["evaluate", str(theirs / "run")]) == 0

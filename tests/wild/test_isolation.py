@@ -237,6 +237,7 @@ ONLY_TRAINING = {
 }
 #: Where all particles still compute the same, nothing shows; see CANNOT_SEE["other inputs"].
 ONLY_TRAINED = {"halt-together"}
+UNSEEN_IN = {("halt-together", torch.bfloat16)}
 #: What these compute for a particle depends on the forwards before.
 STATEFUL = {
     "cumulative-buffer",
@@ -275,6 +276,8 @@ def rows_of(batch: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Te
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_coupling_is_found(name: str, dtype: torch.dtype) -> None:
     """In the first forward: fresh particles and trained ones, one example and six, both modes."""
+    if (name, dtype) in UNSEEN_IN:
+        pytest.skip("see CANNOT_SEE['half precision']")
     base = built(lambda: Net(COUPLINGS[name]), dtype)
     missed = []
     for training in (True,) if name in ONLY_TRAINING else (False, True):
@@ -549,19 +552,21 @@ def _counting(model: ml.ParticleModel) -> list[int]:
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
 @pytest.mark.parametrize("batch", [1, 6, 30])
 def test_cost(batch: int, trained: bool, training: bool) -> None:
-    """The first forward of a mode runs about one particle more; the next ones nothing."""
+    """The first forward of a mode runs about one particle more, the next ones nothing."""
     model = particles(built(lambda: Net(lambda mix, h: mix.drop(h))), trained, training)
     counts = _counting(model)
     model(rows_of(batch))
-    assert counts.count(PARTICLES * batch) >= 1
-    # Two particles and one on a few of the rows, where one alone would not tell.
-    assert sum(counts) - PARTICLES * batch <= max(batch, 6) + batch + 1
+    more = sum(counts) - PARTICLES * batch
+    assert more > 0
+    # Three particles and one of them alone, on a few rows, where one alone would not tell.
+    few = 5 * min(batch, max(2, batch // 4))
+    assert more <= (batch if trained else 0) + (few if training or not trained else 0)
     counts.clear()
     # One example is another form of inputs than several.
-    more = batch if batch == 1 else batch + 1
+    longer = batch if batch == 1 else batch + 1
     model(rows_of(batch))
-    model(rows_of(more))
-    assert counts == [PARTICLES * batch, PARTICLES * more]
+    model(rows_of(longer))
+    assert counts == [PARTICLES * batch, PARTICLES * longer]
     model.train(not training)(rows_of(batch))
     assert len(counts) > 3
 

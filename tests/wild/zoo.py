@@ -1348,6 +1348,8 @@ CANNOT_SEE = {
     "first step: the check moves the adapters apart to see anything then.",
     "less than rounding": "Rows that change each other by less than the rounding of the model's "
     "dtype, which the tolerance must let pass.",
+    "half precision": "In bfloat16 and float16 a difference below 10 % in most rows counts as "
+    "rounding, unless a particle's rows also change when only the others' adapters do.",
     "gradients": "Outputs are compared, not gradients: a term whose value is zero and whose "
     "gradient is not (`m - m.detach()`).",
 }

@@ -68,6 +68,21 @@ def same(a, b):
     return all(map(torch.equal, a, b))
 
 
+@every_method
+def test_a_closure_that_returns_something_else(name):
+    kind, options = METHODS[name]
+    model = make()
+    method, (x, y) = kind(model, **options), batch()
+    for returned, shown in (
+        (lambda: ({"logits": model(x)}, y), "logits dict, targets (8,)"),
+        (lambda: (model(x), [0] * 8), "logits (4, 8, 5), targets list"),
+        (lambda: (model(x)[0], y), "logits (8, 5), targets (8,)"),
+    ):
+        with pytest.raises(ValueError, match="the closure must return logits") as error:
+            method.backward(returned)
+        assert shown in str(error.value)
+
+
 # ----- ranges
 
 # Other values than these mean nothing to any argument that is a number, a word or a flag.

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import multilora as ml
+from multilora.optim import clip_grad_norm_
 
 K = 3
 METHODS = [ml.Ensemble, ml.SVGD, ml.IBDR]
@@ -169,7 +170,7 @@ def test_float16_autocast_with_a_scaler_that_overflows(method):
         with torch.autocast("cpu", torch.float16):
             stats = method.backward(lambda: (logits(model), y), scale=scale)
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.particle_parameters(), 1.0)
+        clip_grad_norm_(model, 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

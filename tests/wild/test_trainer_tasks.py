@@ -90,7 +90,8 @@ def qwen_moe():
 
 # (a model, what is adapted, the axes of its labels)
 TASKS = {
-    "causal": (gpt2, ["c_attn"], "tokens"),
+    # Without padding: transformers 4.51 has no masks of float64.
+    "causal": (gpt2, ["c_attn"], "whole tokens"),
     "masked": (
         lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
         ["query"],
@@ -125,7 +126,7 @@ def rows(kind, number=12, seed=0):
     made = []
     for i in range(number):
         ids = torch.randint(3, VOCABULARY, (8,), generator=generator)
-        length = 8 - i % 3
+        length = 8 if kind == "whole tokens" else 8 - i % 3
         row = {"input_ids": ids, "attention_mask": (torch.arange(8) < length).long()}
         if kind == "classes":
             row["labels"] = ids[0] % 5
@@ -230,7 +231,8 @@ def test_one_particle_is_trainer_and_peft_step_by_step():
     assert min(norms) < 4 < max(norms)
     for line, other in zip(ours, lines, strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "epoch"):
-            assert line[name] == pytest.approx(other[name], rel=1e-6)
+            # transformers 4 rounds the loss.
+            assert line[name] == pytest.approx(other[name], rel=1e-6, abs=1e-4 * (name == "loss"))
         assert line["grad_norm_particle_0"] == line["grad_norm"]
 
 
@@ -258,7 +260,8 @@ def test_particles_are_trainers_and_peft(optimizer):
         each = [line[f"grad_norm_particle_{k}"] for k in range(4)]
         assert each == pytest.approx(norms, rel=1e-6) and line["grad_norm"] == max(each)
         losses = [lines[step]["loss"] for lines in logs]
-        assert line["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+        # transformers 4 rounds it.
+        assert line["loss"] == pytest.approx(sum(losses) / 4, abs=1e-4)
 
 
 def test_a_micro_batch_without_labels_takes_no_part():
@@ -273,7 +276,7 @@ def test_a_micro_batch_without_labels_takes_no_part():
     trainer = trainer_of("causal", model, Spy, max_steps=1)
     trainer.train_dataset = [
         row | {"labels": row["labels"] * 0 - 100 if i < 2 else row["labels"]}
-        for i, row in enumerate(rows("tokens", 4))
+        for i, row in enumerate(rows("whole tokens", 4))
     ]
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(range(4))
     trainer.train()
@@ -487,10 +490,10 @@ def test_a_model_whose_own_loss_is_another_is_refused_at_the_first_step(loss):
         def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
             output = super().forward(input_ids, attention_mask=attention_mask, **kwargs)
             if labels is not None and loss is not None:
-                output.loss = loss(exact_loss(output.logits, labels, VOCABULARY))
+                output["loss"] = loss(exact_loss(output.logits, labels, VOCABULARY))
             elif labels is not None:
                 logits = output.logits.transpose(1, 2)
-                output.loss = nn.functional.cross_entropy(logits, labels)
+                output["loss"] = nn.functional.cross_entropy(logits, labels)
             return output
 
     base = build(lambda: Own(gpt2().config))

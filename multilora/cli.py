@@ -322,7 +322,7 @@ def _export(args: argparse.Namespace) -> int:
 def _check_export(out: Path) -> None:
     """Raise ValueError where `out` holds anything but an unchanged earlier export."""
     try:
-        written = json.loads((out / _EXPORT).read_text())["files"]
+        written = dict(json.loads((out / _EXPORT).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):
         written = {}
     inside = out.iterdir() if out.is_dir() else ()

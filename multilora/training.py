@@ -34,7 +34,6 @@ _METRICS = "metrics.json"
 #: What run.json may have, in bytes: it is a kilobyte.
 _MAX_SETTINGS = 2**20
 OnStep = Callable[[int, int, dict[str, float]], None]
-SPLITS = ("test", "tune")
 #: The integers of Settings, which begin at 1 (the seed at 0), and where they end.
 _INTEGERS = {
     "particles": 2**16,
@@ -75,7 +74,7 @@ class Settings:
 
     def __post_init__(self):
         checks.choice("method", self.method, METHODS)
-        checks.choice("split", self.split, SPLITS)
+        checks.choice("split", self.split, vtab.SPLITS)
         checks.choice("classes", self.classes, commonsense.CLASSES)
         for name, high in _INTEGERS.items():
             checks.integer(name, getattr(self, name), 0 if name == "seed" else 1, high)
@@ -108,13 +107,15 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value):
                 raise ValueError(f"{name} must be a name or a folder; got {value!r}")
-        texts = self.targets is None or (
-            isinstance(self.targets, (tuple, list))
-            and self.targets
-            and all(isinstance(t, str) and t for t in self.targets)
-        )
-        if not texts:
-            raise ValueError(f"targets must be names of layers; got {self.targets!r}")
+        targets = self.targets
+        if isinstance(targets, list):
+            object.__setattr__(self, "targets", targets := tuple(targets))
+        if targets is not None and not (
+            isinstance(targets, tuple)
+            and targets
+            and all(isinstance(t, str) and t for t in targets)
+        ):
+            raise ValueError(f"targets must be names of layers; got {targets!r}")
         for name in ("model_args", "method_args"):
             pairs = getattr(self, name)
             if not isinstance(pairs, (tuple, list)) or not all(map(_is_named, pairs)):
@@ -347,20 +348,19 @@ def _all_run(model: ParticleModel) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-    idle_heads = sorted(idle & heads.keys())
+    first, idle_heads = ", ".join([*layers][:5]), sorted(idle & heads.keys())
     if idle_heads:
         raise ValueError(f"the head {idle_heads[0]} did not run in the first step: it cannot learn")
     if idle >= layers.keys():
         raise ValueError(
-            f"none of the {len(layers)} adapters ran in the first step ({', '.join(layers)}): the "
-            "model reads the weights of these layers instead of calling them; choose other "
-            "targets (--targets)"
+            f"none of the {len(layers)} adapters ran in the first step ({first}): the model reads "
+            "the weights of these layers instead of calling them; choose other targets (--targets)"
         )
     gradients = (layer.lora_B.grad for layer in layers.values())
     if not any(g is not None and bool(g.any()) for g in gradients):
         raise ValueError(
-            f"none of the {len(layers)} adapters got a gradient in the first step "
-            f"({', '.join(layers)}); choose other targets (--targets)"
+            f"none of the {len(layers)} adapters got a gradient in the first step ({first}); "
+            "choose other targets (--targets)"
         )
 
 
@@ -691,8 +691,8 @@ def _read_settings(folder: Path) -> Settings:
         if file.stat().st_size > _MAX_SETTINGS:
             raise ValueError(f"it has {file.stat().st_size} bytes")
         values = json.loads(file.read_text())
-        if isinstance(values["targets"], list):
-            values["targets"] = tuple(values["targets"])
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}")
         for name in ("model_args", "method_args"):
             values[name] = tuple(map(tuple, values.get(name, ())))
         return Settings(**values)

@@ -208,9 +208,13 @@ def vocabulary(base: nn.Module) -> list[nn.Module]:
 
 
 def check_base(base: nn.Module) -> None:
-    """Raise ValueError where a weight of the base is not in memory."""
-    missing = [name for name, p in base.named_parameters() if p.device.type == "meta"]
-    if missing:
+    """Raise ValueError where some weights of the base are not in memory. (A base that is on the
+    device meta as a whole, without hooks that fetch it, has shapes only, and so have its outputs.)
+    """
+    weights = dict(base.named_parameters())
+    missing = [name for name, p in weights.items() if p.is_meta]
+    fetched = any(hasattr(module, "_hf_hook") for module in base.modules())
+    if missing and (fetched or len(missing) < len(weights)):
         raise ValueError(
             f"{len(missing)} weights of the base have no memory (the device meta), such as "
             f"{missing[0]!r}: it is offloaded or was not loaded. Adapters need the device that "

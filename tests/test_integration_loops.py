@@ -117,7 +117,7 @@ def test_the_first_loop_trains_a_timm_model(tmp_path, monkeypatch, capsys):
     scope = {"loader": DataLoader(images, batch_size=2)}
     exec(block("## In a loop of your own", "python"), scope)
     assert asked == [("vit_small_patch16_224", True)]
-    assert scope["probabilities"].shape == (4, 2, 10)
+    assert scope["log_p"].shape == (4, 2, 10)
     assert "'accuracy'" in capsys.readouterr().out
     base = create("vit_small_patch16_224", depth=2, num_classes=10)
     loaded = ml.load_particle_model(base, tmp_path / "particles")

@@ -28,7 +28,9 @@ IN_LOOP = [name for name, entry in ZOO.items() if entry.fold == "loop"]
 def particles(entry: Entry, base: nn.Module, fold: str, trained: bool = True) -> ml.ParticleModel:
     # Axes are a matter of the batch.
     axes = entry.axes if fold == "batch" else {}
-    model = ml.get_particle_model(copy.deepcopy(base), entry.config(), PARTICLES, fold=fold, **axes)
+    model = ml.get_particle_model(
+        copy.deepcopy(base), entry.config(), PARTICLES, head_init="reset", fold=fold, **axes
+    )
     if trained:
         perturb(model)
     return model

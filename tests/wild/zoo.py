@@ -522,6 +522,11 @@ def _translation() -> dict[str, Any]:
     return {**_padded(), "decoder_input_ids": _ids(BATCH, 4), **_NO_CACHE}
 
 
+def _sparse() -> dict[str, Any]:
+    # Layers without experts have a number in place of the logits, before transformers 5.
+    return {**_translation(), "output_router_logits": False}
+
+
 for _name, _prefix in (("bart", "Bart"), ("pegasus", "Pegasus"), ("mbart", "MBart")):
     add(
         _name,
@@ -549,7 +554,7 @@ add(
         num_sparse_decoder_layers=1,
         router_jitter_noise=0.0,
     ),
-    _translation,
+    _sparse,
     "q v",
     tolerance=FLOAT32_PARTS,
 )
@@ -564,7 +569,7 @@ add(
         num_sparse_decoder_layers=1,
         router_jitter_noise=0.0,
     ),
-    _translation,
+    _sparse,
     "q wi wo",
     tolerance=FLOAT32_PARTS,
     fold="loop",
@@ -936,6 +941,7 @@ add(
         "pixel_values": torch.randn(BATCH, 3, 16, 16),
         "input_ids": torch.cat([torch.full((BATCH, 3), _IMAGE_TOKEN), _ids(BATCH, 3)], 1),
         "attention_mask": torch.ones(BATCH, 6, dtype=torch.long),
+        **_NO_CACHE,
     },
     "q_proj v_proj query",
     tolerance=FLOAT32_PARTS,

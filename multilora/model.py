@@ -248,6 +248,7 @@ class ParticleModel(nn.Module):
         for module in self.base.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
+                module.reset_running_stats = _statistics_are_frozen
 
     # The file format lives above this module; it is imported when files are asked for.
 
@@ -265,6 +266,13 @@ class ParticleModel(nn.Module):
         from multilora import checkpoint
 
         checkpoint.soup(self, path, kind)
+
+
+def _statistics_are_frozen() -> None:
+    raise RuntimeError(
+        "the statistics of the base's BatchNorm layers are frozen, since batches of K particles "
+        "would mix in them: leave update_bn out, the averaged adapters need none"
+    )
 
 
 def get_particle_model(

@@ -67,18 +67,12 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
       top[i] = highest;
       rest[i] = rest[i] * shrunk + total;
       factor[i] = shrunk;
-    }
-    MULTILORA_UNROLL
-    for (int i = 0; i < KB; ++i) {
       MULTILORA_UNROLL
-      for (int j = 0; j <= i; ++j) gram[pair(i, j)] *= factor[i] * factor[j];
-    }
-    MULTILORA_UNROLL
-    for (int m = 0; m < M; ++m) {
-      MULTILORA_UNROLL
-      for (int i = 0; i < KB; ++i) {
+      for (int j = 0; j <= i; ++j) {
+        double product = 0;
         MULTILORA_UNROLL
-        for (int j = 0; j <= i; ++j) gram[pair(i, j)] += double(e[i][m]) * double(e[j][m]);
+        for (int m = 0; m < M; ++m) product += double(e[i][m]) * double(e[j][m]);
+        gram[pair(i, j)] = gram[pair(i, j)] * (factor[i] * factor[j]) + product;
       }
     }
   }

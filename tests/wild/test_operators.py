@@ -65,7 +65,7 @@ def check_logdet(K, C, gap, eps, dtype):
     # Rounding the logits moves the value by at most its slope, 1/(2·√eps) for each of K particles.
     assert (value - expected).abs().max() < K * FLOAT32 / eps**0.5 + 10 * FLOAT32 * K
     error = (gradient.double() - slope).abs().max()
-    rounded = torch.finfo(dtype).eps * slope.abs().max() + 1e-8
+    rounded = (torch.finfo(dtype).eps + FLOAT32) * slope.abs().max() + 1e-8
     if K >= C:
         # All in float64, but for the norms that are saved; f̃_i has 1/K of the volume or less.
         assert error < rounded + 4 * FLOAT32 / K

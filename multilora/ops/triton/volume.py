@@ -392,8 +392,9 @@ def _volume_backward_kernel(
     CLASS_SIDE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """dz = f̃ ∘ (offset + 2·grad·(core F̃)) off the target, for a block of examples and classes."""
+    WRITTEN: tl.constexpr = accumulator_of(logits_ptr.dtype.element_ty)
     # Over the classes the gradient is a difference of large numbers.
-    ACC: tl.constexpr = tl.float64 if CLASS_SIDE else accumulator_of(logits_ptr.dtype.element_ty)
+    ACC: tl.constexpr = tl.float64 if CLASS_SIDE else WRITTEN
     examples = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     y, valid = _labels(targets_ptr, examples, N, C)
     k = tl.arange(0, BLOCK_K)
@@ -461,7 +462,9 @@ def _volume_backward_kernel(
             x = tl.sum(core[:, :, None, :, None] * f[None], 1)
         dz = f * (x + offset[:, None, :, None])
         dz = tl.where(here, on_target[:, None, :, None], dz)
-        dz = tl.where(valid[None, None, :, None], dz, 0.0).to(out_ptr.dtype.element_ty)
+        # In two steps: the interpreter cannot turn float64 into bfloat16.
+        dz = tl.where(valid[None, None, :, None], dz, 0.0).to(WRITTEN)
+        dz = dz.to(out_ptr.dtype.element_ty)
         classes, places = _places(chunk, stride_out, C, examples, LANES, V, ALIGNED, BLOCK_K)
         written = tl.trans(inside)[None, :, :, None] & (classes < C)
         tl.store(out_ptr + places, tl.permute(dz, (3, 2, 0, 1)), mask=written)

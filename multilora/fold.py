@@ -146,9 +146,11 @@ class Inputs:
         def fold(leaf: Leaf) -> Tensor:
             if leaf.axis is None:
                 return leaf.tensor
-            t = leaf.tensor
-            t = t[which[0] : which[-1] + 1] if leaf.own else t.expand(len(which), *t.shape)
-            if leaf.own and len(t) != len(which):
+            if not leaf.own:
+                t = leaf.tensor.expand(len(which), *leaf.tensor.shape)
+            elif isinstance(which, range):
+                t = leaf.tensor[which.start : which.stop]
+            else:
                 t = leaf.tensor[list(which)]
             t = t if rows is None else t.index_select(leaf.axis + 1, rows.to(t.device))
             return t.movedim(0, leaf.axis).flatten(leaf.axis, leaf.axis + 1)

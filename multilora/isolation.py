@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from multilora.calls import Call
-from multilora.fold import Inputs, named_tensors, tensors
+from multilora.fold import Inputs, map_tensors, named_tensors, tensors
 from multilora.layers import LoraLayer, ParticleLayer
 from multilora.randomness import RandomState
 
@@ -37,7 +37,7 @@ class IsolationCheck:
 
     The model runs for `particle` alone, from the random state of the call, and its output is to be
     that particle's part of the call's. Where the model draws random numbers, or where no adapter
-    tells the particles apart yet, so that mixing them would not show, two particles with adapters
+    tells the particles apart yet, so that mixing them would not show, three particles with adapters
     moved apart run for a few of the rows without randomness instead, and one of them alone.
 
     particles: how many run in the call. first: the place of the first in inputs of its own. shared:
@@ -109,26 +109,31 @@ class IsolationCheck:
         )
 
     def _run(self) -> None:
-        if not self._all_equal():
+        # Of two particles one is the first and the other the last: see `Runner`.
+        apart = self.particles > 2 and not self._all_equal()
+        if apart:
             alone = self._run_alone()
             if self.random == RandomState(self.devices):
                 self._alone = alone
                 return
             self._restore()
-        modes = (True, False) if self.base.training else (False,)
-        for training in modes:
-            with _mode(self.base, training), _WithoutRandomness():
+        # First as it is, where that is not known to be random.
+        attempts = [] if apart else [(self.base.training, contextlib.nullcontext)]
+        attempts += [(t, _WithoutRandomness) for t in {self.base.training: 0, False: 0}]
+        for training, quiet in attempts:
+            with _mode(self.base, training), quiet():
                 alone = self._run_alone(self._part(), self._few_rows())
-                self._restore()
-                try:
-                    pair = self._run_pair()
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:
-                    raise self.raised(error) from error
                 if self.random == RandomState(self.devices):
-                    self._axes = self._judge(pair, alone, 2, 1, len(self._few_rows()))
-                    return
+                    self._restore()
+                    try:
+                        several = self._run_several()
+                    except torch.OutOfMemoryError:
+                        raise
+                    except Exception as error:
+                        raise self.raised(error) from error
+                    if self.random == RandomState(self.devices):
+                        self._axes = self._judge(several, alone, 3, 1, len(self._few_rows()))
+                        return
             self._restore()
         self.telling, self.unknown = False, True
         warnings.warn(
@@ -146,29 +151,30 @@ class IsolationCheck:
 
     def _run_alone(self, part=None, rows: Tensor | None = None) -> _Run:
         k = self.particle
-        part = (lambda p: p[k : k + 1]) if part is None else (lambda p, pair=part: pair(p)[1:])
+        part = (lambda p: p[k : k + 1]) if part is None else (lambda p, moved=part: moved(p)[1:2])
         return self._call(self.inputs.of_particle(self.first + k, rows), Call(None, 1, part=part))
 
-    def _run_pair(self, other: int = 0) -> _Run:
-        rows, both = self._few_rows(), self._pair()
+    def _run_several(self, other: int = 0) -> _Run:
+        rows, some = self._few_rows(), self._several()
         if self.shared:
-            inputs = self.inputs.of_particle(self.first + both[1], rows)
+            inputs = self.inputs.of_particle(self.first + some[1], rows)
         else:
-            inputs = self.inputs.folded([self.first + k for k in both], rows)
+            inputs = self.inputs.folded([self.first + k for k in some], rows)
         batch = len(rows) if self.shared else None
-        return self._call(inputs, Call(None, 2, 2 * len(rows), batch, self._part(other)))
+        return self._call(inputs, Call(None, 3, 3 * len(rows), batch, self._part(other)))
 
-    def _run_all(self) -> _Run:
+    def _run_all(self, part: Callable[[Tensor], Tensor] | None = None) -> _Run:
         which = range(self.first, self.first + self.particles)
         rows = self.particles * self.inputs.batch
         if self.shared:
             inputs, batch = self.inputs.of_particle(self.first), self.inputs.batch
         else:
             inputs, batch = self.inputs.folded(which), None
-        return self._call(inputs, Call(None, self.particles, rows, batch))
+        return self._call(inputs, Call(None, self.particles, rows, batch, part))
 
     def _call(self, inputs: tuple[tuple, dict], call: Call) -> _Run:
-        args, kwargs = inputs
+        # Copies: the model may write into them.
+        args, kwargs = map_tensors(Tensor.clone, inputs)
         with torch.no_grad(), call.active():
             return _Run(self.function(*args, **kwargs), _State(self.base))
 
@@ -177,32 +183,51 @@ class IsolationCheck:
         self.state.restore()
         torch.clear_autocast_cache()
 
-    def _pair(self) -> tuple[int, int]:
-        """Another particle, and the one that is looked at."""
-        return (self.particle + 1) % self.particles, self.particle
+    def _several(self) -> tuple[int, int, int]:
+        """The particle that is looked at, with others before and behind it."""
+        k, n = self.particle, self.particles
+        return (k + 1) % n, k, (k - 1) % n
 
     def _part(self, other: int = 0) -> Callable[[Tensor], Tensor]:
-        """The pair's tensors (2, ...), its adapters moved apart; other: how the first one's are."""
+        """The three particles' tensors (3, ...), moved apart; other: how the others are."""
         scaling = {m.lora_B: m.scaling for m in self.base.modules() if isinstance(m, LoraLayer)}
 
         @functools.cache
         def part(parameter: Tensor) -> Tensor:
-            pair = parameter[list(self._pair())]
+            some = parameter[list(self._several())]
             if parameter not in scaling:
-                return pair
+                return some
             # Irregular numbers that no generator draws.
-            noise = torch.arange(1, 1 + pair[0].numel(), dtype=torch.float64).outer(
-                torch.tensor((78.233 if other else 12.9898, 39.346), dtype=torch.float64)
+            noise = torch.arange(1, 1 + some[0].numel(), dtype=torch.float64).outer(
+                torch.tensor(
+                    (78.233, 39.346, 91.719) if other else (12.9898, 39.346, 57.131),
+                    dtype=torch.float64,
+                )
             )
-            noise = noise.sin().mT.reshape(pair.shape).to(pair)
+            noise = noise.sin().mT.reshape(some.shape).to(some)
+            if other:
+                # Of another size, so that what is taken over all rows is another number.
+                noise[::2] *= 0.25
             # As large as the frozen product at its usual start, for A at its own.
-            return pair + noise / (abs(scaling[parameter]) or 1.0) / parameter.shape[-1] ** 0.5
+            return some + noise / (abs(scaling[parameter]) or 1.0) / parameter.shape[-1] ** 0.5
 
         return part
 
+    def _others(self) -> Callable[[Tensor], Tensor]:
+        """All particles' tensors, those of the others moved as `_part` moves them."""
+        part = self._part()
+
+        @functools.cache
+        def moved(parameter: Tensor) -> Tensor:
+            others = (parameter + (part(parameter)[0] - parameter[self._several()[0]])).detach()
+            others[self.particle] = parameter[self.particle].detach()
+            return others
+
+        return moved
+
     def _few_rows(self) -> Tensor:
         batch = self.inputs.batch
-        few = min(batch, max(2, batch // 3))
+        few = min(batch, max(2, batch // 4))
         return torch.arange(few) * batch // max(few, 1)
 
     # --- the comparison ---
@@ -230,7 +255,7 @@ class IsolationCheck:
         for (worst, typical), name in apart:
             # Half precision may send a row elsewhere (a router's choice), but not most rows.
             gross = typical > self._most if self._is_rough else worst > self._most
-            if gross or (worst > self._least and not self._is_rounding()):
+            if gross or (worst > self._least and not self._is_rounding(many, axes, n, particle)):
                 raise self._error(f"output {name!r} differs by {worst:.2g} of its size")
         changed = many.state.difference(one.state, self._least)
         if changed is not None:
@@ -273,21 +298,24 @@ class IsolationCheck:
     def _most(self) -> float:
         return 0.1 if self._is_rough else 1e-3
 
-    def _is_rounding(self) -> bool:
-        """Whether a particle stays what it is beside another one: the very same kernels run, so
-        that the least mixture shows."""
+    def _is_rounding(self, many: _Run, axes: list[Axis], n: int, particle: int) -> bool:
+        """Whether a particle stays what it is beside others that are moved: the very same kernels
+        run, so that the least mixture shows."""
         if self.sharded:
             return True
-        with _mode(self.base, False), _WithoutRandomness():
-            runs = []
-            for other in (0, 1):
-                self._restore()
-                runs.append(self._run_pair(other).output)
+        before = self.random, self.state
+        now = RandomState(self.devices), _State(self.base)
         self._restore()
-        for a, b in zip(*map(tensors, runs)):
-            if a.ndim and a.shape[0] % 2 == 0:
-                a, b = (t.unflatten(0, (2, -1))[1] for t in (a, b))
-                if _apart(a, b, 0)[0] > self._least / 4:
+        again = self._run_several(1) if self._alone is None else self._run_all(self._others())
+        self.random, self.state = now
+        self._restore()
+        self.random, self.state = before
+        for axis, a, b in zip(axes, tensors(many.output), tensors(again.output)):
+            if a.shape != b.shape:
+                return False
+            if isinstance(axis, int):
+                mine = (t.unflatten(axis, (n, -1)).select(axis, particle) for t in (a, b))
+                if _apart(*mine, axis)[0] > self._least / 4:
                     return False
         return True
 
@@ -324,7 +352,7 @@ class IsolationCheck:
                     found.append(shapes)
                     return
 
-        n, k = (2, 1) if few else (self.particles, self.particle)
+        n, k = (3, 1) if few else (self.particles, self.particle)
         batch = len(self._few_rows()) if few else self.inputs.batch
         quiet = contextlib.nullcontext() if not few else _WithoutRandomness()
         with contextlib.suppress(Exception), quiet:
@@ -334,7 +362,7 @@ class IsolationCheck:
             one = iter(seen)
             self._restore()
             with _watching(self._names, compare):
-                self._run_pair() if few else self._run_all()
+                self._run_several() if few else self._run_all()
         self._restore()
         return found[0] if found else ""
 

@@ -116,8 +116,9 @@ class Runner:
                 model.base,
                 function,
                 inputs,
-                # Not the first, whose rows are where they would be without the others.
-                1 + len(self._checked) % (model.num_particles - 1),
+                # Neither the first, whose rows are where they would be without the others, nor the
+                # last, if there are more: what is behind it may count too.
+                1 + len(self._checked) % max(model.num_particles - 2, 1),
                 model.num_particles,
                 model.window.start,
                 shares,

@@ -225,8 +225,8 @@ def test_a_saved_dataset(tmp_path):
         commonsense.load("arc_challenge", tmp_path / "other")
 
 
-def test_what_is_no_text_in_a_saved_dataset_is_not_fetched(tmp_path):
-    picture = {"path": str(tmp_path / "none.png"), "bytes": None}
+def test_what_is_no_text_in_a_saved_dataset_is_not_decoded(tmp_path):
+    picture = {"path": None, "bytes": b"no picture"}
     features = datasets.Features(
         {
             "question": datasets.Value("string"),

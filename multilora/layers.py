@@ -76,6 +76,36 @@ def is_same_for_all(x: Tensor, call: Call | None) -> bool:
     return call is not None and call.rows is not None and x.shape[0] == 1 != call.rows
 
 
+class _ForEveryExample(Tensor):
+    """Rows for all particles' examples, made of one row that all share.
+
+    Models that know of the one row repeat it for their batch (DeBERTa's relative positions do):
+    that is done already. Reshaping and swapping axes keep the leading axis, and with it this type;
+    whatever else is computed is a tensor like any other.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            rows, name = args[0] if args else None, getattr(function, "__name__", "")
+            if name == "repeat" and isinstance(rows, cls):
+                counts = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
+                call = calls.current()
+                if call is not None and counts[0] == call.rows:
+                    return rows.as_subclass(Tensor).repeat(1, *counts[1:])
+            result = function(*args, **(kwargs or {}))
+            if name in _KEEP_ROWS and isinstance(result, Tensor):
+                return result.as_subclass(cls)
+            return _plain(result)
+
+
+_KEEP_ROWS = {"view", "reshape", "permute", "transpose", "contiguous", "to"}
+
+
+def _plain(result: Any) -> Any:
+    return result.as_subclass(Tensor) if isinstance(result, _ForEveryExample) else result
+
+
 def own(parameter: Tensor, call: Call | None) -> Tensor:
     """The tensor (k, ...) of the particles that run."""
     return parameter if call is None or call.part is None else call.part(parameter)
@@ -140,7 +170,7 @@ class LoraLayer(ParticleLayer):
         # Once for every particle, and its result for each of its examples.
         rows = x.expand(len(lora_A), *x.shape)
         y = self.adapted(rows.flatten(0, 1), rows, lora_A, lora_B)
-        return y.repeat_interleave(call.rows // len(lora_A), 0)
+        return y.repeat_interleave(call.rows // len(lora_A), 0).as_subclass(_ForEveryExample)
 
     def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """The layer of x (k·B, ...), which is also rows (k, B, ...), with k particles' factors."""

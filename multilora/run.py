@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from multilora.model import ParticleModel
 
 
+class _AdaptersDoNotRun(ValueError):
+    """No fault of the batch: a loop would not help."""
+
+
 class Runner:
     """Calls the base of a model, and knows what earlier calls have shown of it."""
 
@@ -132,7 +136,7 @@ class Runner:
         call = Call(model, model.num_particles, total, inputs.batch if shares else None, trunk=rows)
         try:
             output = self._called(model, name, function, args, kwargs, call)
-        except (torch.OutOfMemoryError, ParticleIsolationError):
+        except (torch.OutOfMemoryError, ParticleIsolationError, _AdaptersDoNotRun):
             raise
         except Exception as error:
             if check is None or check.failure is not None or check.unknown:
@@ -215,7 +219,7 @@ class Runner:
         names = {name for name, layer in layers.items() if layer in ran}
         base = type(model.base).__name__
         if not names & adapters.keys():
-            raise ValueError(
+            raise _AdaptersDoNotRun(
                 f"none of the {len(adapters)} adapters ran: {base} reads the weights of "
                 f"{', '.join(sorted(adapters)[:3])} instead of calling them, and adapters there "
                 "have no effect; choose other target_modules"
@@ -224,7 +228,7 @@ class Runner:
             missing = self._ran.get(True, set()) - names
             missing = sorted(n for n in missing if _parent(model.base, n) in entered)
             if missing:
-                raise ValueError(
+                raise _AdaptersDoNotRun(
                     f"{', '.join(missing[:5])} ran in training mode and not in evaluation, where "
                     f"{type(_parent(model.base, missing[0])).__name__} reads the weights instead: "
                     "the adapters would have no effect there; choose other target_modules"

@@ -415,8 +415,6 @@ add(
     ),
     _padded,
     _SEQ_CLS,
-    fold="loop",
-    why="The projected positions are repeated for one row's heads.",
 )
 add(
     "deberta-v2",
@@ -429,8 +427,6 @@ add(
     ),
     _padded,
     {"target_modules": ["query_proj", "pos_key_proj", "pos_query_proj"], **_SEQ_CLS},
-    fold="loop",
-    why="The projected positions are repeated for one row's heads.",
 )
 _encoder(
     "modernbert",

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from multilora import metrics
 from multilora.checkpoint import load_particles
 from multilora.integrations.transformers_tasks import Task, with_loss
+from multilora.losses import NAMES
 from multilora.methods import Method
 from multilora.model import ParticleModel
 from multilora.ops.common import IGNORE_INDEX, accumulator
@@ -261,7 +262,8 @@ class ParticleTrainer(Trainer):
             return
         self._loss_checked = True
         labels = self._task.own_labels(batch, targets)
-        if labels is None or callable(getattr(self.method, "loss", None)):
+        loss = getattr(self.method, "loss", "ensemble")
+        if labels is None or not (loss == "ensemble" or loss is NAMES["particle"]):
             return  # It computes none, or the user has another one.
         before = RandomState(self.model.devices())
         with self.model.particles(0, 1), self.compute_loss_context_manager():

@@ -80,6 +80,7 @@ MULTILORA_HD void products(const A* e, const A* next, int64_t stride, int64_t co
 #pragma GCC unroll 8
     for (int q = 0; q < others; ++q) total[r][q] = Double(0.0);
   }
+#pragma GCC unroll 4
   for (int64_t c = 0; c < count; c += kExamples) {
     Double x[rows], y[others];
 #pragma GCC unroll 8

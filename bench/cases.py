@@ -22,8 +22,8 @@ import multilora as ml
 from bench import peers
 from bench.measure import OURS, Case, Run
 from multilora.ops import lora_add
+from multilora.settings import Settings
 from multilora.tasks import DIGITS_MODEL, DIGITS_TARGETS
-from multilora.training import Settings
 
 Tensors = dict[str, Tensor | list[Tensor]]
 

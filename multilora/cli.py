@@ -29,7 +29,7 @@ _COLUMNS = (
     ("OOD AUROC (MI) ↑", ("auroc_ood_mi",), 3),
     ("step ms ↓", ("step_ms",), 1),
 )
-#: The options of `train` that are fields of training.Settings, but for those of a whole comparison.
+#: The options of `train` that are fields of settings.Settings, but for those of a whole comparison.
 _SETTINGS = (
     "model data pretrained targets rank lora_alpha steps batch_size lr weight_decay shots "
     "augment split classes max_length"
@@ -209,7 +209,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from multilora.training import METHODS, Settings, recommended, to_json, train
+    from multilora.settings import METHODS, Settings, recommended
+    from multilora.training import to_json, train
 
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,7 +135,7 @@ class Runner:
         total = None if model.num_particles == 1 else model.num_particles * inputs.batch
         call = Call(model, model.num_particles, total, inputs.batch if shares else None, trunk=rows)
         try:
-            output = self._called(model, name, function, args, kwargs, call)
+            output = self._called(model, name, call, partial(function, *args, **kwargs))
         except (torch.OutOfMemoryError, ParticleIsolationError, _AdaptersDoNotRun):
             raise
         except Exception as error:
@@ -174,8 +174,8 @@ class Runner:
 
             mine = (args, kwargs) if inputs is None else inputs.of_particle(model.window.start + k)
             mine = map_leaves(lambda x, k=k: x[k] if isinstance(x, PerParticle) else x, mine)
-            call = Call(model, 1, part=part)
-            outputs.append(self._called(model, name, function, *mine, call))
+            run = partial(function, *mine[0], **mine[1])
+            outputs.append(self._called(model, name, Call(model, 1, part=part), run))
             if any(_version(t) != version for t, version in before):
                 raise ParticleIsolationError(
                     f"{type(model.base).__name__} writes into its input, which the next particle "
@@ -183,15 +183,8 @@ class Runner:
                 )
         return stack(outputs)
 
-    def _called(
-        self,
-        model: ParticleModel,
-        name: str,
-        function: Callable[..., Any],
-        args: tuple,
-        kwargs: dict[str, Any],
-        call: Call,
-    ) -> Any:
+    def _called(self, model: ParticleModel, name: str, call: Call, run: Callable[[], Any]) -> Any:
+        """run() in its call, with a look at the layers in a mode's first forward."""
         first = name == "forward" and model.training not in self._ran
         entered: set[nn.Module] = set()
         hooks = []
@@ -200,7 +193,7 @@ class Runner:
             hooks = [p.register_forward_pre_hook(lambda m, _: entered.add(m)) for p in parents]
         try:
             with call.active():
-                output = function(*args, **kwargs)
+                output = run()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -285,7 +278,7 @@ class ParticleView:
         value = getattr(self._model.base, name)
         if not callable(value) or isinstance(value, nn.Module):
             return value
-        return functools.partial(self._within, value)
+        return partial(self._within, value)
 
     def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         k = self._particle

@@ -8,9 +8,8 @@ import json
 import random
 import statistics
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,149 +18,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multilora import checks, files, metrics, recipes
+from multilora import checks, files, metrics
 from multilora.checkpoint import load_particle_model
-from multilora.integrations import commonsense, untrusted, vtab
+from multilora.integrations import commonsense, untrusted
 from multilora.methods import IBDR, SVGD, Ensemble, Method
 from multilora.model import ParticleModel, get_particle_model
 from multilora.plots import reliability_diagram
-from multilora.tasks import Report, Task, digits, images, names, questions, vtab1k
+from multilora.run_state import CHECKPOINT, RunState, check_base, read_state
+from multilora.settings import INTEGERS, SETTINGS, Settings, differences, read_settings
+from multilora.tasks import Report, Task, digits, images, questions, vtab1k
 
-METHODS = ("ibdr", "svgd", "ensemble", "single")
-_CHECKPOINT = "checkpoint.pt"
-_SETTINGS = "run.json"
 _METRICS = "metrics.json"
-#: What run.json may have, in bytes: it is a kilobyte.
-_MAX_SETTINGS = 2**20
 OnStep = Callable[[int, int, dict[str, float]], None]
-#: The integers of Settings, which begin at 1 (the seed at 0), and where they end.
-_INTEGERS = {
-    "particles": 2**16,
-    "rank": 2**16,
-    "seed": 2**32 - 1,
-    "steps": 10**9,
-    "batch_size": 2**20,
-    "shots": 10**6,
-    "max_length": 2**24,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run's numbers."""
-
-    task: str = "digits"
-    method: str = "ibdr"
-    particles: int = 4
-    rank: int = 8
-    seed: int = 0
-    steps: int = 200
-    batch_size: int = 16
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    shots: int = 20
-    model: str | None = None
-    data: str | None = None
-    pretrained: bool = True
-    targets: tuple[str, ...] | None = None
-    model_args: tuple[tuple[str, Any], ...] = ()
-    lora_alpha: float | None = None  # the rank
-    method_args: tuple[tuple[str, Any], ...] = ()
-    augment: bool = False
-    split: str = "test"
-    classes: str = "answers"
-    max_length: int = 512
-
-    def __post_init__(self):
-        checks.choice("method", self.method, METHODS)
-        checks.choice("split", self.split, vtab.SPLITS)
-        checks.choice("classes", self.classes, commonsense.CLASSES)
-        for name, high in _INTEGERS.items():
-            checks.integer(name, getattr(self, name), 0 if name == "seed" else 1, high)
-        checks.number("lr", self.lr, 0, 1e3, open_low=True)
-        checks.number("weight_decay", self.weight_decay, 0, 1e3)
-        if self.lora_alpha is not None:
-            checks.number("lora_alpha", self.lora_alpha, 0, 1e6, open_low=True)
-        for name in ("pretrained", "augment"):
-            checks.flag(name, getattr(self, name))
-        self._check_texts()
-        if (self.model is None) != (self.data is None):
-            raise ValueError("a task of your own needs both --model and --data")
-        if self.task not in names():
-            raise ValueError(f"the tasks are {', '.join(names())}; got {self.task!r}")
-        if self.task == "digits" and self.model is not None:
-            object.__setattr__(self, "task", "images")
-        if self.task != "digits" and self.model is None:
-            raise ValueError(f"the task {self.task!r} needs --model and --data")
-        self._check_options()
-        if self.method == "single" and self.particles != 1:
-            raise ValueError(f"a single model has 1 particle; got {self.particles}")
-
-    @property
-    def particle_chunk(self) -> int | None:
-        """How many particles run at a time; None: all."""
-        return dict(self.method_args).get("particle_chunk")
-
-    def _check_texts(self) -> None:
-        for name in ("model", "data"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                raise ValueError(f"{name} must be a name or a folder; got {value!r}")
-        targets = self.targets
-        if isinstance(targets, list):
-            object.__setattr__(self, "targets", targets := tuple(targets))
-        if targets is not None and not (
-            isinstance(targets, tuple)
-            and targets
-            and all(isinstance(t, str) and t for t in targets)
-        ):
-            raise ValueError(f"targets must be names of layers; got {targets!r}")
-        for name in ("model_args", "method_args"):
-            pairs = getattr(self, name)
-            if not isinstance(pairs, (tuple, list)) or not all(map(_is_named, pairs)):
-                raise ValueError(f"{name} must be pairs of a name and a value; got {pairs!r}")
-            for key, value in pairs:
-                try:
-                    json.dumps(value, allow_nan=False)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{name}: {key} = {value!r}: {error}") from error
-
-    def _check_options(self) -> None:
-        """An option that the task would ignore is an error."""
-        for option, tasks in (
-            ("augment", ("images", "vtab")),
-            ("split", ("vtab", *commonsense.names())),
-            ("classes", commonsense.names()),
-            ("max_length", commonsense.names()),
-        ):
-            value = getattr(self, option)
-            if self.task not in tasks and value != getattr(Settings, option):
-                raise ValueError(
-                    f"{option} = {value!r} is for the tasks {', '.join(tasks)}; "
-                    f"got the task {self.task!r}"
-                )
-
-
-def recommended(
-    task: str = "digits", method: str = "ibdr", data: str | None = None, **given: Any
-) -> Settings:
-    """The settings of the task's recipe (recipes/*.json), with those given in place of its own.
-
-    given: fields of Settings; method_args are merged by name.
-    """
-    recipe: dict[str, Any] = {"particles": {"svgd": 5, "single": 1}.get(method, 4)}
-    if task == "vtab":
-        if data is None:
-            raise ValueError("the task 'vtab' needs --data, the folder of one of its data sets")
-        vtab.num_classes(data)  # says what is wrong with the folder's name
-        recipe = recipes.settings(recipes.read("vtab1k"), vtab.dataset_name(data), method)
-    elif task in commonsense.names():
-        recipe = recipes.settings(recipes.read("commonsense"), task, method)
-    method_args = recipe.pop("method_args", {}) | dict(given.pop("method_args", ()))
-    chosen = {"task": task, "method": method, "data": data} | recipe | given
-    if chosen.get("targets"):
-        chosen["targets"] = tuple(chosen["targets"])
-    return Settings(**chosen, method_args=tuple(method_args.items()))
 
 
 def make_task(
@@ -256,7 +124,7 @@ def train(
     model is changed; where no adapter runs in the first step; NotADirectoryError where OUT is a
     file.
     """
-    checks.integer("save_every", save_every, 1, _INTEGERS["steps"])
+    checks.integer("save_every", save_every, 1, INTEGERS["steps"])
     out = Path(out)
     _check_free(out, settings, resume)
     task = make_task(settings, report, trust_remote_code)
@@ -279,10 +147,10 @@ def train(
         ],
         [warm_up],
     )
-    state = _State(out / _CHECKPOINT, settings, model, method, optimizer, schedule)
+    state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
     done, step_ms = state.load() if resume else (0, [])
     # From here on the folder is this run's: nothing is wrong with its settings.
-    _write_json(out / _SETTINGS, asdict(settings))
+    _write_json(out / SETTINGS, asdict(settings))
 
     model.train()
     # Its own generator: a loader draws a number when it starts, which is once more in a run that
@@ -400,8 +268,8 @@ def load_run(
     Raises ValueError, naming the file, where it is damaged or asks for what a file must not.
     """
     folder, own_args = Path(folder), dict(model_args or {})
-    settings = _read_settings(folder)
-    file = folder / _SETTINGS
+    settings = read_settings(folder)
+    file = folder / SETTINGS
     theirs = [
         (name, value)
         for name, value in settings.model_args
@@ -426,7 +294,7 @@ def load_run(
                 f"{file} is of another run: {name} = {getattr(settings, name)}, and the particles "
                 f"in {folder} have {here}"
             )
-    _check_base(folder / _CHECKPOINT, _read_state(folder / _CHECKPOINT), particles)
+    check_base(folder / CHECKPOINT, read_state(folder / CHECKPOINT), particles)
     return particles, task, settings
 
 
@@ -516,150 +384,14 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-class _State:
-    """What a killed run continues from, in one file that is replaced as a whole."""
-
-    def __init__(self, file: Path, settings: Settings, model, method, optimizer, schedule):
-        self.file, self.settings, self.model = file, settings, model
-        self.parts = {"method": method, "optimizer": optimizer, "schedule": schedule}
-
-    def save(self, step: int, step_ms: list[float]) -> None:
-        kind, keys, *rest = np.random.get_state()
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {
-            "settings": asdict(self.settings),
-            "step": step,
-            "step_ms": step_ms,
-            "parameters": {name: p.detach() for name, p in self._trained().items()},
-            "base": _fingerprint(self.model),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy_rng": (kind, keys.tolist(), *rest),
-            "python_rng": random.getstate(),
-        }
-        files.write_file(self.file, lambda stream: torch.save(state, stream))
-
-    def load(self) -> tuple[int, list[float]]:
-        if not self.file.is_file():
-            return 0, []
-        state = _read_state(self.file)
-        self._check(state)
-        try:
-            for name, part in self.parts.items():
-                what = f"state of the {name}"
-                part.load_state_dict(state[name])
-            what = "random state"
-            torch.set_rng_state(state["rng"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-            np.random.set_state(state["numpy_rng"])
-            random.setstate(state["python_rng"])
-        except Exception as error:
-            raise ValueError(f"{self.file}: the {what} does not fit: {error!r}") from error
-        parameters = self._trained()
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
-        return state["step"], state["step_ms"]
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where `state` is not of this run."""
-        keys = "settings step step_ms parameters base rng cuda_rng numpy_rng python_rng".split()
-        missing = [key for key in [*keys, *self.parts] if key not in state]
-        if missing:
-            raise ValueError(
-                f"{self.file} lacks {missing}: another version of multilora, or none, wrote it"
-            )
-        different = _differences(state["settings"], asdict(self.settings))
-        if different:
-            raise ValueError(
-                f"{self.file} is of a run of other settings (there, here): {different}"
-            )
-        _check_base(self.file, state, self.model)
-        step, steps = state["step"], self.settings.steps
-        if type(step) is not int or not 1 <= step <= steps or len(state["step_ms"]) != step:
-            raise ValueError(
-                f"{self.file} is damaged: it is of step {step!r} of {steps}, and has "
-                f"{len(state['step_ms'])} times of steps"
-            )
-        trained, optimizer = self._trained(), self.parts["optimizer"]
-        self._check_layout(state["parameters"], trained, "parameters")
-        self._check_layout(state["method"], self.parts["method"].state_dict(), "method")
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        expected = {
-            # AdamW's two means of every parameter; "step" is a number.
-            i: {"step": None, "exp_avg": p, "exp_avg_sq": p}
-            for i, p in enumerate(tensors)
-        }
-        expected = {"state": expected, "param_groups": None}
-        self._check_layout(state["optimizer"], expected, "optimizer")
-
-    def _check_layout(self, there: Any, here: Any, what: str) -> None:
-        """Raise ValueError where dictionaries differ in keys or tensors in shape, at any depth."""
-        if isinstance(here, dict):
-            keys = list(there) if isinstance(there, dict) else type(there).__name__
-            if not isinstance(there, dict) or set(keys) != set(here):
-                raise ValueError(f"{self.file}: {what} has {keys}, this run {list(here)}")
-            for key, value in here.items():
-                self._check_layout(there[key], value, f"{what}.{key}")
-        elif isinstance(here, Tensor):
-            shape = tuple(there.shape) if isinstance(there, Tensor) else type(there).__name__
-            if shape != tuple(here.shape):
-                raise ValueError(
-                    f"{self.file}: {what} has shape {shape}, this run {tuple(here.shape)}"
-                )
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing")
-    try:
-        with open(file, "rb") as stream:
-            archive = zipfile.ZipFile(stream)
-            # torch.save compresses nothing, so that a file cannot unfold to more than its size.
-            whole = sum(entry.file_size for entry in archive.infolist())
-            if whole > file.stat().st_size:
-                raise ValueError(f"it unfolds to {whole} bytes")
-            # torch.save writes checksums, and torch.load does not look at them.
-            broken = archive.testzip()
-            if broken is not None:
-                raise ValueError(f"the checksum of {broken} is wrong")
-            stream.seek(0)
-            state = torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__} and not the state of a run")
-    return state
-
-
-def _check_base(file: Path, state: dict[str, Any], model: ParticleModel) -> None:
-    here = _fingerprint(model)
-    if state.get("base") != here:
-        raise ValueError(
-            f"{file} was trained over another base model: sums of its frozen weights are "
-            f"{state.get('base')}, here {here}"
-        )
-
-
-def _fingerprint(model: ParticleModel) -> list[float]:
-    """Two sums over the frozen weights, which another base model would not have."""
-    frozen = [p.detach().double() for p in model.parameters() if not p.requires_grad]
-    sums = (sum(p.sum().item() for p in frozen), sum(p.abs().sum().item() for p in frozen))
-    return [float(f"{s:.9g}") for s in sums]
-
-
 def _check_free(out: Path, settings: Settings, resume: bool) -> None:
     """Make `out`, which must hold no other run and no files of the user's."""
-    if (out / _SETTINGS).is_file():
+    if (out / SETTINGS).is_file():
         if not resume:
             raise ValueError(
                 f"{out} holds a run already; continue it with --resume, or choose another --out"
             )
-        different = _differences(asdict(_read_settings(out)), asdict(settings))
+        different = differences(asdict(read_settings(out)), asdict(settings))
         if different:
             raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
         # What a run writes must not land elsewhere.
@@ -668,40 +400,13 @@ def _check_free(out: Path, settings: Settings, resume: bool) -> None:
             raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
     elif out.is_dir():
         # A run that was killed while it wrote its settings leaves a part of them.
-        strangers = [f.name for f in out.iterdir() if not f.match(f".{_SETTINGS}.*.tmp")]
+        strangers = [f.name for f in out.iterdir() if not f.match(f".{SETTINGS}.*.tmp")]
         if strangers:
             raise ValueError(
                 f"{out} holds no run but other files, which a run might replace: "
                 f"{', '.join(sorted(strangers)[:5])}; choose another --out"
             )
     files.make_folder(out)
-
-
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (theirs, ours)} of the settings that differ."""
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    return {n: (theirs.get(n), ours.get(n)) for n in names if theirs.get(n) != ours.get(n)}
-
-
-def _read_settings(folder: Path) -> Settings:
-    file = folder / _SETTINGS
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {folder} holds no run of `multilora train`")
-    try:
-        if file.stat().st_size > _MAX_SETTINGS:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError(f"it holds a {type(values).__name__}")
-        for name in ("model_args", "method_args"):
-            values[name] = tuple(map(tuple, values.get(name, ())))
-        return Settings(**values)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
-
-
-def _is_named(pair: Any) -> bool:
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
 
 
 def _finite(value: float) -> bool:

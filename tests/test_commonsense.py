@@ -21,6 +21,7 @@ from transformers import (
 import multilora as ml
 from multilora import cli, tasks, training
 from multilora.integrations import commonsense
+from multilora.settings import recommended
 
 WINOGRANDE = {
     "sentence": "The cup did not fit the box because the _ was small.",
@@ -434,7 +435,7 @@ def test_a_particle_is_an_adapter_of_the_language_model(run, folder):
 
 @pytest.mark.parametrize("method, classes", [("ibdr", "vocabulary"), ("svgd", "answers")])
 def test_a_stopped_run_resumes_to_the_same_numbers(folder, arc_data, tmp_path, method, classes):
-    settings = training.recommended(
+    settings = recommended(
         "arc_easy",
         method,
         str(arc_data),

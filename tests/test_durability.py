@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora import checkpoint, files, training
+from multilora import checkpoint, files, run_state, training
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -86,14 +86,14 @@ def test_a_killed_run_ends_as_the_whole_one(method, where, count, whole, tmp_pat
         saved = min((count - 1) * SAVE_EVERY, STEPS)
         (half,) = out.glob(".checkpoint.pt.*.tmp")
         with pytest.raises(ValueError, match="damaged"):
-            training._read_state(half)
+            run_state.read_state(half)
     else:
         saved = STEPS
         assert [f.name.rstrip("0123456789abcdef") for f in out.glob(".*")] == [
             {"adapters": files._STAGING, "moves": files._COMMIT}[where]
         ]
     assert checkpoint.exists() == (saved > 0)
-    assert saved == 0 or training._read_state(checkpoint)["step"] == saved
+    assert saved == 0 or run_state.read_state(checkpoint)["step"] == saved
     assert run(killed.train, out, method) == 0
     assert outcome(out) == whole[method]
     assert not list(out.glob(".*"))

@@ -15,6 +15,7 @@ import multilora as ml
 from multilora import cli, recipes, tasks, training
 from multilora.integrations.timm import Augmented, create_base, image_folder
 from multilora.integrations.vtab import vtab
+from multilora.settings import recommended
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -149,7 +150,7 @@ def test_augmentation_depends_on_seed_epoch_and_index(kitti):
 
 
 def test_an_augmented_run_resumes_to_the_same_numbers(kitti, tmp_path):
-    settings = training.recommended(
+    settings = recommended(
         "vtab",
         data=str(kitti),
         model=NAME,
@@ -284,12 +285,12 @@ def test_a_data_set_overrides_the_recipe():
 
 
 def test_given_settings_win_over_the_recipe(kitti):
-    settings = training.recommended("vtab", "ibdr", str(kitti), lr=0.5, method_args={"alpha": 0.1})
+    settings = recommended("vtab", "ibdr", str(kitti), lr=0.5, method_args={"alpha": 0.1})
     assert settings.lr == 0.5 and settings.steps == 1500
     assert settings.model == "vit_base_patch16_224.augreg_in21k"
     assert dict(settings.method_args)["alpha"] == 0.1
     assert dict(settings.method_args)["rho"] == 0.03
-    assert training.recommended("vtab", "svgd", str(kitti)).particles == 5
+    assert recommended("vtab", "svgd", str(kitti)).particles == 5
     task = tasks.vtab1k(kitti, NAME, pretrained=False, **MODEL_ARGS)
     model = training.particle_model(task, settings)
     assert training.make_method("ibdr", model, 0, dict(settings.method_args)).alpha == 0.1

@@ -18,7 +18,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def settings(recipe: dict[str, Any], dataset: str, method: str) -> dict[str, Any]:
-    """The fields of `training.Settings` for one data set and method, `method_args` as a dict.
+    """The fields of `settings.Settings` for one data set and method, `method_args` as a dict.
 
     Later wins: settings for all, for the data set, for the method, for both; `method_args` are
     merged by name. Raises ValueError for a data set that the recipe does not have.

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from multilora import cli, training
+from multilora.settings import read_settings
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 COLOURS = {"blue": (20, 20, 200), "red": (200, 20, 20)}
@@ -235,7 +236,7 @@ def test_a_picture_is_not_written_through_a_link(run, tmp_path):
     def link(step, steps, stats):
         (tmp_path / "new" / "reliability.png").symlink_to(tmp_path / "text")
 
-    settings = training._read_settings(run)
+    settings = read_settings(run)
     training.train(settings, tmp_path / "new", report=lambda _: None, on_step=link)
     assert (tmp_path / "text").read_text() == "of the user"
     assert (tmp_path / "new" / "reliability.png").read_bytes().startswith(b"\x89PNG")

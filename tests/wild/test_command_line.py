@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from command import refused
 from PIL import Image
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
@@ -37,16 +38,6 @@ def cache(tmp_path_factory):
 
 
 SHORT = "train --steps 2 --shots 2 --particles 2 --rank 2 --method ensemble".split()
-
-
-def refused(arguments, capsys, *texts):
-    """The command ends with exit code 1 and one line, which has the texts."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multilora:")]
-    assert len(said) == 1, said
-    for text in texts:
-        assert text in said[0]
 
 
 # --- files of the user's -------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import refused
 from PIL import Image
 
 from multilora import cli, training
@@ -66,16 +67,6 @@ def sentinel(tmp_path):
 def change(run, **values):
     settings = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(settings | values))
-
-
-def refused(arguments, capsys, *texts):
-    """The command ends with exit code 1 and one line, which has the texts."""
-    capsys.readouterr()
-    assert cli.main([str(argument) for argument in arguments]) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("multilora:")]
-    assert len(said) == 1, said
-    for text in texts:
-        assert text in said[0]
 
 
 def both(run, capsys, *texts):

@@ -218,7 +218,8 @@ def unfold(output: Any, axes: list[int | str | None], particles: int) -> Any:
             return t
         if axis == "same":
             return t.expand(particles, *t.shape)
-        return t.unflatten(axis, (particles, -1)).movedim(axis, 0)
+        rows = t.shape[axis] // particles
+        return t.view(*t.shape[:axis], particles, rows, *t.shape[axis + 1 :]).movedim(axis, 0)
 
     return map_tensors(one, output)
 

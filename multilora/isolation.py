@@ -321,7 +321,7 @@ class IsolationCheck:
 
     def _error(self, what: str) -> ParticleIsolationError:
         return ParticleIsolationError(
-            f"{type(self.base).__name__} does not keep its particles apart: {what}"
+            f"{type(self.base).__name__} does not keep its particles apart: {what.rstrip('.')}"
             f"{self._first_difference()}. Particles ride on the batch axis. If an input has its "
             "batch elsewhere or none, say so with batch_axes={name: axis or None}; else use "
             'fold="loop", which runs one particle after another and is right for any model. '

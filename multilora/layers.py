@@ -379,7 +379,7 @@ class StackedModule(ParticleLayer):
         if particles == 1:
             return self._run({name: p[0] for name, p in parameters.items()}, args, kwargs)
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.ndim > 0]
-        shared = bool(tensors) and all(is_same_for_all(t, call) for t in tensors)
+        shared = len(tensors) > 0 and all(is_same_for_all(t, call) for t in tensors)
         unit = particles if call is None or call.rows is None else call.rows
         mapped = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] % unit == 0 for t in leaves]
         rows = [self.split(t, call, particles) for t, is_mapped in zip(leaves, mapped) if is_mapped]

@@ -173,17 +173,18 @@ class TestMemory:
 
 
 @pytest.mark.parametrize("wanted", ["y", "x", "A", "B"])
-def test_only_wanted_gradients_are_computed(wanted):
+def test_only_wanted_gradients_are_computed(backend, wanted):
     tensors = dict(zip("yxAB", problem()))
     expected = dict(zip("yxAB", gradients(added, list(tensors.values()), torch.ones(3, 5, 11))))
     tensors[wanted].requires_grad_()
     value = added(*tensors.values())
-    with ml.use_backend("reference"), Inside() as inside:
+    with Inside() as inside:
         value.backward(torch.ones_like(value))
     torch.testing.assert_close(tensors[wanted].grad, expected[wanted])
     assert all(t.grad is None for name, t in tensors.items() if name != wanted)
-    products = sum(name in ("mm", "bmm") for name, *_ in inside.calls)
-    assert products == {"y": 0, "x": 2, "A": 2, "B": 1}[wanted]
+    if backend in ("reference", "cpu"):  # the GPU's kernels are no operators of PyTorch's
+        products = sum(name in ("mm", "bmm") for name, *_ in inside.calls)
+        assert products == {"y": 0, "x": 2, "A": 2, "B": 1}[wanted]
 
 
 @pytest.mark.parametrize("dtype, shared", [(torch.float32, False), (torch.bfloat16, True)])

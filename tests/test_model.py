@@ -558,6 +558,9 @@ class SequenceFirst(nn.Module):
 @pytest.mark.parametrize("tokens", [5, K, 2 * K])
 def test_sequence_first_layers_are_refused(tokens):
     model = ml.get_particle_model(SequenceFirst(), peft.LoraConfig(target_modules=["layer"]), K)
+    with pytest.raises(ml.ParticleIsolationError, match="SequenceFirst does not keep its particles"):
+        model(torch.randn(4, tokens, 6))
+    model.check_isolation = False
     with pytest.raises(ValueError, match=rf"multiple of 12 \(K = 3\); got \({tokens}, 12, 6\)"):
         model(torch.randn(4, tokens, 6))
 
@@ -810,6 +813,9 @@ def test_copies_are_whole_and_separate(name, used, duplicate):
 def test_copy_still_checks_rows(duplicate):
     config = peft.LoraConfig(r=2, target_modules=["layer"])
     twin = duplicate(ml.get_particle_model(SequenceFirst(), config, K))
+    with pytest.raises(ml.ParticleIsolationError):
+        twin(torch.randn(4, 5, 6))
+    twin.check_isolation = False
     with pytest.raises(ValueError, match="multiple of 12"):
         twin(torch.randn(4, 5, 6))
 

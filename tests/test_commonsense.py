@@ -427,10 +427,11 @@ def test_the_recipe_of_the_readme(folder, tmp_path, monkeypatch):
 def test_a_particle_is_an_adapter_of_the_language_model(run, folder):
     model, task, _ = training.load_run(run)
     x = task.collate([task.test[i] for i in range(3)])[0]
-    expected = ml.predict(model.eval(), x)[1]
+    expected = ml.predict(model.eval(), x, class_axis=-1)[1]
     plain = AutoModelForCausalLM.from_pretrained(folder)
     adapted = peft.PeftModel.from_pretrained(plain, run / "particle_1").eval()
-    torch.testing.assert_close(ml.predict(adapted, x), expected, rtol=1e-4, atol=1e-6)
+    found = ml.predict(adapted, x, class_axis=-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method, classes", [("ibdr", "vocabulary"), ("svgd", "answers")])

@@ -558,7 +558,7 @@ class SequenceFirst(nn.Module):
 @pytest.mark.parametrize("tokens", [5, K, 2 * K])
 def test_sequence_first_layers_are_refused(tokens):
     model = ml.get_particle_model(SequenceFirst(), peft.LoraConfig(target_modules=["layer"]), K)
-    with pytest.raises(ml.ParticleIsolationError, match="SequenceFirst does not keep its particles"):
+    with pytest.raises(ml.ParticleIsolationError, match="SequenceFirst does not keep"):
         model(torch.randn(4, tokens, 6))
     model.check_isolation = False
     with pytest.raises(ValueError, match=rf"multiple of 12 \(K = 3\); got \({tokens}, 12, 6\)"):

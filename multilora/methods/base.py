@@ -175,10 +175,11 @@ class Method:
         bad = bad.nonzero().flatten().tolist()
         if not bad:
             return among
-        values = self.passes.ranks.gather(losses)[bad].tolist()
+        values = self.passes.ranks.gather(losses)[bad[:8]].tolist()
+        names = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if bad[8:] else "")
         message = (
             f"{type(self).__name__}, call {self.step}: non-finite loss or gradient of particle"
-            f"{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad))} (losses {values})"
+            f"{'s' if len(bad) > 1 else ''} {names} (losses {values})"
         )
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{message}; nothing was changed")

@@ -17,6 +17,9 @@ from multilora.fold import Inputs, map_tensors, named_tensors, tensors
 from multilora.layers import LoraLayer, ParticleLayer
 from multilora.randomness import RandomState
 
+#: How many particles run where their adapters are moved apart.
+_SEVERAL = 4
+
 #: None: the tensor is the same for all particles; "same": so are its rows, and it is repeated.
 Axis = int | str | None
 
@@ -37,8 +40,10 @@ class IsolationCheck:
 
     The model runs for `particle` alone, from the random state of the call, and its output is to be
     that particle's part of the call's. Where the model draws random numbers, or where no adapter
-    tells the particles apart yet, so that mixing them would not show, three particles with adapters
-    moved apart run for a few of the rows without randomness instead, and one of them alone.
+    tells the particles apart yet, so that mixing them would not show, four particles with adapters
+    moved apart run for a few of the rows without randomness instead, and one of them alone. Where
+    constants in place of the random numbers may hide what the numbers do (choose rows to mix), the
+    four run twice with the numbers: no particle may change with the others' adapters.
 
     particles: how many run in the call. first: the place of the first in inputs of its own. shared:
     whether the call has a shared trunk, without which the particle alone runs. sharded: whether
@@ -89,6 +94,11 @@ class IsolationCheck:
                 f"the model runs for {self.particles} particles together, and for one alone it "
                 f"raises {type(self.failure).__name__}: {self.failure}"
             ) from self.failure
+        if self._alone is not None and self._drew():
+            # One particle alone did not draw: of one row there is nothing to choose.
+            self._alone = None
+            with self._before_the_call():
+                self._compare_beside_others()
         if self._axes is None:
             if self._alone is None:
                 return None
@@ -109,38 +119,85 @@ class IsolationCheck:
         )
 
     def _run(self) -> None:
-        # Of two particles one is the first and the other the last: see `Runner`.
-        apart = self.particles > 2 and not self._all_equal()
-        if apart:
+        # Neither the first nor the last, whose rows may be where they would be without the others,
+        # nor the one in the middle, which stays there where a model turns the batch round.
+        k, last = self.particle, self.particles - 1
+        if k not in (0, last, last / 2) and not self._all_equal():
             alone = self._run_alone()
-            if self.random == RandomState(self.devices):
+            if not self._drew():
                 self._alone = alone
                 return
             self._restore()
-        # First as it is, where that is not known to be random.
-        attempts = [] if apart else [(self.base.training, contextlib.nullcontext)]
-        attempts += [(t, _WithoutRandomness) for t in {self.base.training: 0, False: 0}]
-        for training, quiet in attempts:
-            with _mode(self.base, training), quiet():
-                alone = self._run_alone(self._part(), self._few_rows())
-                if self.random == RandomState(self.devices):
-                    self._restore()
-                    try:
-                        several = self._run_several()
-                    except torch.OutOfMemoryError:
-                        raise
-                    except Exception as error:
-                        raise self.raised(error) from error
-                    if self.random == RandomState(self.devices):
-                        self._axes = self._judge(several, alone, 3, 1, len(self._few_rows()))
-                        return
+        elif self._is_compared(contextlib.nullcontext()):
+            return
+        held = _WithoutRandomness()
+        known = self._is_compared(held)
+        if known and not held.guessed:
+            return
+        if not known and self.base.training:
+            with _evaluating(self.base):
+                self._is_compared(held)
+        self._compare_beside_others()
+
+    def _is_compared(self, quiet: contextlib.AbstractContextManager) -> bool:
+        """Compare one particle with the same beside others, on a few rows; False: they drew."""
+        with quiet:
+            alone = self._run_alone(self._part(), self._few_rows())
+            if self._drew():
+                self._restore()
+                return False
             self._restore()
-        self.telling, self.unknown = False, True
+            try:
+                several = self._run_several()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise self.raised(error) from error
+            if not self._drew():
+                self._axes = self._judge(several, alone, _SEVERAL, 1, len(self._few_rows()))
+        drew = self._drew()
+        self._restore()
+        return not drew
+
+    def _compare_beside_others(self) -> None:
+        """Compare a particle with itself beside others that are moved, random numbers the same."""
+        start, rows = self.random, self._few_rows(4)
+        try:
+            # So often that drawn rows hardly ever are a particle's own every time.
+            for _ in range(4 // len(rows) or 1):
+                alone = self._run_alone(self._part(), rows)
+                self._restore()
+                run = self._run_several(rows=rows)
+                later = RandomState(self.devices)
+                self._axes = self._places(run, alone, _SEVERAL, len(rows))
+                if not self._is_repeated(run, rows, other=1) and not self.sharded:
+                    if self._is_repeated(run, rows, other=0):
+                        raise self._error("a particle changes with the adapters of the others")
+                    self._give_up()
+                    return
+                self.random = later
+        finally:
+            self.random = start
+            self._restore()
+
+    def _is_repeated(self, run: _Run, rows: Tensor, other: int) -> bool:
+        """Whether a particle comes out as in `run`, with the same random numbers."""
+        self._restore()
+        again = self._run_several(other, rows)
+        self._restore()
+        return self._is_same(run, again, self._axes, _SEVERAL, 1)
+
+    def _give_up(self) -> None:
+        self.telling, self.unknown, self._axes = False, True, None
         warnings.warn(
             f"{type(self.base).__name__} draws random numbers that cannot be held, so it was not "
             "checked that its particles do not mix",
-            stacklevel=6,
+            stacklevel=8,
         )
+
+    def _drew(self) -> bool:
+        """Whether random numbers were drawn since the call began."""
+        return self.random != RandomState(self.devices)
 
     def _all_equal(self) -> bool:
         """Whether no adapter tells two particles apart, as at the start."""
@@ -154,14 +211,15 @@ class IsolationCheck:
         part = (lambda p: p[k : k + 1]) if part is None else (lambda p, moved=part: moved(p)[1:2])
         return self._call(self.inputs.of_particle(self.first + k, rows), Call(None, 1, part=part))
 
-    def _run_several(self, other: int = 0) -> _Run:
-        rows, some = self._few_rows(), self._several()
+    def _run_several(self, other: int = 0, rows: Tensor | None = None) -> _Run:
+        rows, some = self._few_rows() if rows is None else rows, self._several()
         if self.shared:
             inputs = self.inputs.of_particle(self.first + some[1], rows)
         else:
             inputs = self.inputs.folded([self.first + k for k in some], rows)
         batch = len(rows) if self.shared else None
-        return self._call(inputs, Call(None, 3, 3 * len(rows), batch, self._part(other)))
+        call = Call(None, _SEVERAL, _SEVERAL * len(rows), batch, self._part(other))
+        return self._call(inputs, call)
 
     def _run_all(self, part: Callable[[Tensor], Tensor] | None = None) -> _Run:
         which = range(self.first, self.first + self.particles)
@@ -183,13 +241,25 @@ class IsolationCheck:
         self.state.restore()
         torch.clear_autocast_cache()
 
-    def _several(self) -> tuple[int, int, int]:
-        """The particle that is looked at, with others before and behind it."""
+    @contextlib.contextmanager
+    def _before_the_call(self) -> Iterator[None]:
+        """Inside, random numbers and modules are as they were before the call."""
+        before, now = (self.random, self.state), (RandomState(self.devices), _State(self.base))
+        self._restore()
+        try:
+            yield
+        finally:
+            self.random, self.state = now
+            self._restore()
+            self.random, self.state = before
+
+    def _several(self) -> tuple[int, ...]:
+        """The particle that is looked at, with others before and behind it, in the second place."""
         k, n = self.particle, self.particles
-        return (k + 1) % n, k, (k - 1) % n
+        return (k + 1) % n, k, (k - 1) % n, (k + 2) % n
 
     def _part(self, other: int = 0) -> Callable[[Tensor], Tensor]:
-        """The three particles' tensors (3, ...), moved apart; other: how the others are."""
+        """The tensors (4, ...) of `_several`, moved apart; other: how the others are."""
         scaling = {m.lora_B: m.scaling for m in self.base.modules() if isinstance(m, LoraLayer)}
 
         @functools.cache
@@ -200,14 +270,16 @@ class IsolationCheck:
             # Irregular numbers that no generator draws.
             noise = torch.arange(1, 1 + some[0].numel(), dtype=torch.float64).outer(
                 torch.tensor(
-                    (78.233, 39.346, 91.719) if other else (12.9898, 39.346, 57.131),
+                    (78.233, 39.346, 91.719, 63.7264)
+                    if other
+                    else (12.9898, 39.346, 57.131, 27.1828),
                     dtype=torch.float64,
                 )
             )
             noise = noise.sin().mT.reshape(some.shape).to(some)
             if other:
                 # Of another size, so that what is taken over all rows is another number.
-                noise[::2] *= 0.25
+                noise[[0, 2, 3]] *= 0.25
             # As large as the frozen product at its usual start, for A at its own.
             return some + noise / (abs(scaling[parameter]) or 1.0) / parameter.shape[-1] ** 0.5
 
@@ -225,9 +297,9 @@ class IsolationCheck:
 
         return moved
 
-    def _few_rows(self) -> Tensor:
+    def _few_rows(self, least: int = 2) -> Tensor:
         batch = self.inputs.batch
-        few = min(batch, max(2, batch // 4))
+        few = min(batch, max(least, batch // (_SEVERAL + 2)))
         return torch.arange(few) * batch // max(few, 1)
 
     # --- the comparison ---
@@ -235,23 +307,12 @@ class IsolationCheck:
     def _judge(self, many: _Run, one: _Run, n: int, particle: int, batch: int) -> list[Axis]:
         """The axis of n particles in every tensor of `many`; raises where that particle, alone
         with its batch, is another."""
-        axes: list[Axis] = []
-        apart = []
-        names = [name for name, _ in named_tensors(many.output)]
-        if names != [name for name, _ in named_tensors(one.output)]:
-            raise self._error("the output of one particle alone has other fields")
-        for name, a, b in zip(names, tensors(many.output), tensors(one.output)):
-            axis = self._axis(a, b, n, batch)
-            if axis == "none":
-                raise self._error(
-                    f"output {name!r} is {tuple(a.shape)} for {n} particles with a batch of "
-                    f"{batch} each, and {tuple(b.shape)} for one"
-                )
-            axes.append(axis)
-            if a.ndim:  # a number is a mean over all, such as `.loss`
-                apart.append((_apart(*_mine(a, b, axis, n, particle), axis), name))
-        if all(axis is None for axis in axes):
-            raise self._error("no output has rows for every particle")
+        axes = self._places(many, one, n, batch)
+        apart = [
+            (_apart(*_mine(a, b, axis, n, particle), axis), name)
+            for (name, a), b, axis in zip(named_tensors(many.output), tensors(one.output), axes)
+            if a.ndim  # a number is a mean over all, such as `.loss`
+        ]
         for (worst, typical), name in apart:
             # Half precision may send a row elsewhere (a router's choice), but not most rows.
             gross = typical > self._most if self._is_rough else worst > self._most
@@ -261,6 +322,23 @@ class IsolationCheck:
         if changed is not None:
             name = f"{self._names[changed[0]]}.{changed[1]}".strip(".")
             raise self._error(f"{name} is a state that the rows of all particles change together")
+        return axes
+
+    def _places(self, many: _Run, one: _Run, n: int, batch: int) -> list[Axis]:
+        """The axis of n particles in every tensor of `many`; raises where they have none."""
+        axes: list[Axis] = []
+        names = [name for name, _ in named_tensors(many.output)]
+        if names != [name for name, _ in named_tensors(one.output)]:
+            raise self._error("the output of one particle alone has other fields")
+        for name, a, b in zip(names, tensors(many.output), tensors(one.output)):
+            axes.append(self._axis(a, b, n, batch))
+            if axes[-1] == "none":
+                raise self._error(
+                    f"output {name!r} is {tuple(a.shape)} for {n} particles with a batch of "
+                    f"{batch} each, and {tuple(b.shape)} for one"
+                )
+        if all(axis is None for axis in axes):
+            raise self._error("no output has rows for every particle")
         return axes
 
     def _axis(self, many: Tensor, one: Tensor, n: int, batch: int) -> Axis:
@@ -303,14 +381,13 @@ class IsolationCheck:
         run, so that the least mixture shows."""
         if self.sharded:
             return True
-        before = self.random, self.state
-        now = RandomState(self.devices), _State(self.base)
-        self._restore()
-        again = self._run_several(1) if self._alone is None else self._run_all(self._others())
-        self.random, self.state = now
-        self._restore()
-        self.random, self.state = before
-        for axis, a, b in zip(axes, tensors(many.output), tensors(again.output)):
+        with self._before_the_call():
+            again = self._run_several(1) if self._alone is None else self._run_all(self._others())
+        return self._is_same(many, again, axes, n, particle)
+
+    def _is_same(self, one: _Run, two: _Run, axes: list[Axis], n: int, particle: int) -> bool:
+        """Whether that particle's rows are the same in both."""
+        for axis, a, b in zip(axes, tensors(one.output), tensors(two.output)):
             if a.shape != b.shape:
                 return False
             if isinstance(axis, int):
@@ -352,7 +429,7 @@ class IsolationCheck:
                     found.append(shapes)
                     return
 
-        n, k = (3, 1) if few else (self.particles, self.particle)
+        n, k = (_SEVERAL, 1) if few else (self.particles, self.particle)
         batch = len(self._few_rows()) if few else self.inputs.batch
         quiet = contextlib.nullcontext() if not few else _WithoutRandomness()
         with contextlib.suppress(Exception), quiet:
@@ -441,11 +518,19 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a != a)).all())
 
 
-_CONSTANT = {"rand": 0.5, "randn": 0.0, "bernoulli": 1.0, "uniform_": 0.5, "normal_": 0.0}
+_RANDOM = {
+    **{"rand": 0.5, "rand_like": 0.5, "uniform_": 0.5, "bernoulli": 1.0, "bernoulli_": 1.0},
+    **{"randn": 0.0, "randn_like": 0.0, "normal_": 0.0},
+}
 
 
 class _WithoutRandomness(TorchFunctionMode):
     """Inside, PyTorch's dropout keeps everything and its random numbers are constants."""
+
+    def __init__(self):
+        super().__init__()
+        #: Whether constants took the place of numbers that are not dropout's.
+        self.guessed = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -457,21 +542,22 @@ class _WithoutRandomness(TorchFunctionMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
         elif name == "multi_head_attention_forward":
             kwargs["training"] = False
-        elif name in ("bernoulli_", "uniform_", "normal_"):
-            return args[0].fill_(_CONSTANT.get(name, 1.0))
-        elif name in ("rand_like", "randn_like", "bernoulli"):
-            return torch.full_like(args[0], _CONSTANT[name.removesuffix("_like")])
-        elif name in ("rand", "randn"):
+        elif name in _RANDOM:
+            self.guessed = True
+            if name.endswith("_"):
+                return args[0].fill_(_RANDOM[name])
+            if name in ("rand_like", "randn_like", "bernoulli"):
+                return torch.full_like(args[0], _RANDOM[name])
             size = args[0] if args and not isinstance(args[0], int) else args
             kwargs.pop("generator", None)
-            return torch.full(kwargs.pop("size", size), _CONSTANT[name], **kwargs)
+            return torch.full(kwargs.pop("size", size), _RANDOM[name], **kwargs)
         return function(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _mode(base: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, no module is in training mode, or all are as they were."""
-    modules = [] if training else [m for m in base.modules() if m.training]
+def _evaluating(base: nn.Module) -> Iterator[None]:
+    """Inside, no module is in training mode."""
+    modules = [m for m in base.modules() if m.training]
     try:
         for module in modules:
             module.training = False

@@ -61,8 +61,7 @@ class ParticleLayer(nn.Module):
         unit = particles if call is None or call.rows is None else call.rows
         if call is not None and particles != call.particles:
             raise RuntimeError("another thread chose other particles in the middle of a forward")
-        batch_is_second = particles > 1 and x.ndim > 2 and x.shape[0] != unit == x.shape[1]
-        if batch_is_second or x.shape[0] % max(unit, 1):
+        if x.shape[0] % max(unit, 1):
             raise ValueError(
                 f"a particle layer needs an input whose leading axis is particles × batch, "
                 f"a multiple of {unit} (K = {particles}); got {tuple(x.shape)}. Where layers put "

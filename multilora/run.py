@@ -120,9 +120,7 @@ class Runner:
                 model.base,
                 function,
                 inputs,
-                # Neither the first, whose rows are where they would be without the others, nor the
-                # last, if there are more: what is behind it may count too.
-                1 + len(self._checked) % max(model.num_particles - 2, 1),
+                self._next_particle(model.num_particles),
                 model.num_particles,
                 model.window.start,
                 shares,
@@ -148,6 +146,11 @@ class Runner:
             if check.telling or sharded:
                 self._checked[key] = axes
         return _unfolded(model, output, inputs, axes)
+
+    def _next_particle(self, particles: int) -> int:
+        """Which one to look at, another one for each check: see `IsolationCheck`."""
+        told = [k for k in range(1, particles - 1) if 2 * k != particles - 1]
+        return told[len(self._checked) % len(told)] if told else 0
 
     def _loop(
         self,

@@ -66,7 +66,7 @@ def test_another_method_is_folded_and_checked(tmp_path):
         for k in range(K):
             one = getattr(of_peft(model, Scores().double(), k, tmp_path), name)(x)
             torch.testing.assert_close(got[k], one)
-    with pytest.raises(ml.ParticleIsolationError, match=r"\(15, 15\).*\(5, 5\)"):
+    with pytest.raises(ml.ParticleIsolationError, match=r"\(8, 8\).*\(2, 2\)"):
         model(draw(5, 6), draw(5, 6, seed=1))
     # A path leads to a module's own method.
     assert model.call("head.forward", draw(5, 8)).shape == (K, 5, 4)

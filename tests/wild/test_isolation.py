@@ -19,7 +19,7 @@ from zoo import CANNOT_SEE
 
 import multilora as ml
 
-PARTICLES = 3
+PARTICLES = 4
 DTYPES = [torch.float32, torch.bfloat16]
 MODES = {"evaluation": False, "training": True}
 
@@ -190,6 +190,31 @@ def best_rows_only(mix, h):
 
 
 @coupling
+def reversed_batch(mix, h):
+    return 0.7 * h + 0.3 * h.flip(0)
+
+
+@coupling
+def rows_drawn_in_training(mix, h):
+    return 0.7 * h + 0.3 * h[torch.randperm(len(h))] if mix.training else h
+
+
+@coupling
+def rows_drawn_by_numpy_in_training(mix, h):
+    return 0.7 * h + 0.3 * h[np.random.permutation(len(h))] if mix.training else h
+
+
+@coupling
+def rows_by_random_numbers_in_training(mix, h):
+    return 0.7 * h + 0.3 * h[torch.rand(len(h)).argsort()] if mix.training else h
+
+
+@coupling
+def mean_beside_noise_in_training(mix, h):
+    return h * torch.empty_like(h).exponential_() - h.mean(0) if mix.training else h
+
+
+@coupling
 def batch_norm_in_training(mix, h):
     if mix.training:
         return (h - h.mean(0)) * (h.var(0, correction=0) + 1e-2).rsqrt()
@@ -229,11 +254,19 @@ def norm_over_rows(mix, h):
     return nn.functional.layer_norm(h.T, (len(h),)).T + 0.5 * h
 
 
+#: In training mode these draw random numbers.
+DRAWN = {
+    "mean-beside-noise-in-training",
+    "rows-drawn-in-training",
+    "rows-drawn-by-numpy-in-training",
+    "rows-by-random-numbers-in-training",
+}
 #: Only where this mode runs is there anything to see.
 ONLY_TRAINING = {
     "batch-norm-in-training",
     "mean-beside-dropout-in-training",
     "statistics-for-evaluation",
+    *DRAWN,
 }
 #: Where all particles still compute the same, nothing shows; see CANNOT_SEE["other inputs"].
 ONLY_TRAINED = {"halt-together"}
@@ -285,11 +318,23 @@ def test_coupling_is_found(name: str, dtype: torch.dtype) -> None:
             for batch in (1, 6):
                 model = particles(base, trained, training)
                 try:
-                    model(rows_of(batch, dtype))
+                    model(rows_of(batch, dtype, seed=6))
                 except ml.ParticleIsolationError:
                     continue
                 missed.append({"training": training, "trained": trained, "batch": batch})
     assert not missed
+
+
+@pytest.mark.parametrize("name", ["reversed-batch", "pairs-of-rows", "rows-drawn-in-training"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_coupling_of_any_number_of_particles(name: str, count: int) -> None:
+    base = built(lambda: Net(COUPLINGS[name]))
+    for trained in (False, True):
+        model = ml.get_particle_model(copy.deepcopy(base), config(), count)
+        if trained:
+            perturb(model)
+        with pytest.raises(ml.ParticleIsolationError):
+            model.train()(rows_of(6))
 
 
 @pytest.mark.parametrize("name", sorted(ONLY_TRAINING))
@@ -300,7 +345,7 @@ def test_mode_without_coupling_passes(name: str) -> None:
         model.train()(rows_of(6))
 
 
-@pytest.mark.parametrize("name", sorted(COUPLINGS.keys() - STATEFUL))
+@pytest.mark.parametrize("name", sorted(COUPLINGS.keys() - STATEFUL - DRAWN))
 def test_coupled_model_in_a_loop(name: str, tmp_path: Any) -> None:
     """Particles one after another are right, whatever the model does with its rows."""
     base = built(lambda: Net(COUPLINGS[name])).double()
@@ -536,7 +581,7 @@ def test_error_names_module_shapes_and_remedies() -> None:
     message = str(caught.value)
     assert "mix" in message and "last" not in message
     # The rows of all particles, and those of one.
-    assert "(18, 12)" in message and "(6, 12)" in message
+    assert "(24, 12)" in message and "(6, 12)" in message
     for remedy in ('fold="loop"', "batch_axes", "check_isolation=False"):
         assert remedy in message
     assert isinstance(caught.value, ValueError)
@@ -558,8 +603,8 @@ def test_cost(batch: int, trained: bool, training: bool) -> None:
     model(rows_of(batch))
     more = sum(counts) - PARTICLES * batch
     assert more > 0
-    # Three particles and one of them alone, on a few rows, where one alone would not tell.
-    few = 5 * min(batch, max(2, batch // 4))
+    # Four particles and one of them alone, twice, on a few rows, where one alone would not tell.
+    few = 6 * min(batch, max(2, batch // 6))
     assert more <= (batch if trained else 0) + (few if training or not trained else 0)
     counts.clear()
     # One example is another form of inputs than several.

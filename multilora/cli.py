@@ -243,6 +243,7 @@ def _train(args: argparse.Namespace) -> int:
                 trust_remote_code=args.trust_remote_code,
             )
 
+    checks.integer("--seeds", args.seeds, 1, 1000)
     if not args.compare:
         chosen = settings(args.method, args.seed, args.particles)
         out = Path(args.out) if args.out else _free_folder(chosen)
@@ -254,7 +255,7 @@ def _train(args: argparse.Namespace) -> int:
         )
         return 0
 
-    seeds = range(args.seed, args.seed + checks.integer("--seeds", args.seeds, 1, 1000))
+    seeds = range(args.seed, args.seed + args.seeds)
     out = Path(args.out) if args.out else _free_folder(settings("ibdr", args.seed, None), "compare")
     table = out / "compare.json"
     started = any((out / f"{m}-{s}" / "run.json").is_file() for m in METHODS for s in seeds)

@@ -99,6 +99,11 @@ class Inputs:
         axis = axes.get(name, None if name in _SHARED | _STATES else 0)
         if axis is None or not shape or (name not in axes and shape[0] == 1 != batch and not lead):
             return Leaf(name, tensor, None, False, False)
+        if tensor.layout is not torch.strided and self.strict:
+            raise ValueError(
+                f"{name} {tuple(shape)} is {tensor.layout}, which has no rows for every particle: "
+                f'say with batch_axes={{{name!r}: None}} that all share it, or use fold="loop"'
+            )
         moved = shape[len(lead) + axis : len(lead) + axis + 1]
         if shape[: len(lead)] == lead and moved == (batch,):
             return Leaf(name, tensor, axis, bool(lead), not known)
@@ -228,11 +233,14 @@ def conventional_axes(output: Any, rows: int, axes: Axes | int | None) -> list[i
     """The axis of every output tensor by `output_axes`, else the leading one of `rows` rows."""
 
     def axis(name: str, t: Tensor) -> int | None:
-        if isinstance(axes, Mapping) and name in axes:
-            return axes[name]
-        if isinstance(axes, int):
-            return axes if t.ndim > axes else None
-        return 0 if t.ndim and t.shape[0] == rows else None
+        if axes is None or (isinstance(axes, Mapping) and name not in axes):
+            return 0 if t.ndim and t.shape[0] == rows else None
+        chosen = axes[name] if isinstance(axes, Mapping) else axes
+        if chosen is None or not t.ndim:
+            return None
+        if t.ndim <= chosen:
+            raise ValueError(f"output_axes: output {name!r} {tuple(t.shape)} has no axis {chosen}")
+        return chosen
 
     return [axis(name, t) for name, t in named_tensors(output)]
 

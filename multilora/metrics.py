@@ -153,7 +153,11 @@ def evaluate(
 def _class_output(out: Any, name: str | int | None, class_axis: int | None) -> Tensor:
     """The logits (K, B, ...) among what a model returns, float32 or better."""
     if name is not None:
-        z = out[name] if isinstance(out, (Mapping, tuple, list)) else getattr(out, str(name))
+        try:
+            z = out[name] if isinstance(out, (Mapping, tuple, list)) else getattr(out, str(name))
+        except (KeyError, IndexError, AttributeError, TypeError):
+            has = sorted(out) if isinstance(out, Mapping) else type(out).__name__
+            raise ValueError(f"the model has no output {name!r}; it gave {has}") from None
     elif hasattr(out, "logits"):
         z = out.logits
     elif isinstance(out, Mapping):

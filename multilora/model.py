@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from multilora import checks
 from multilora.calls import Call
 from multilora.fold import Axes, Names
 from multilora.layers import (
@@ -39,6 +40,9 @@ from multilora.trunk import Cut, TrunkRows
 if TYPE_CHECKING:
     import peft
     from torch.distributed.device_mesh import DeviceMesh
+
+
+_MOST = 2**20  # particles, which nobody has memory for
 
 
 class Adapter(NamedTuple):
@@ -90,6 +94,7 @@ class ParticleModel(nn.Module):
 
     @share_trunk.setter
     def share_trunk(self, where: bool | str) -> None:
+        _check_trunk(where)
         if where and self.fold == "loop":
             raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
         if self._cut is not None:
@@ -150,8 +155,8 @@ class ParticleModel(nn.Module):
 
     def particle(self, particle: int) -> ParticleView:
         """One particle's own model: `view(x)` -> (B, ...), and any method of the base."""
-        if not 0 <= particle < self.num_particles:
-            raise ValueError(f"there are {self.num_particles} particles; got {particle}")
+        if type(particle) is not int or not 0 <= particle < self.num_particles:
+            raise ValueError(f"there are {self.num_particles} particles; got {particle!r}")
         return ParticleView(self, particle)
 
     @contextlib.contextmanager
@@ -162,9 +167,11 @@ class ParticleModel(nn.Module):
         their own, over the memory of the stacked ones. Inputs with per_particle=True are still
         those of all K particles.
         """
-        if not 0 <= start < stop <= self.num_particles:
+        whole = type(start) is type(stop) is int
+        if not (whole and 0 <= start < stop <= self.num_particles):
             raise ValueError(
-                f"particles needs 0 <= start < stop <= {self.num_particles}; got {start}, {stop}"
+                f"particles needs integers 0 <= start < stop <= {self.num_particles}; got "
+                f"{start!r}, {stop!r}"
             )
         layers = [m for m in self.base.modules() if isinstance(m, ParticleLayer)]
         stacked = [slot for layer in layers for slot in layer.stacked()]
@@ -187,9 +194,7 @@ class ParticleModel(nn.Module):
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
         """run() (K, ...) from its results for `particle_chunk` particles at a time, joined."""
-        if type(particle_chunk) is not int or particle_chunk < 1:
-            raise ValueError(f"particle_chunk must be an integer >= 1; got {particle_chunk!r}")
-        if particle_chunk >= self.num_particles:
+        if checks.integer("particle_chunk", particle_chunk, 1) >= self.num_particles:
             return run()
         parts = []
         for start in range(0, self.num_particles, particle_chunk):
@@ -205,8 +210,10 @@ class ParticleModel(nn.Module):
         """The stacked trainable tensors, particle axis first: adapters and heads.
 
         separate: K leaves a tensor instead, one a particle, which share its memory and its
-            gradient. An optimizer whose step depends on a whole tensor (Adafactor, LAMB, Muon), or
-            that is to have a learning rate a particle, needs them. See `optim.separate_parameters`.
+            gradient. An optimizer whose step depends on a whole tensor (Adafactor, Muon), or that
+            is to have a learning rate a particle, needs them; one that looks at all its parameters
+            at once (timm's LAMB clips their common norm) needs `EachParticle` instead. See
+            `optim.separate_parameters`.
         """
         if separate:
             from multilora.optim import separate_parameters
@@ -337,13 +344,13 @@ def get_particle_model(
     weights are not there (meta); `base` is then as it was.
     """
     check_config(config)
-    if type(num_particles) is not int or num_particles < 1:
-        raise ValueError(f"num_particles must be an integer >= 1; got {num_particles!r}")
-    if head_init not in (None, "reset", "copy"):
-        raise ValueError(f'head_init must be "reset" or "copy"; got {head_init!r}')
-    if fold not in ("batch", "loop"):
-        raise ValueError(f'fold must be "batch" or "loop"; got {fold!r}')
-    _check_axes(base, batch_axes)
+    checks.integer("num_particles", num_particles, 1, _MOST)
+    if head_init is not None:
+        checks.choice("head_init", head_init, ("reset", "copy"))
+    checks.choice("fold", fold, ("batch", "loop"))
+    checks.flag("check_isolation", check_isolation)
+    _check_trunk(share_trunk)
+    _check_axes(base, batch_axes, output_axes)
     if share_trunk and fold == "loop":
         raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
     check_base(base)
@@ -403,15 +410,25 @@ def get_particle_model(
     )
 
 
-def _check_axes(base: nn.Module, axes: Axes | None) -> None:
+def _check_trunk(where: bool | str) -> None:
+    if not (isinstance(where, bool) or (isinstance(where, str) and where)):
+        raise ValueError(f"share_trunk must be True, False or a module's name; got {where!r}")
+
+
+def _check_axes(base: nn.Module, inputs: Any, outputs: Any) -> None:
     names = Names(base.forward)
-    for name, axis in (axes or {}).items():
-        if name not in names.order and not names.takes_any:
-            raise ValueError(f"batch_axes: forward has the arguments {names.order}; got {name!r}")
-        if axis is not None and (type(axis) is not int or axis < 0):
-            raise ValueError(
-                f"batch_axes: an axis is an integer >= 0 or None; got {name}: {axis!r}"
-            )
+    for what, axes in (("batch_axes", inputs), ("output_axes", outputs)):
+        if isinstance(axes, int) and what == "output_axes":
+            axes = {"all": axes}
+        if not isinstance(axes, Mapping | None):
+            raise ValueError(f"{what} must be a mapping of names to axes; got {axes!r}")
+        for name, axis in (axes or {}).items():
+            if what == "batch_axes" and name not in names.order and not names.takes_any:
+                raise ValueError(f"{what}: forward has the arguments {names.order}; got {name!r}")
+            if axis is not None and (type(axis) is not int or axis < 0):
+                raise ValueError(
+                    f"{what}: an axis is an integer >= 0 or None; got {name}: {axis!r}"
+                )
 
 
 def _layer_type(target: nn.Module) -> type[LoraLayer]:

@@ -42,7 +42,7 @@ class Ranks:
         """Raises ValueError for a mesh with other axes than "data" and "particle"."""
         if mesh is None:
             return Ranks()
-        names = mesh.mesh_dim_names or ()
+        names = getattr(mesh, "mesh_dim_names", None) or ()
         if not names or set(names) - set(AXES):
             raise ValueError(
                 f"mesh needs axes named {AXES}, one of them or both (init_device_mesh(..., "

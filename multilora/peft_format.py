@@ -288,6 +288,11 @@ def expected_tensors(
                     expected[key] = expected[key]._replace(is_shared=True)
         if not isinstance(layer, PeftLoraLayer):
             continue
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            raise ValueError(
+                f"target_modules name {name}, an embedding, and particles adapt linears and "
+                "convolutions"
+            )
         key, dtype = f"{PREFIX}{name}.lora_", computing_dtype(layer.get_base_layer())
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), None)
@@ -299,10 +304,9 @@ def expected_tensors(
                 "computes with"
             )
         for factor, shape in ((f"{key}A.weight", "A"), (f"{key}B.weight", "B")):
-            if factor in expected:  # not of an embedding, which is refused as a target
-                d = expected[factor].shape
-                d = (rank, *d[1:]) if shape == "A" else (d[0], rank, *d[2:])
-                expected[factor] = Expected(d, dtype)
+            d = expected[factor].shape
+            d = (rank, *d[1:]) if shape == "A" else (d[0], rank, *d[2:])
+            expected[factor] = Expected(d, dtype)
     return expected
 
 

@@ -26,6 +26,7 @@ from multilora.fold import (
     unfold,
 )
 from multilora.isolation import Axis, IsolationCheck, ParticleIsolationError
+from multilora.ops._library import FrozenTensorError
 from multilora.trunk import Reached, TrunkRows
 
 if TYPE_CHECKING:
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 
 class _AdaptersDoNotRun(ValueError):
     """No fault of the batch: a loop would not help."""
+
+
+#: Errors for which the batch of particles is not to blame.
+_NOT_OF_THE_BATCH = (
+    torch.OutOfMemoryError,
+    ParticleIsolationError,
+    FrozenTensorError,
+    _AdaptersDoNotRun,
+)
 
 
 class Runner:
@@ -67,7 +77,7 @@ class Runner:
                 return function(*args, **kwargs)
         if model.fold == "loop":
             return self._loop(model, name, function, args, kwargs, per_particle)
-        if name == "generate":
+        if name == "generate" and model.check_isolation:
             self._look_at_prompts(model, args, kwargs, per_particle)
         inputs = self.inputs(model, name, args, kwargs, per_particle)
         if torch.compiler.is_compiling():
@@ -110,7 +120,8 @@ class Runner:
     ) -> Any:
         """All particles in one batch, checked where this form of inputs is new."""
         sharded = _is_sharded(model.base)
-        shares, check = model.has_cut and inputs.particles is None, None
+        shares = model.has_cut and inputs.particles is None and name != "generate"
+        check = None
         cut = model.share_trunk if shares else False
         key = (name, model.training, cut, inputs.form(of_one=not sharded))
         if sharded or (key not in self._checked and not _can_check(model, inputs)):
@@ -134,7 +145,7 @@ class Runner:
         call = Call(model, model.num_particles, total, inputs.batch if shares else None, trunk=rows)
         try:
             output = self._called(model, name, call, partial(function, *args, **kwargs))
-        except (torch.OutOfMemoryError, ParticleIsolationError, _AdaptersDoNotRun):
+        except _NOT_OF_THE_BATCH:
             raise
         except Exception as error:
             if check is None or check.failure is not None or check.unknown:
@@ -145,6 +156,8 @@ class Runner:
             axes = check.axes(output)
             if check.telling or sharded:
                 self._checked[key] = axes
+        if name == "generate":  # any number of answers to a prompt
+            axes = conventional_axes(output, 0, 0)
         return _unfolded(model, output, inputs, axes)
 
     def _next_particle(self, particles: int) -> int:
@@ -249,6 +262,12 @@ class Runner:
         if "inputs" in prompts:
             prompts[getattr(model.base, "main_input_name", known[0])] = prompts["inputs"]
         prompts = {n: v for n, v in prompts.items() if n in known and v is not None}
+        start = getattr(getattr(model.base, "config", None), "decoder_start_token_id", None)
+        if start is not None and "decoder_input_ids" in known:
+            first = next(t for t in prompts.values() if isinstance(t, Tensor))
+            rows = first.shape[: 2 if per_particle else 1]
+            answers = torch.full((*rows, 1), start, device=first.device)
+            prompts = {"decoder_input_ids": answers} | prompts
         with torch.no_grad():
             self.run(model, "forward", (), prompts, per_particle)
 

@@ -309,6 +309,8 @@ def _timm_base(
     from_file: bool,
     model_args: dict[str, Any],
 ) -> nn.Module:
+    if "num_classes" in model_args:
+        raise ValueError(f"the task has {classes} classes: leave num_classes out of --model-args")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create_base(model, classes, pretrained, from_file, **model_args)

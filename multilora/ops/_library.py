@@ -79,6 +79,10 @@ def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class FrozenTensorError(ValueError):
+    """A tensor that gets no gradient requires one."""
+
+
 def refuse_forward_mode(name: str, *tensors: Any) -> None:
     """Raise NotImplementedError where a tensor carries a tangent, which operators would drop."""
     # torch.func.jvp and linearize open a level too; outside of all of them this is the only cost.

@@ -1,5 +1,7 @@
 """What every backend and caller agrees on."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,13 @@ IGNORE_INDEX = -100
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that losses and geometry are computed and returned in: float32 or better."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def finite(scaling: float) -> float:
+    """The scaling of one layer's adapters."""
+    if not torch.compiler.is_compiling() and not math.isfinite(scaling):
+        raise ValueError(f"scaling must be a finite number; got {scaling!r}")
+    return float(scaling)
 
 
 def core_dtype(logits: Tensor) -> torch.dtype:

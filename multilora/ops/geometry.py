@@ -11,7 +11,7 @@ from multilora.ops._library import (
     refuse_gradient,
     register_autograd,
 )
-from multilora.ops.common import accumulator
+from multilora.ops.common import accumulator, finite
 
 
 def _fake_gram(lora_A, lora_B, scaling):
@@ -114,11 +114,16 @@ def _call(op, name, lora_A, lora_B, scaling) -> Tensor:
     if isinstance(lora_A, Tensor) and isinstance(lora_B, Tensor):
         return _call(op, name, [lora_A], [lora_B], scaling).squeeze(0)
     lora_A, lora_B = list(lora_A), list(lora_B)
-    scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * len(lora_A)
-    scales = [float(s) for s in scales]
+    scales = scalings(scaling, len(lora_A))
     refuse_forward_mode(name, *lora_A, *lora_B)
     check_factors(name, lora_A, lora_B, scales)
     return op(lora_A, lora_B, scales)
+
+
+def scalings(scaling: float | Sequence[float], layers: int) -> list[float]:
+    """One finite number a layer."""
+    scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * layers
+    return [finite(s) for s in scales]
 
 
 def check_factors(name, lora_A, lora_B, scaling) -> None:

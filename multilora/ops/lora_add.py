@@ -16,6 +16,7 @@ from multilora.ops._library import (
     refuse_forward_mode,
     register_autograd,
 )
+from multilora.ops.common import finite
 from multilora.ops.lora_linear import backward_op, rows_of
 
 
@@ -104,7 +105,7 @@ def lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
     """
     refuse_forward_mode("lora_add", y, x, lora_A, lora_B)
     _check(y, x, lora_A, lora_B)
-    arguments = (rows_of(x).to(y.dtype), lora_A, lora_B, float(scaling))
+    arguments = (rows_of(x).to(y.dtype), lora_A, lora_B, finite(scaling))
     if torch.compiler.is_compiling():
         return _copying_op(y, *arguments)[0]
     y = y.contiguous()

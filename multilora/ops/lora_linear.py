@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from multilora.ops._library import (
+    FrozenTensorError,
     autocast_dtype,
     define,
     refuse_forward_mode,
     refuse_gradient,
     register_autograd,
 )
+from multilora.ops.common import finite
 
 
 def _fake_forward(x, weight, lora_A, lora_B, bias, scaling):
@@ -90,7 +92,7 @@ def lora_linear(
     refuse_forward_mode("lora_linear", x, weight, lora_A, lora_B, bias)
     for name, frozen in (("weight", weight), ("bias", bias)):
         if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
+            raise FrozenTensorError(
                 f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
                 f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
                 "requires_grad_(False) on it"
@@ -101,7 +103,7 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias)
     particles = lora_A.shape[0]
-    y, _ = _forward_op(rows_of(x), weight, lora_A, lora_B, bias, float(scaling))
+    y, _ = _forward_op(rows_of(x), weight, lora_A, lora_B, bias, finite(scaling))
     return y if x.ndim == 3 else y.view(particles, *x.shape[1:-1], weight.shape[0])
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from multilora.ops._library import define, refuse_forward_mode, refuse_gradient
-from multilora.ops.geometry import TAGS, check_factors, gram_gradient
+from multilora.ops.geometry import TAGS, check_factors, gram_gradient, scalings
 
 
 def _fake(grad_A, grad_B, mix, upstream, lora_A, lora_B, scaling):
@@ -43,8 +43,7 @@ def svgd_update(
     Source: Bella (Doan et al. 2024), eq. 4; the repulsion is a choice of `upstream`.
     """
     lora_A, lora_B, grad_A, grad_B = map(list, (lora_A, lora_B, grad_A, grad_B))
-    scales = list(scaling) if isinstance(scaling, Sequence) else [scaling] * len(lora_A)
-    scales = [float(s) for s in scales]
+    scales = scalings(scaling, len(lora_A))
     refuse_forward_mode("svgd_update", *grad_A, *grad_B, mix, upstream, *lora_A, *lora_B)
     check_factors("svgd_update", lora_A, lora_B, scales)
     _check(grad_A, grad_B, mix, upstream, lora_A, lora_B)

@@ -386,6 +386,147 @@ def test_generation_and_a_cache_in_a_loop():
     assert torch.equal(tokens["batch"], tokens["loop"])
 
 
+ANSWERS = {"max_new_tokens": 4, "do_sample": False}
+SMALL = {"vocab_size": 31, "d_model": 16, "decoder_start_token_id": 2, "pad_token_id": 0}
+
+
+def t5():
+    sizes = {"d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = transformers.T5ForConditionalGeneration(transformers.T5Config(**SMALL, **sizes))
+    return base, ["q", "v"], {"inputs": torch.randint(3, 31, (2, 5))}
+
+
+def whisper():
+    config = transformers.WhisperConfig(
+        **SMALL,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_mel_bins=4,
+        max_source_positions=10,
+        max_target_positions=20,
+        bos_token_id=1,
+        eos_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    base = transformers.WhisperForConditionalGeneration(config)
+    return base, ["q_proj"], {"input_features": torch.randn(2, 4, 20)}
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
+@pytest.mark.parametrize("family", [t5, whisper])
+def test_generation_of_encoder_decoders(family, check):
+    torch.manual_seed(0)
+    base, targets, inputs = family()
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    model = moved(ml.get_particle_model(base.eval(), config, K, check_isolation=check))
+    tokens = model.call("generate", **inputs, **ANSWERS)
+    for k in range(K):
+        one = model.particle(k).generate(**inputs, **ANSWERS)
+        assert torch.equal(tokens[k][:, : one.shape[1]], one)
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_generation_of_several_answers(share_trunk):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=31, n_positions=32)
+    base = transformers.GPT2LMHeadModel(config).eval()
+    config = peft.LoraConfig(r=2, target_modules=["h.1.attn.c_attn"], fan_in_fan_out=True)
+    model = moved(ml.get_particle_model(base, config, K, share_trunk=share_trunk))
+    how = ANSWERS | {"num_beams": 2, "num_return_sequences": 2, "pad_token_id": 0}
+    prompts = torch.randint(3, 31, (2, 5))
+    tokens = model.call("generate", prompts, **how)
+    assert tokens.shape == (K, 4, 9)
+    for k in range(K):
+        assert torch.equal(tokens[k], model.particle(k).generate(prompts, **how))
+
+
+def test_windows_as_long_as_the_batch(tmp_path):
+    """Rows of windows of K·B tokens look like rows of tokens with the batch in second place."""
+
+    class Windows(Deep):
+        def forward(self, x):
+            return super().forward(x.view(-1, 2 * K, 6)).view(len(x), -1, 4)
+
+    model = moved(
+        ml.get_particle_model(Windows().double(), peft.LoraConfig(r=2, target_modules=["0"]), K)
+    )
+    for batch in (3, 2):
+        x = draw(batch, 12 * K, 6)
+        y = model(x)
+        for k in range(K):
+            one = of_peft(model, Windows().double(), k, tmp_path)(x)
+            torch.testing.assert_close(y[k], one)
+
+
+# What else is no number of particles, no axis, no place of a cut.
+NONSENSE = {
+    "num_particles": [0, -1, 1.5, True, None, "x", 2**70],
+    "head_init": ["x", True, 1],
+    "fold": ["x", None, True],
+    "share_trunk": [-1, 1, 0.5, "", (1, 2), None],
+    "check_isolation": ["x", None, 1],
+    "batch_axes": ["x", 1, {"input": -1}, {"input": True}, {"input": "x"}, {"nothing": 0}],
+    "output_axes": ["x", -1, True, 1.5, {"": -1}, {"": True}],
+    "mesh": [1, "data"],
+    "seed": ["x", None, 1.5, (0, 1), (0, 0, 0), (0, 1, -1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [(a, v) for a, values in NONSENSE.items() for v in values], ids=str
+)
+def test_arguments_that_mean_nothing(argument, value):
+    base, config = nn.Sequential(nn.Linear(6, 4)), peft.LoraConfig(r=2, target_modules=["0"])
+    options = {"num_particles": K} | {argument: value}
+    with pytest.raises(ValueError, match=argument):
+        ml.get_particle_model(base, config, **options)
+    assert type(base[0]) is nn.Linear  # nothing was changed
+
+
+def test_particles_that_are_not_there():
+    model = scores()
+    for particle in (-1, K, 0.5, True, "0", None):
+        with pytest.raises(ValueError, match="there are 3 particles; got"):
+            model.particle(particle)
+    for start, stop in ((0.5, 2), (0, "2"), (False, True), (2, 1), (0, K + 1)):
+        with (
+            pytest.raises(ValueError, match="particles needs integers"),
+            model.particles(start, stop),
+        ):
+            pass
+
+
+def test_an_output_without_the_axis():
+    model = scores(check_isolation=False, output_axes=5)
+    with pytest.raises(ValueError, match=r"output '' \(15, 4\) has no axis 5"):
+        model.call("classify", draw(5, 6))
+
+
+def test_a_sparse_input_is_named():
+    class Graph(Scores):
+        def forward(self, x, adjacency):
+            return adjacency @ self.classify(x)
+
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    adjacency = torch.eye(5, dtype=torch.float64).to_sparse()
+    model = ml.get_particle_model(Graph().double(), config, K)
+    with pytest.raises(ValueError, match=r"adjacency \(5, 5\) is torch.sparse_coo"):
+        model(draw(5, 6), adjacency)
+    loop = moved(ml.get_particle_model(Graph().double(), config, K, fold="loop"))
+    assert loop(draw(5, 6), adjacency).shape == (K, 5, 4)
+
+
+def test_a_base_that_is_unfrozen_afterwards():
+    model = scores()
+    model.base.query.base_layer.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="requires_grad=True") as caught:
+        model.call("classify", draw(5, 6))
+    assert not isinstance(caught.value, ml.ParticleIsolationError)
+
+
 def test_a_loop_takes_mini_batches_of_their_own_and_chunks():
     config = peft.LoraConfig(r=2, target_modules=["0", "1", "2"])
     x, y = draw(K, 4, 6), torch.arange(4).expand(K, 4) % 3

@@ -600,6 +600,14 @@ def test_a_pickle_of_anything_else_is_refused(spoil, reason, load, root):
 
 # --- embeddings ----------------------------------------------------------------------------------
 
+
+def test_an_adapted_embedding_is_refused_by_name(tmp_path):
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config.json .*embed_tokens, an embedding"):
+        ml.load_particle_model(llama(), [tmp_path, tmp_path])
+
+
 GROWN = 103
 
 

@@ -284,3 +284,20 @@ def test_a_frozen_tensor_that_requires_a_gradient_is_refused(name):
     with torch.no_grad():
         assert torch.equal(linear(frozen), expected)
     assert torch.equal(linear({**frozen, name: frozen[name].detach()}), expected)
+
+
+@pytest.mark.parametrize("scaling", [math.nan, math.inf, -math.inf])
+def test_a_scaling_that_is_no_number_is_refused(scaling):
+    A, B, grad = torch.randn(3, 2, 6), torch.randn(3, 4, 2), torch.eye(3)
+    calls = {
+        "lora_linear": lambda: ml.lora_linear(
+            torch.randn(3, 5, 6), torch.randn(4, 6), A, B, None, scaling
+        ),
+        "lora_add": lambda: lora_add(torch.randn(3, 5, 4), torch.randn(3, 5, 6), A, B, scaling),
+        "lora_gram": lambda: ml.lora_gram([A, A], [B, B], [1.0, scaling]),
+        "pairwise_frobenius": lambda: ml.pairwise_frobenius(A, B, scaling),
+        "svgd_update": lambda: svgd_update([A], [B], grad[None], grad[None], [A], [B], scaling),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match="scaling must be a finite number"):
+            pytest.fail(f"{name} took {scaling}: {call()}")

@@ -1352,7 +1352,7 @@ add(
 #: What one check cannot see, and why.
 CANNOT_SEE = {
     "other inputs": "Rows that meet only for inputs unlike those of the first forward of a form: "
-    "a branch that was not taken then.",
+    "a branch that was not taken then, or groups of rows that another batch size cuts.",
     "equal particles": "Rows that meet only where they are equal, as all particles' are before the "
     "first step: the check moves the adapters apart to see anything then.",
     "less than rounding": "Rows that change each other by less than the rounding of the model's "

@@ -51,7 +51,9 @@ class ParticleTrainer(Trainer):
 
     K particles step as K Trainers would step them. A step of M micro-batches is the mean over all
     their labels, where Trainer counts them for this model (`num_items_in_batch`, here always over
-    all processes), or else the mean of their means; a micro-batch without labels takes no part.
+    all processes); the sum of their means, where the model makes nothing of that count, as many
+    classifiers of transformers; or else the mean of their means. A micro-batch without labels
+    takes no part.
     max_grad_norm clips each particle by itself. An optimizer that is not known to treat all
     elements of a tensor alike (Adafactor, ...) is made once for every particle, `EachParticle`; one
     that is given must be so or be over model.particle_parameters(separate=True).
@@ -113,6 +115,7 @@ class ParticleTrainer(Trainer):
         self._make_method, self._method = method, None
         self._micro_batches = 1
         self._loss_checked = False
+        self._sums_means: bool | None = None
         self._grad_norms: Tensor | None = None  # of the particles, in the last step
         self._log_names: list[str] = []
         self._log_sum: Tensor | None = None  # over the steps since the last line
@@ -207,13 +210,16 @@ class ParticleTrainer(Trainer):
         share = self._share(len(where[0]), num_items_in_batch)
         if share == 0:
             return torch.zeros((), device=self.args.device)
-        scaler, router = self.accelerator.scaler, self._task.router
-        scale = scaler.scale(torch.tensor(share, device=self.args.device)) if scaler else share
+        router = self._task.router
         # Trainer adds the router's loss once a micro-batch to a loss that counts labels.
         router_share = share
         if num_items_in_batch is not None:
             averaged = self.args.world_size > 1 and self.args.average_tokens_across_devices
             router_share = float(self.args.world_size if averaged else 1)
+            if self._leaves_means(batch, inputs, targets):
+                share = router_share
+        scaler = self.accelerator.scaler
+        scale = scaler.scale(torch.tensor(share, device=self.args.device)) if scaler else share
         routed: list[Tensor] = []
 
         def closure() -> tuple[Tensor, Tensor]:
@@ -253,6 +259,39 @@ class ParticleTrainer(Trainer):
         # A step without any label is a step of methods that move without.
         return labels / float(items) if float(items) else 1 / self._micro_batches
 
+    def _leaves_means(self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor) -> bool:
+        """Whether the base ignores the number of a step's labels, which Trainer gives it: its loss
+        is a mean, and Trainer adds up the micro-batches'."""
+        if self._sums_means is None:
+            labels, found = self._own_labels(batch, targets), False
+            if labels is not None:
+                items = max(int((targets != IGNORE_INDEX).sum()), 1)
+                one, two = (
+                    self._own_output(inputs, labels, num_items_in_batch=n * items).loss
+                    for n in (1, 2)
+                )
+                found = one.item() == two.item()
+            if self.args.world_size > 1:
+                here = torch.tensor(int(found), device=self.args.device)
+                found = bool(self.accelerator.gather(here).max())
+            self._sums_means = found
+        return self._sums_means
+
+    def _own_labels(self, batch: dict[str, Any], targets: Tensor) -> Tensor | None:
+        """Labels of which the base computes what the method does; None where it does not."""
+        labels = self._task.own_labels(batch, targets)
+        loss = getattr(self.method, "loss", "ensemble")
+        return labels if loss == "ensemble" or loss is NAMES["particle"] else None
+
+    @torch.no_grad()
+    def _own_output(self, inputs: dict[str, Any], labels: Tensor, **options: Any) -> Any:
+        """The base's own output for particle 0, with its loss; random numbers stay as they are."""
+        before = RandomState(self.model.devices())
+        with self.model.particles(0, 1), self.compute_loss_context_manager():
+            output = self.model(**inputs | {"labels": labels} | options)
+        before.restore()
+        return output
+
     @torch.no_grad()
     def _check_own_loss(
         self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor
@@ -261,14 +300,10 @@ class ParticleTrainer(Trainer):
         if self._loss_checked:
             return
         self._loss_checked = True
-        labels = self._task.own_labels(batch, targets)
-        loss = getattr(self.method, "loss", "ensemble")
-        if labels is None or not (loss == "ensemble" or loss is NAMES["particle"]):
+        labels = self._own_labels(batch, targets)
+        if labels is None:
             return  # It computes none, or the user has another one.
-        before = RandomState(self.model.devices())
-        with self.model.particles(0, 1), self.compute_loss_context_manager():
-            output = self.model(**inputs | {"labels": labels})
-        before.restore()
+        output = self._own_output(inputs, labels)
         logits = self._task.logits(output, targets)
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         exact = accumulator(logits.dtype)

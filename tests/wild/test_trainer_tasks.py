@@ -319,10 +319,12 @@ def test_an_optimizer_that_is_given():
 # --- tasks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "causal"])
-def test_every_task_is_trained_as_trainer_trains_it(task):
+def test_every_task_is_trained_as_trainer_trains_it(task, micro_batches):
+    """Over two micro-batches too, whose means Trainer adds up where the model ignores counts."""
     base, model = particles(task, 2)
-    before, changes = values(model), SGD | {"gradient_accumulation_steps": 1}
+    before, changes = values(model), SGD | {"gradient_accumulation_steps": micro_batches}
     expected, logs = train_alone(task, base, model, **changes)
     trainer = trainer_of(task, model, **changes)
     trainer.train()

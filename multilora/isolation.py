@@ -84,6 +84,7 @@ class IsolationCheck:
         finally:
             self._restore()
 
+    @torch.no_grad()
     def axes(self, output: Any) -> list[Axis] | None:
         """The axis of the particles in every tensor of the call's output; None: not to be checked.
 
@@ -118,6 +119,7 @@ class IsolationCheck:
             f"{type(error).__name__}: {error}"
         )
 
+    @torch.no_grad()
     def _run(self) -> None:
         # Neither the first nor the last, whose rows may be where they would be without the others,
         # nor the one in the middle, which stays there where a model turns the batch round.

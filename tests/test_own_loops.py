@@ -131,7 +131,7 @@ def test_batch_on_the_second_axis_is_refused_for_any_number_of_tokens():
 
     model = ml.get_particle_model(Inner(), peft.LoraConfig(target_modules=["layer"]), 4)
     # 8 tokens are a multiple of 4 particles × 1 example.
-    with pytest.raises(ValueError, match="leading axis is particles × batch"):
+    with pytest.raises(ml.ParticleIsolationError, match=r"first at layer .*\(8, 4, 4\) together"):
         model(torch.randn(1, 8, 6))
 
 

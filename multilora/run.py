@@ -263,8 +263,8 @@ class Runner:
             prompts[getattr(model.base, "main_input_name", known[0])] = prompts["inputs"]
         prompts = {n: v for n, v in prompts.items() if n in known and v is not None}
         start = getattr(getattr(model.base, "config", None), "decoder_start_token_id", None)
-        if start is not None and "decoder_input_ids" in known:
-            first = next(t for t in prompts.values() if isinstance(t, Tensor))
+        first = next((t for t in prompts.values() if isinstance(t, Tensor)), None)
+        if first is not None and start is not None and "decoder_input_ids" in known:
             rows = first.shape[: 2 if per_particle else 1]
             answers = torch.full((*rows, 1), start, device=first.device)
             prompts = {"decoder_input_ids": answers} | prompts

@@ -266,11 +266,11 @@ class ParticleTrainer(Trainer):
             labels, found = self._own_labels(batch, targets), False
             if labels is not None:
                 items = max(int((targets != IGNORE_INDEX).sum()), 1)
-                one, two = (
-                    self._own_output(inputs, labels, num_items_in_batch=n * items).loss
-                    for n in (1, 2)
-                )
-                found = one.item() == two.item()
+                outputs = [
+                    self._own_output(inputs, labels, num_items_in_batch=n * items) for n in (1, 2)
+                ]
+                one, two = (getattr(output, "loss", None) for output in outputs)
+                found = one is not None and one.item() == two.item()
             if self.args.world_size > 1:
                 here = torch.tensor(int(found), device=self.args.device)
                 found = bool(self.accelerator.gather(here).max())

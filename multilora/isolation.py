@@ -45,6 +45,7 @@ class IsolationCheck:
     constants in place of the random numbers may hide what the numbers do (choose rows to mix), the
     four run twice with the numbers: no particle may change with the others' adapters.
 
+    particle: one that would show it in the call's own output; 0 where none would, see `Runner`.
     particles: how many run in the call. first: the place of the first in inputs of its own. shared:
     whether the call has a shared trunk, without which the particle alone runs. sharded: whether
     other processes run along, so that nothing may depend on the data.
@@ -121,10 +122,7 @@ class IsolationCheck:
 
     @torch.no_grad()
     def _run(self) -> None:
-        # Neither the first nor the last, whose rows may be where they would be without the others,
-        # nor the one in the middle, which stays there where a model turns the batch round.
-        k, last = self.particle, self.particles - 1
-        if k not in (0, last, last / 2) and not self._all_equal():
+        if self.particle > 0 and not self._all_equal():
             alone = self._run_alone()
             if not self._drew():
                 self._alone = alone
@@ -155,9 +153,9 @@ class IsolationCheck:
                 raise
             except Exception as error:
                 raise self.raised(error) from error
-            if not self._drew():
+            drew = self._drew()
+            if not drew:
                 self._axes = self._judge(several, alone, _SEVERAL, 1, len(self._few_rows()))
-        drew = self._drew()
         self._restore()
         return not drew
 

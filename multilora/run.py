@@ -161,7 +161,11 @@ class Runner:
         return _unfolded(model, output, inputs, axes)
 
     def _next_particle(self, particles: int) -> int:
-        """Which one to look at, another one for each check: see `IsolationCheck`."""
+        """Which one to look at, another one for each check; 0 where none would do.
+
+        Not the first or the last, whose rows may be where they would be without the others, nor the
+        one in the middle, which stays there where a model turns the batch round.
+        """
         told = [k for k in range(1, particles - 1) if 2 * k != particles - 1]
         return told[len(self._checked) % len(told)] if told else 0
 

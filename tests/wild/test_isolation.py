@@ -616,6 +616,18 @@ def test_cost(batch: int, trained: bool, training: bool) -> None:
     assert len(counts) > 3
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+def test_cost_of_drawn_numbers(trained: bool) -> None:
+    """Numbers other than dropout's: about three forwards of one particle."""
+    model = particles(built(lambda: Net(_drop_path)), trained, training=True)
+    counts = _counting(model)
+    model(rows_of(30))
+    assert 30 < sum(counts) - PARTICLES * 30 <= 3.5 * 30
+    counts.clear()
+    model(rows_of(30))
+    assert counts == [PARTICLES * 30]
+
+
 def test_no_check_on_request() -> None:
     model = particles(built(lambda: Net(batch_mean)), check_isolation=False)
     counts = _counting(model)

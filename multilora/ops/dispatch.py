@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -178,6 +179,8 @@ def requested() -> str | None:
     for request in reversed(_here.get()):
         if request.is_open:
             return request.name
+    if not _everywhere:
+        return _by_environment
     names = {request.name for request in tuple(_everywhere)}
     if len(names) > 1:
         raise BackendUnavailableError(
@@ -185,6 +188,14 @@ def requested() -> str | None:
             "one for none: put its work into a use_backend block of its own"
         )
     return names.pop() if names else _by_environment
+
+
+def is_requested(name: str | None) -> bool:
+    """Whether `as_requested(name)` would change nothing in this thread."""
+    for request in reversed(_here.get()):
+        if request.is_open:
+            return request.name == name
+    return not _everywhere and name == _by_environment
 
 
 @contextlib.contextmanager
@@ -228,7 +239,7 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
         device == "cuda"
         and requested() is None
         and missing_reason("triton") is None
-        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
+        and _module("triton").is_proven(op, args)
     ):
         return "triton"
     return name
@@ -243,8 +254,13 @@ def _runs_on(name: str, device: str) -> bool:
 
 def kernel(op: str, args: tuple[Any, ...]) -> Callable:
     """The function that computes operator `op` for these arguments."""
-    module = importlib.import_module(BACKENDS[backend_of(op, args)])
-    return getattr(module, op)
+    return getattr(_module(backend_of(op, args)), op)
+
+
+def _module(backend: str) -> Any:
+    path = BACKENDS[backend]
+    # import_module alone takes as long as all the rest of a decision.
+    return sys.modules.get(path) or importlib.import_module(path)
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:

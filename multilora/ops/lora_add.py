@@ -14,7 +14,6 @@ from multilora.ops._library import (
     keep_backend,
     on_kept_backend,
     refuse_forward_mode,
-    register_autograd,
 )
 from multilora.ops.common import finite
 from multilora.ops.lora_linear import backward_op, rows_of
@@ -65,7 +64,7 @@ def _backward(ctx, grad, *_):
     return grad, *(g if need else None for g, need in zip(grads, needs)), None
 
 
-register_autograd(_copying_op, _backward, _setup_context)
+_copying_op.register_autograd(_backward, _setup_context)
 
 
 class _AddInPlace(torch.autograd.Function):

@@ -5,12 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from multilora.ops._library import (
-    define,
-    refuse_forward_mode,
-    refuse_gradient,
-    register_autograd,
-)
+from multilora.ops._library import define, refuse_forward_mode
 from multilora.ops.common import accumulator, core_dtype
 
 _KINDS = ("logdet", "det")
@@ -86,10 +81,10 @@ def _loss_backward(ctx, grad_nll, grad_divergence, _stats, _core, _count):
     return _loss_backward_op(grad_nll, grad_divergence, *ctx.saved_tensors), None, None, None
 
 
-register_autograd(_volume_op, _volume_backward, _setup_context)
-register_autograd(_loss_op, _loss_backward, _setup_context)
-refuse_gradient(_volume_backward_op)
-refuse_gradient(_loss_backward_op)
+_volume_op.register_autograd(_volume_backward, _setup_context)
+_loss_op.register_autograd(_loss_backward, _setup_context)
+_volume_backward_op.refuse_gradient()
+_loss_backward_op.refuse_gradient()
 
 
 def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = "logdet") -> Tensor:

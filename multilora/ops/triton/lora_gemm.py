@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora.ops.triton.blocks import describable, descriptor, load_block, store_block
-from multilora.ops.triton.common import accumulator_of, cdiv, chip, dot, launch, precision
+from multilora.ops.triton.blocks import describable, load_block, store_block
+from multilora.ops.triton.common import Chip, Launch, accumulator_of, cdiv, dot, precision
 from multilora.ops.triton.configs import LoraGemm
 
 
@@ -203,52 +203,47 @@ def _lora_linear_gemm_kernel(
 
 
 def gemm(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    shrinker: Tensor | None,
-    shrunk: Tensor,
-    expander: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    config: LoraGemm,
+    particles: int,
+    rows: int,
+    depth: int,
+    cols: int,
+    rank: int,
+    shared: str,
     w_depth_first: bool,
-) -> None:
-    """y (K or 1, T, cols) from x (K or 1, T, depth), weight, S (K, T, r), expander (K, cols, r)."""
-    rows, depth, cols = y.shape[1], x.shape[2], y.shape[2]
-    particles, _, rank = shrunk.shape
-    shared = "" if x.shape[0] == y.shape[0] == particles else "in" if y.shape[0] == 1 else "out"
+    has_bias: bool,
+    strides: tuple[int, int, int],
+    scaling: float,
+    dtype: torch.dtype,
+    aligned: bool,
+    chip: Chip,
+    config: LoraGemm,
+) -> Launch:
+    """The kernel's launch, to be called with x (K or 1, T, depth), weight, shrinker, y (K or 1, T,
+    cols), S (K, T, r), expander (K, cols, r) and bias, all but the expander contiguous.
+
+    strides: the expander's. The shrinker (K, r, depth), in `dtype`, is None but where the path is
+    "shrink inside". aligned: x, weight, shrinker and y start at multiples of 16 bytes.
+    """
     shrink = config.path == "shrink inside"
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    weight = weight.contiguous().unsqueeze(0)
-    shrinker = shrinker.to(x.dtype).contiguous() if shrink else None
-    described = describable(x, weight, shrinker, y)
     strips = (1 if shared else particles) * cdiv(rows, m)
-    launch(
+    described = aligned and describable(chip, dtype, depth, cols)
+    blocks = (
+        ((1 if shared else particles, rows, depth), (m, k)),
+        ((1, depth, cols), (k, n)) if w_depth_first else ((1, cols, depth), (n, k)),
+        ((particles, rank, depth), (r, k)) if shrink else None,
+        ((1 if shared == "in" else particles, rows, cols), (m, n)),
+    )
+    return Launch(
         _lora_linear_gemm_kernel,
-        (min(config.programs * chip(x.device).processors, strips * cdiv(cols, n)),),
-        descriptor(described, x, m, k),
-        descriptor(described, weight, *((k, n) if w_depth_first else (n, k))),
-        descriptor(described, shrinker, r, k),
-        descriptor(described, y, m, n),
-        x,
-        weight,
-        shrinker,
-        y,
-        shrunk,
-        expander,
-        None if bias is None else bias.contiguous(),
-        particles,
-        rows,
-        depth,
-        cols,
-        rank,
-        *expander.stride(),
+        (min(config.programs * chip.processors, strips * cdiv(cols, n)),),
+        blocks if described else (None,) * 4,
+        (particles, rows, depth, cols, rank, *strides),
         SCALING=scaling,
         SHRINK=shrink,
         SHARED=shared,
         W_DEPTH_FIRST=w_depth_first,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         DESCRIBED=described,
         RANK_STEPS=cdiv(rank, r),
         BLOCK_M=m,
@@ -257,7 +252,7 @@ def gemm(
         BLOCK_R=r,
         GROUP=config.group,
         FLATTEN=config.flatten,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(dtype),
         num_warps=config.warps,
         num_stages=config.stages,
     )

@@ -14,8 +14,9 @@ from multilora.ops import dispatch
 # The operators die with this object, so the module keeps it.
 _lib = torch.library.Library("multilora", "DEF")
 
-#: What has no way of its own to see an operator, unlike a subclass of Tensor.
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+#: The types of arguments that have no way of their own to see an operator, as subclasses of Tensor
+#: may have.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, list, type(None)})
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -39,15 +40,22 @@ class Operator:
         self.overload = overload
         self._function = function
         self._with_gradient: Callable[..., Any] | None = None
+        lists = any(str(arg.type) == "List[Tensor]" for arg in overload._schema.arguments)
+        self._flat = _flat if lists else tuple
 
     def __call__(self, *args):
-        if torch.compiler.is_compiling() or _is_watched():
+        # Few calls: a small layer takes little more time than they do.
+        if torch.compiler.is_compiling() or (
+            # A dispatch mode, functorch or a tracer has to see every operator.
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
             return self.overload(*args)
-        tensors = _tensors(args)
-        for t in tensors:
-            if type(t) not in _PLAIN_TENSORS or t.is_meta:
-                return self.overload(*args)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        flat = self._flat(args)
+        if not _PLAIN.issuperset(map(type, flat)):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
             # Without a gradient of its own, the operator is what refuses one.
             return (self._with_gradient or self.overload)(*args)
         return self._function(*args)
@@ -58,13 +66,12 @@ class Operator:
         """Give the operator its gradient; `backward` calls operators only, so that it compiles."""
 
         def save(ctx, inputs, output):
-            keep_backend(ctx)
+            ctx.backend = dispatch.requested()
             setup_context(ctx, inputs, output)
 
         run = on_kept_backend(backward)
         torch.library.register_autograd(self.overload, run, setup_context=save, lib=_lib)
-        lists = any(isinstance(a.type, torch.ListType) for a in self.overload._schema.arguments)
-        differentiable = _differentiable_by_lists if lists else _differentiable
+        differentiable = _differentiable if self._flat is tuple else _differentiable_by_lists
         self._with_gradient = differentiable(self._function, run, save)
 
     def refuse_gradient(self) -> None:
@@ -92,11 +99,10 @@ def define(
 
     def route(*args):
         kernel = dispatch.kernel(name, args)
-        device = dispatch.first_tensor(args).device.type
-        if autocast_dtype(device) is None:
+        if not torch._C._is_any_autocast_enabled():
             return kernel(*args)
         # The public function has chosen the dtypes; autocast must not touch the inside.
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(dispatch.first_tensor(args).device.type, enabled=False):
             return kernel(*args)
 
     function = function or route
@@ -104,26 +110,6 @@ def define(
     torch.library.impl(f"multilora::{name}", "CompositeExplicitAutograd", function, lib=_lib)
     torch.library.register_fake(f"multilora::{name}", fake, lib=_lib)
     return Operator(getattr(torch.ops.multilora, name).default, function)
-
-
-def _is_watched() -> bool:
-    """Whether a dispatch mode, functorch or a tracer has to see every operator."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among an operator's arguments, those of its lists included."""
-    found = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            found.append(arg)
-        elif _is_tensors(arg):
-            found += arg
-    return found
 
 
 def _differentiable(
@@ -177,13 +163,9 @@ def _is_tensors(arg: Any) -> bool:
     return type(arg) is list and bool(arg) and isinstance(arg[0], Tensor)
 
 
-def keep_backend(ctx: Any) -> None:
-    """Note what backend the forward was asked to run on."""
-    ctx.backend = dispatch.requested()
-
-
 def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` on the backend of its forward: it may run on autograd's own thread, and later."""
+    """`backward` on the backend that was asked for in its forward, which is ctx.backend: it may run
+    on autograd's own thread, and later."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):

@@ -239,7 +239,7 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
         device == "cuda"
         and requested() is None
         and missing_reason("triton") is None
-        and _module("triton").is_proven(op, args)
+        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
     ):
         return "triton"
     return name
@@ -254,13 +254,20 @@ def _runs_on(name: str, device: str) -> bool:
 
 def kernel(op: str, args: tuple[Any, ...]) -> Callable:
     """The function that computes operator `op` for these arguments."""
-    return getattr(_module(backend_of(op, args)), op)
-
-
-def _module(backend: str) -> Any:
-    path = BACKENDS[backend]
-    # import_module alone takes as long as all the rest of a decision.
-    return sys.modules.get(path) or importlib.import_module(path)
+    first = args[0]
+    if (
+        # What a small layer asks, in the fewest steps: nothing is requested, on a CPU.
+        not (_everywhere or _by_environment or _here.get())
+        and type(first) is not list
+        and first.is_cpu
+        and _missing_cpu() is None
+    ):
+        path = BACKENDS["cpu"]
+    else:
+        path = BACKENDS[backend_of(op, args)]
+    # import_module takes as long as all the rest; but it waits for a module that is being imported.
+    function = getattr(sys.modules.get(path), op, None)
+    return function or getattr(importlib.import_module(path), op)
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:

@@ -90,45 +90,71 @@ def lora_linear(
     Source: Hu et al. 2022 (LoRA), eq. 3, for each of the K particles.
     """
     refuse_forward_mode("lora_linear", x, weight, lora_A, lora_B, bias)
-    for name, frozen in (("weight", weight), ("bias", bias)):
-        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
-            raise FrozenTensorError(
-                f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
-                f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
-                "requires_grad_(False) on it"
-            )
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None and x.dtype != torch.float64:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, lora_A, lora_B, bias)
-    particles = lora_A.shape[0]
-    y, _ = _forward_op(rows_of(x), weight, lora_A, lora_B, bias, finite(scaling))
-    return y if x.ndim == 3 else y.view(particles, *x.shape[1:-1], weight.shape[0])
+    if torch.is_grad_enabled():
+        for name, frozen in (("weight", weight), ("bias", bias)):
+            if frozen is not None and frozen.requires_grad:
+                raise FrozenTensorError(
+                    f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
+                    f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
+                    "requires_grad_(False) on it"
+                )
+    if torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    # What the compiler looks at may be sizes that stand for many.
+    require_fit = _require_fit.__wrapped__ if torch.compiler.is_compiling() else _require_fit
+    require_fit(scaling, *[(t.shape, t.dtype, t.device) for t in tensors])
+    rows = x if x.ndim == 3 and x.stride(0) else rows_of(x)
+    y, _ = _forward_op(rows, weight, lora_A, lora_B, bias, float(scaling))
+    return y if x.ndim == 3 else y.view(len(lora_A), *x.shape[1:-1], len(weight))
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x (K or 1, *, d_in) -> (K or 1, T, d_in): one row set where all particles read the same."""
     if x.shape[0] > 1 and x.stride(0) == 0:
-        # One particle's rows stand for all. A leaf that is itself expanded keeps K gradients.
-        expanded_leaf = torch.is_grad_enabled() and x.requires_grad and x.is_leaf
-        x = x if expanded_leaf else x[:1]
+        x = _one_of_equals(x)
     if x.ndim == 3:
         return x
     return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
-def _check(x, weight, lora_A, lora_B, bias) -> None:
-    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
-    # What the compiler looks at may be sizes that stand for many.
-    fit = _fit.__wrapped__ if torch.compiler.is_compiling() else _fit
-    fit(*[(t.shape, t.dtype, t.device) for t in tensors])
+def _one_of_equals(x: Tensor) -> Tensor:
+    """One particle's rows stand for all, but for a leaf that is itself expanded: it keeps its K
+    gradients."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x[:1]
+    if x.is_leaf:
+        return x
+    particles = x.shape[0]
+    exact = particles & (particles - 1) == 0 and x.dtype != torch.float16
+    if not exact or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x[:1]
+    # The gradient of x[:1] is K times as large, and zero but for one K-th.
+    return _OneOfEquals.apply(x)
+
+
+class _OneOfEquals(torch.autograd.Function):
+    """x (K, ...) -> x[:1]. Its gradient is a K-th for each: only their sum is of use to an
+    expanded x. A K-th of a float16 could be too small, and is exact for powers of two alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.particles = x.shape[0]
+        return x[:1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / ctx.particles).expand(ctx.particles, *grad.shape[1:])
 
 
 # Every layer asks the same in every step.
 @functools.lru_cache(maxsize=4096)
-def _fit(x, weight, lora_A, lora_B, bias=(None, None, None)) -> None:
-    """Raise where the tensors of these (shape, dtype, device) do not fit together."""
+def _require_fit(scaling, x, weight, lora_A, lora_B, bias=(None, None, None)) -> None:
+    """Raise where the scaling and the tensors of these (shape, dtype, device) do not fit."""
+    finite(scaling)
     shapes, dtypes, devices = zip(x, weight, lora_A, lora_B, bias)
     x, weight, lora_A, lora_B, bias = shapes
     got = (

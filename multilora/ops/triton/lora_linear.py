@@ -51,7 +51,8 @@ def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> _Prob
     particles, d_out, rank = lora_B.shape
     return _Problem(
         particles, members, rows, rank, d_in, d_out, lora_A.stride(), lora_B.stride(), scaling,
-        x.dtype, lora_A.dtype, precision(x.dtype), chip(x.device), (configs.lora_gemm, configs.lora_pass),
+        x.dtype, lora_A.dtype, precision(x.dtype), chip(x.device),
+        (configs.lora_gemm, configs.lora_pass),
     )  # fmt: skip
 
 

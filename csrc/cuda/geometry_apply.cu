@@ -24,7 +24,8 @@ struct ApplyBatch {
 // Features that a block writes.
 constexpr int kApply = 2 * kTile;
 
-// Grid: stretches of features, row tiles, items.
+// Grid: stretches of features, row tiles, items. The blocks that a processor must hold keep
+// the compiler from aiming at more, and spilling.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     lora_gram_apply_kernel(const __grid_constant__ ApplyBatch batch) {

@@ -17,7 +17,8 @@ struct GramBatch {
   GramItem items[kMost];
 };
 
-// Grid: parts, pairs of row tiles, items.
+// Grid: parts, pairs of row tiles, items. The blocks that a processor must hold keep
+// the compiler from aiming at more, and spilling.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
     lora_gram_partial_kernel(const __grid_constant__ GramBatch batch) {

@@ -137,6 +137,23 @@ def lora_gemm(
 
 
 @dataclass(frozen=True)
+class LoraExpand:
+    """block_m by block_n elements of y a program; block_r: depth of a low-rank step."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    warps: int
+
+
+def lora_expand(rank: int, dtype: torch.dtype) -> LoraExpand:
+    """For y = bias + S·E, before the vendor's GEMM adds to it."""
+    if dtype.itemsize > 2:
+        return LoraExpand(64 if dtype == torch.float32 else 32, 32, 16, 4)
+    return LoraExpand(128, 128, 16 if rank <= 16 else 32, 8)
+
+
+@dataclass(frozen=True)
 class LoraPass:
     """rows_each: the rows of one partial sum, where the products along the rows go alone."""
 

@@ -7,7 +7,6 @@ same kernel with W in the other operand order.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -224,13 +224,10 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
         )
     # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
     # is right, and ahead. The CPU's are, at every size that was measured.
-    if (
-        device == "cuda"
-        and requested() is None
-        and missing_reason("triton") is None
-        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
-    ):
-        return "triton"
+    if device == "cuda" and requested() is None and missing_reason("triton") is None:
+        for proven in importlib.import_module(BACKENDS["triton"]).proven_backends(op, args):
+            if missing_reason(proven) is None:
+                return proven
     return name
 
 

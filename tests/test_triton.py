@@ -371,7 +371,8 @@ def test_what_a_promotion_covers(promotions):
     assert ask(999) == ask(1000, 767) == ask(1000, 3073) == ask(1000, shared="out") == ()
     assert ask(1000, dtype=torch.float16) == ask(1000, chip=A100) == ()
     assert ask(1000, chip=Chip(90, 114)) == ()
-    assert proven._proven("lora_linear_backward", configs.lora_gemm, (), None) == ()
+    arguments = (4, 1000, 768, 768, 16, torch.bfloat16, H200, "", False)
+    assert proven._proven("lora_linear_backward", configs.lora_gemm, arguments, None) == ()
 
 
 def test_what_was_measured_there_goes_before_a_range(measured, promotions):

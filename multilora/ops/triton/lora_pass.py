@@ -59,7 +59,7 @@ def _lora_linear_pass_kernel(
     else:
         valid = column < rank
         f_start, s_start, o_start = member * f_stride_k, member * rows * rank, member * width * rank
-        f_column = (column * f_stride_r)[None, :]
+        f_column = (column.to(tl.int64) * f_stride_r)[None, :]
         s_column = column[None, :]
         o_column = column[None, :]
     valid = valid[None, :]
@@ -90,7 +90,8 @@ def _lora_linear_pass_kernel(
         if SHRINK:
             at = f_ptr + f_start + tl.cast(col, tl.int64) * f_stride_d
             mask = (d < width - col) & valid
-            f = tl.load(at + d * f_stride_d + f_column, mask=mask, other=0.0)
+            at = (at + d.to(tl.int64) * f_stride_d) + f_column
+            f = tl.load(at, mask=mask, other=0.0)
             shrunk = dot(g, (tl.cast(f, ACC) * SCALING).to(dtype), shrunk, PRECISION)
         if OUTER:
             if SHRINK:

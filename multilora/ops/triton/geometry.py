@@ -58,7 +58,7 @@ def _where(c, at, particles, d, rank, LORA_B: tl.constexpr, RANK: tl.constexpr):
     """Offsets and mask of rows c of A_cat, or columns c of B_cat, at the features `at`."""
     offsets = c * d + at  # (K, r, d)
     if LORA_B:  # (K, d, r)
-        offsets = c // rank * (d * rank) + at.to(tl.int64) * rank + c % rank
+        offsets = c // rank * (d * rank) + at * rank + c % rank
     return offsets, (c < _rows(particles, rank, RANK)) & (at < d)
 
 

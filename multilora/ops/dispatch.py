@@ -91,7 +91,19 @@ def _missing_cuda() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    return _too_old()
+    nvcc = importlib.import_module("multilora._C_cuda").build_info()["compiler"]
+    return _old_driver(nvcc, torch._C._cuda_getDriverVersion()) or _too_old()
+
+
+def _old_driver(nvcc: str, driver: int) -> str | None:
+    """Why what this compiler ("nvcc 13.0.88") built does not start with a driver for this CUDA
+    (12040 is 12.4), or None: a program needs a driver of its own major version, or a later one."""
+    if driver // 1000 >= int(nvcc.split()[-1].split(".")[0]):
+        return None
+    return (
+        f"it was built by {nvcc}, and the NVIDIA driver is one for CUDA {driver // 1000}."
+        f"{driver % 1000 // 10}: install a newer driver, or build with an nvcc that is no newer"
+    )
 
 
 def _missing_module(module: str, tool: str, build: str) -> str | None:
@@ -235,13 +247,10 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
         )
     # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
     # is right, and ahead. The CPU's are, at every size that was measured.
-    if (
-        device == "cuda"
-        and requested() is None
-        and missing_reason("triton") is None
-        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
-    ):
-        return "triton"
+    if device == "cuda" and requested() is None and missing_reason("triton") is None:
+        for proven in importlib.import_module(BACKENDS["triton"]).proven_backends(op, args):
+            if missing_reason(proven) is None:
+                return proven
     return name
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from multilora.ops.triton.common import Chip
 
@@ -41,11 +40,6 @@ def store_block(
         ptr += (tl.cast(k, tl.int64) * rows + row) * cols + col
         i, j = tl.arange(0, HEIGHT)[:, None], tl.arange(0, WIDTH)[None, :]
         tl.store(ptr + i * cols + j, block, mask=(i < rows - row) & (j < cols - col))
-
-
-def is_aligned(*tensors: Tensor | None) -> bool:
-    """Whether all of these start at multiples of 16 bytes."""
-    return not any(t.data_ptr() % 16 for t in tensors if t is not None)
 
 
 def describable(chip: Chip, dtype: torch.dtype, *widths: int) -> bool:

@@ -33,6 +33,9 @@ class Chip(NamedTuple):
 A100, H200 = Chip(80, 108), Chip(90, 132)
 _PLAYED = Chip(90, 2)
 
+# The default of Triton 3.6; later versions ask for a decision.
+_OPTIONS = {"enable_fp_fusion": True}
+
 _launcher: Callable[..., Any] | None = None
 _compiled_for: Chip | None = None
 
@@ -68,8 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
     """
     if 0 in grid:
         return None
-    # The default of Triton 3.6; later versions ask for a decision.
-    meta["enable_fp_fusion"] = True
+    meta |= _OPTIONS
     if _launcher is not None:
         return _launcher(kernel, grid, args, meta)
     return _on_device(_device(args), kernel[grid], *args, **meta)
@@ -113,58 +115,57 @@ class Launch:
         numbers: Sequence[int],
         **meta: Any,
     ):
-        self.kernel, self.numbers, self.meta = kernel, tuple(numbers), meta
+        self.kernel, self.numbers = kernel, tuple(numbers)
+        self.meta = {**meta, **_OPTIONS}
         self.grid = (*grid, 1, 1)[:3]
-        self._described = [(i, b) for i, b in enumerate(blocks) if b is not None]
-        # Of the descriptors, all but the tensor, once it is known to be right.
-        self._fields: dict[int, dict[str, Any]] = {}
+        self._blocks = [(i, b) for i, b in enumerate(blocks) if b is not None]
         self._none = [None] * len(blocks)
+        # Of each descriptor, all but the tensor, once it is known to be right.
+        self._fields: list[tuple[int, dict[str, Any]]] | None = None
         # By the device, and by which tensors start at multiples of 16 bytes: that, beside their
         # dtypes, is what Triton compiles for.
         self._compiled: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        descriptors: Sequence[Any] = self._none
-        if self._described:
-            descriptors = self._none.copy()
-            for i, blocks in self._described:
-                descriptors[i] = self._descriptor(i, blocks, tensors[i])
-        args = (*descriptors, *tensors, *self.numbers)
-        if _launcher is not None or INTERPRETED.value:
-            launch(self.kernel, self.grid, *args, **self.meta)
+        args = (*self._descriptors(tensors), *tensors, *self.numbers)
+        if _launcher is not None:
+            _launcher(self.kernel, self.grid, args, self.meta)
             return
         device = tensors[0].device
-        key = device.index
+        key = -1 if device.index is None else device.index
         for t in tensors:
             if t is not None:
                 key = 2 * key + (t.data_ptr() % 16 == 0)
         compiled = self._compiled.get(key)
         if compiled is not None:
             _on_device(device, compiled, *args)
-        else:
-            # Triton looks at every argument, which takes longer than all the rest of a launch.
-            self._keep(key, launch(self.kernel, self.grid, *args, **self.meta), len(args))
-
-    def _keep(self, key: int, compiled: Any, given: int) -> None:
-        """The next time, what was compiled is launched as it is."""
+            return
+        # Triton looks at every argument, which takes longer than all the rest of a launch.
+        compiled = _on_device(device, self.kernel[self.grid], *args, **self.meta)
         if compiled is not None:
-            constants = [self.meta[p.name] for p in self.kernel.params[given:]]
+            # The next time it is launched as it is.
+            constants = [self.meta[p.name] for p in self.kernel.params[len(args) :]]
             run = compiled[self.grid]
             self._compiled[key] = lambda *args: run(*args, *constants)
 
-    def _descriptor(self, index: int, blocks: Blocks, t: Tensor) -> TensorDescriptor:
-        fields = self._fields.get(index)
-        if fields is None:
-            # Not t.stride(): an axis of length one may have any.
-            (particles, rows, cols), box = blocks
-            shape, strides = [particles, rows, cols], [rows * cols, cols, 1]
-            descriptor = TensorDescriptor(t, shape, strides, [1, *box])
-            self._fields[index] = {**vars(descriptor), "base": None}
-            return descriptor
-        # Without the checks, which take longer than a launch.
-        descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {**fields, "base": t}
-        return descriptor
+    def _descriptors(self, tensors: tuple[Tensor | None, ...]) -> list[TensorDescriptor | None]:
+        if not self._blocks:
+            return self._none
+        found = self._none.copy()
+        if self._fields is None:
+            fields = []
+            for i, ((particles, rows, cols), box) in self._blocks:
+                # Not t.stride(): an axis of length one may have any.
+                shape, strides = [particles, rows, cols], [rows * cols, cols, 1]
+                found[i] = TensorDescriptor(tensors[i], shape, strides, [1, *box])
+                fields.append((i, {**vars(found[i]), "base": None}))
+            self._fields = fields
+            return found
+        for i, fields in self._fields:
+            # Without the checks, which take longer than a launch.
+            found[i] = descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__ = {**fields, "base": tensors[i]}
+        return found
 
 
 def cdiv(a: int, b: int) -> int:

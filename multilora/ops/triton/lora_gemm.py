@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from multilora.ops.triton.blocks import describable, load_block, store_block
 from multilora.ops.triton.common import Chip, Launch, accumulator_of, cdiv, dot, precision
-from multilora.ops.triton.configs import LoraGemm
+from multilora.ops.triton.configs import LoraGemm, lora_expand
 
 
 @triton.jit
@@ -34,10 +33,13 @@ def _load_expander(
     BLOCK_R: tl.constexpr,
 ):
     """The tile (BLOCK_N, BLOCK_R) of s·Q, rounded once, to `dtype`, from its master."""
-    q_ptr += tl.cast(k, tl.int64) * stride_k + tl.cast(col, tl.int64) * stride_c + first * stride_r
+    q_ptr += tl.cast(k, tl.int64) * stride_k + tl.cast(col, tl.int64) * stride_c
+    q_ptr += tl.cast(first, tl.int64) * stride_r
     c, j = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_R)[None, :]
     mask = (c < cols - col) & (j < rank - first)
-    q = tl.load(q_ptr + c * stride_c + j * stride_r, mask=mask, other=0.0)
+    # A factor may be a view whose axes are far apart.
+    q_ptrs = (q_ptr + c.to(tl.int64) * stride_c) + j.to(tl.int64) * stride_r
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
     # In float32: a product with a scalar would stay in the master's dtype.
     return (tl.cast(q, accumulator_of(dtype)) * SCALING).to(dtype)
 
@@ -258,22 +260,72 @@ def gemm(
     )
 
 
-def accumulate(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    shrunk: Tensor,
-    expander: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-) -> None:
-    """The same with the vendor's GEMM: expand into y, then y += x·weight (depth, cols).
+@triton.jit
+def _lora_linear_expand_kernel(
+    s_ptr,  # S (K, rows, rank)
+    q_ptr,  # Q (K, cols, rank), by its strides
+    bias_ptr,
+    y_ptr,  # Y (K, rows, cols)
+    rows,
+    cols,
+    rank,
+    q_stride_k,
+    q_stride_c,
+    q_stride_r,
+    SCALING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Y_k = bias + S_k (s·Q_k)ᵀ, a tile a program: y is written once and never read."""
+    ACC: tl.constexpr = accumulator_of(y_ptr.dtype.element_ty)
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    row = tl.program_id(0) // tiles_n * BLOCK_M
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    k = tl.program_id(1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = _expand(
+        acc, s_ptr, q_ptr, k, row, col, rows, cols, rank,
+        q_stride_k, q_stride_c, q_stride_r, SCALING,
+        0, RANK_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        c = col + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + c, mask=c < cols, other=0.0).to(ACC)[None, :]
+    store_block(None, y_ptr, acc, k, row, col, rows, cols, False, BLOCK_M, BLOCK_N)
 
-    Its product keeps all of the library's efficiency; what it costs is that y is written twice.
+
+def expand(
+    particles: int,
+    rows: int,
+    cols: int,
+    rank: int,
+    has_bias: bool,
+    strides: tuple[int, int, int],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Launch:
+    """y = bias + S·(scaling·expander)ᵀ, to be called with S (K, T, r), expander (K, cols, r) of
+    these strides, bias and y (K, T, cols): what comes before a product that adds to y.
+
+    Not baddbmm: where y is not its first argument, it copies that into y before it adds.
     """
-    expander = (expander * scaling).to(x.dtype).mT
-    if bias is None:
-        torch.bmm(shrunk, expander, out=y)
-    else:
-        torch.baddbmm(bias, shrunk, expander, out=y)
-    y.flatten(0, 1).addmm_(x.flatten(0, 1), weight)
+    config = lora_expand(rank, dtype)
+    m, n, r = config.block_m, config.block_n, config.block_r
+    return Launch(
+        _lora_linear_expand_kernel,
+        (cdiv(rows, m) * cdiv(cols, n), particles),
+        (),
+        (rows, cols, rank, *strides),
+        SCALING=scaling,
+        HAS_BIAS=has_bias,
+        RANK_STEPS=cdiv(rank, r),
+        BLOCK_M=m,
+        BLOCK_N=n,
+        BLOCK_R=r,
+        PRECISION=precision(dtype),
+        num_warps=config.warps,
+    )

@@ -17,9 +17,8 @@ from torch import Tensor
 from multilora.ops import reference
 from multilora.ops.common import accumulator
 from multilora.ops.triton import configs
-from multilora.ops.triton.blocks import is_aligned
 from multilora.ops.triton.common import Chip, Launch, chip, precision
-from multilora.ops.triton.lora_gemm import accumulate, gemm
+from multilora.ops.triton.lora_gemm import expand, gemm
 from multilora.ops.triton.lora_pass import Sum, ThinPass, reduce, thin_pass
 
 #: As many problems are kept: those of a model's layers, at some numbers of rows.
@@ -27,8 +26,11 @@ _KEPT = 4096
 
 
 class _Problem(NamedTuple):
-    """All that decides which kernels run. members: 1 where the particles share x, else K. rules:
-    what chooses their configurations, which others take the place of while tuning."""
+    """All that decides which kernels run.
+
+    members: 1 where the particles share x, else K. rules: what chooses configurations, which
+    something else stands in for while tuning.
+    """
 
     particles: int
     members: int
@@ -46,14 +48,19 @@ class _Problem(NamedTuple):
     rules: tuple[Callable[..., Any], ...]
 
 
-def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> _Problem:
+def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Any, ...]:
+    """The fields of a _Problem, which the plans' caches take for one."""
     members, rows, d_in = x.shape
     particles, d_out, rank = lora_B.shape
-    return _Problem(
+    dtype = x.dtype
+    return (
         particles, members, rows, rank, d_in, d_out, lora_A.stride(), lora_B.stride(), scaling,
-        x.dtype, lora_A.dtype, precision(x.dtype), chip(x.device),
-        (configs.lora_gemm, configs.lora_pass),
+        dtype, lora_A.dtype, "ieee" if dtype != torch.float32 else precision(dtype),
+        chip(x.device), (configs.lora_gemm, configs.lora_pass),
     )  # fmt: skip
+
+
+# --- forward -------------------------------------------------------------------------------------
 
 
 def lora_linear(
@@ -65,67 +72,100 @@ def lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
-    x, weight = x.contiguous(), weight.contiguous()
-    p = _problem(x, lora_A, lora_B, scaling)
-    if 0 in (p.rows, p.d_in, p.d_out):
+    particles, rank, d_in = lora_A.shape
+    rows, d_out = x.shape[1], weight.shape[0]
+    if 0 in (rows, d_in, d_out):
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    bias = None if bias is None else bias.contiguous()
-    shrink, product = _forward(p, bias is not None, is_aligned(x, weight))
-    y = x.new_empty(p.particles, p.rows, p.d_out)
-    shrunk = x.new_empty(p.particles, p.rows, p.rank)
+    x, weight = x.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    plan = _forward(_problem(x, lora_A, lora_B, scaling), bias is not None, aligned)
+    y, shrunk = x.new_empty((particles, rows, d_out)), x.new_empty((particles, rows, rank))
     shrinker = None
-    if shrink is None:
-        shrinker = lora_A.to(p.dtype, memory_format=torch.contiguous_format)
+    if plan.shrink is not None:
+        plan.shrink(x, lora_A, shrunk, None, None)
     else:
-        shrink.launch(x, lora_A, shrunk, None, None)
-    if product is None:
-        accumulate(y, x, weight.mT, shrunk, lora_B, bias, scaling)
+        shrinker = lora_A.to(x.dtype).contiguous()
+    if plan.gemm is not None:
+        plan.gemm(x, weight, shrinker, y, shrunk, lora_B, bias)
     else:
-        product(x, weight, shrinker, y, shrunk, lora_B, bias)
+        plan.expand(shrunk, lora_B, bias, y)
+        _add_product(y, x, weight.mT)
     return y, shrunk
 
 
+class _Forward(NamedTuple):
+    shrink: Launch | None  # S = x Aᵀ; None: inside the GEMM
+    gemm: Launch | None  # y = x Wᵀ + bias + s·S Bᵀ; None: the vendor's adds to what `expand` gives
+    expand: Launch | None  # y = bias + s·S Bᵀ
+
+
 @functools.lru_cache(_KEPT)
-def _forward(p: _Problem, has_bias: bool, aligned: bool) -> tuple[ThinPass | None, Launch | None]:
-    """S by a pass of its own, or None: inside the GEMM; the GEMM, or None: the vendor's."""
+def _forward(problem: tuple[Any, ...], has_bias: bool, aligned: bool) -> _Forward:
+    p = _Problem(*problem)
     shared = "" if p.members == p.particles else "out"
-    config = configs.lora_gemm(
-        p.particles, p.rows, p.d_in, p.d_out, p.rank, p.dtype, p.chip, shared
-    )
-    shrink = None if config.path == "shrink inside" else _shrink(p, aligned)
+    sizes = (p.particles, p.rows, p.d_in, p.d_out, p.rank)
+    config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared)
+    shrink = None if config.path == "shrink inside" else _shrinking(problem, aligned)
     if config.path == "accumulate":
-        return shrink, None
-    return shrink, gemm(
-        p.particles, p.rows, p.d_in, p.d_out, p.rank, shared, False, has_bias, p.strides_B,
-        p.scaling, p.dtype, aligned, p.chip, config,
-    )  # fmt: skip
+        return _Forward(shrink, None, _expanding(p, p.d_out, has_bias, p.strides_B, p.scaling))
+    of_B = (p.strides_B, p.scaling)
+    product = gemm(*sizes, shared, False, has_bias, *of_B, p.dtype, aligned, p.chip, config)
+    return _Forward(shrink, product, None)
 
 
 @functools.lru_cache(_KEPT)
-def _shrink(p: _Problem, aligned: bool) -> ThinPass:
-    """S = x Aᵀ."""
-    return thin_pass(
-        p.particles, p.members, p.rows, p.d_in, p.rank, _turned(p.strides_A), False, 1.0,
-        p.dtype, aligned, p.chip,
-    )  # fmt: skip
+def _shrinking(problem: tuple[Any, ...], aligned: bool) -> Launch:
+    """S = x Aᵀ by a pass of its own."""
+    p = _Problem(*problem)
+    over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
+    strides = _turned(p.strides_A)
+    return thin_pass(*over_x, strides, False, 1.0, p.dtype, aligned, p.chip).launch
+
+
+def _expanding(
+    p: _Problem, cols: int, has_bias: bool, strides: tuple[int, int, int], scaling: float
+) -> Launch:
+    return expand(p.particles, p.rows, cols, p.rank, has_bias, strides, scaling, p.dtype)
 
 
 def _turned(strides: tuple[int, int, int]) -> tuple[int, int, int]:
     return strides[0], strides[2], strides[1]
 
 
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y += x·weight (depth, cols), by the vendor's GEMM.
+
+    It keeps all of the library's efficiency; what it costs is that y is written twice and read
+    once.
+    """
+    y.flatten(0, 1).addmm_(x.flatten(0, 1), weight)
+
+
+def shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """S = x Aᵀ (K, T, r) of a contiguous x (K or 1, T, d_in)."""
+    particles, rank, _ = lora_A.shape
+    shrunk = x.new_empty((particles, x.shape[1], rank))
+    problem = _problem(x, lora_A, lora_B, 1.0)
+    _shrinking(problem, x.data_ptr() % 16 == 0)(x, lora_A, shrunk, None, None)
+    return shrunk
+
+
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """y (K·T rows of d_out) += scaling·(x Aᵀ) Bᵀ for x (K or 1, T, d_in) -> S = x Aᵀ (K, T, r)."""
-    x = x.contiguous()
-    p = _problem(x, lora_A, lora_B, scaling)
-    if 0 in (p.rows, p.d_in, p.d_out):
+    particles, d_out, _ = lora_B.shape
+    rows = x.shape[1]
+    if 0 in (rows, x.shape[2], d_out):
         return reference.lora_add_(y, x, lora_A, lora_B, scaling)
-    shrunk = x.new_empty(p.particles, p.rows, p.rank)
-    _shrink(p, is_aligned(x)).launch(x, lora_A, shrunk, None, None)
+    shrunk = shrink(x.contiguous(), lora_A, lora_B)
     # A product as thin as this is y's one read and one write: the vendor's does no more.
-    y = y.view(p.particles, p.rows, p.d_out)
+    y = y.view(particles, rows, d_out)
     y.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
     return shrunk
+
+
+# --- backward ------------------------------------------------------------------------------------
 
 
 def lora_linear_backward(
@@ -139,87 +179,114 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
-    needs_x, needs_A, needs_B = needs
-    x, grad = x.contiguous(), grad.contiguous()
-    p = _problem(x, lora_A, lora_B, scaling)
-    if 0 in (p.rows, p.d_in, p.d_out):
+    if 0 in (x.shape[1], x.shape[2], grad.shape[2]):
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
-    weight = None if weight is None else weight.contiguous()
-    plan = _backward(p, *needs, weight is not None, is_aligned(x, grad, weight))
-    dx = x.new_empty(x.shape if needs_x and weight is not None else 0)
-    dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
-    dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
-    sums: list[Tensor | None] = []
-    d_shrunk = parts = None
-    if needs_B:
-        parts = x.new_empty((plan.outer or plan.shrink).partial, dtype=accumulator(p.dtype))
-        sums += parts, dB
-    if plan.shrink is not None:
-        d_shrunk = x.new_empty(shrunk.shape)
-        both = (None, None) if plan.shrink.partial is None else (shrunk, parts)
-        plan.shrink.launch(grad, lora_B, d_shrunk, *both)
-    if plan.outer is not None:
-        plan.outer.launch(grad, None, None, shrunk, parts)
-    if needs_A:
-        parts = x.new_empty(plan.inner.partial, dtype=accumulator(p.dtype))
-        plan.inner.launch(x, None, None, d_shrunk, parts)
-        sums += parts, dA
-    if plan.sums is not None:
-        plan.sums(*sums, *[None] * (4 - len(sums)))
-    if needs_x and weight is None:
-        dx = reference.expand_gradient(d_shrunk, lora_A.to(p.dtype), p.members != p.particles)
-    elif needs_x:
-        # The rows are the same for all particles, so dY is summed before the large product.
-        rest = grad if p.members == p.particles else grad.sum(0, keepdim=True)
-        if plan.product is None:
-            accumulate(dx, rest, weight, d_shrunk, lora_A.mT, None, 1.0)
-        else:
-            plan.product(rest, weight, None, dx, d_shrunk, lora_A, None)
+    x, grad = x.contiguous(), grad.contiguous()
+    d_shrunk, dA, dB = thin_gradients(grad, x, lora_A, lora_B, shrunk, scaling, needs)
+    if not needs[0]:
+        return x.new_empty(0), dA, dB
+    shared = x.shape[0] != lora_A.shape[0]
+    if weight is None:
+        return reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared), dA, dB
+    weight = weight.contiguous()
+    # The rows are the same for all particles, so dY is summed before the large product.
+    rest = grad.sum(0, keepdim=True) if shared else grad
+    aligned = (rest.data_ptr() | weight.data_ptr()) % 16 == 0
+    product, expand = _input_gradient(_problem(x, lora_A, lora_B, scaling), aligned)
+    dx = x.new_empty(x.shape)
+    if product is not None:
+        product(rest, weight, None, dx, d_shrunk, lora_A, None)
+    else:
+        expand(d_shrunk, lora_A, None, dx)
+        _add_product(dx, rest, weight)
     return dx, dA, dB
 
 
-class _Backward(NamedTuple):
-    """What is None is not needed, but for the product: there it is the vendor's."""
+@functools.lru_cache(_KEPT)
+def _input_gradient(problem: tuple[Any, ...], aligned: bool) -> tuple[Launch | None, Launch | None]:
+    """dX = dY·W + dS·A; or None, and dS·A, to which the vendor's GEMM adds."""
+    p = _Problem(*problem)
+    shared = "" if p.members == p.particles else "in"
+    sizes = (p.particles, p.rows, p.d_out, p.d_in, p.rank)
+    config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared, True)
+    of_A = (_turned(p.strides_A), 1.0)
+    if config.path == "accumulate":
+        return None, _expanding(p, p.d_in, False, *of_A)
+    return gemm(*sizes, shared, True, False, *of_A, p.dtype, aligned, p.chip, config), None
 
-    shrink: ThinPass | None  # dS = s·dY·B, and the parts of dB where they do not cost a pass
+
+def thin_gradients(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dS = s·dY·B (K, T, r), or None where nobody needs it; dA and dB, or empty.
+
+    grad and x are contiguous.
+    """
+    _, needs_A, needs_B = needs
+    dtype = x.dtype
+    aligned = (x.data_ptr() | grad.data_ptr()) % 16 == 0
+    plan = _thin_gradients(_problem(x, lora_A, lora_B, scaling), *needs, aligned)
+    d_shrunk = None
+    dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
+    dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
+    parts_A = parts_B = None
+    if needs_B:
+        parts_B = x.new_empty(plan.parts_B, dtype=accumulator(dtype))
+    if plan.shrink is not None:
+        d_shrunk = x.new_empty(shrunk.shape)
+        together = (None, None) if plan.shrink.parts is None else (shrunk, parts_B)
+        plan.shrink.launch(grad, lora_B, d_shrunk, *together)
+    if plan.outer is not None:
+        plan.outer.launch(grad, None, None, shrunk, parts_B)
+    if needs_A:
+        parts_A = x.new_empty(plan.inner.parts, dtype=accumulator(dtype))
+        plan.inner.launch(x, None, None, d_shrunk, parts_A)
+    if needs_A and needs_B:
+        plan.sums(parts_A, dA, parts_B, dB)
+    elif needs_A:
+        plan.sums(parts_A, dA, None, None)
+    elif needs_B:
+        plan.sums(parts_B, dB, None, None)
+    return d_shrunk, dA, dB
+
+
+class _Thin(NamedTuple):
+    """What is None is not needed."""
+
+    shrink: ThinPass | None  # dS = s·dY·B, and the parts of dB where they cost no pass
     outer: ThinPass | None  # dB = s·dYᵀ·S in parts, by a pass of their own
     inner: ThinPass | None  # dA = dSᵀ·X in parts
+    parts_B: tuple[int, int, int, int] | None
     sums: Launch | None
-    product: Launch | None  # dX = dY·W + dS·A
 
 
 @functools.lru_cache(_KEPT)
-def _backward(
-    p: _Problem, needs_x: bool, needs_A: bool, needs_B: bool, has_weight: bool, aligned: bool
-) -> _Backward:
-    common = (p.dtype, aligned, p.chip)
+def _thin_gradients(
+    problem: tuple[Any, ...], needs_x: bool, needs_A: bool, needs_B: bool, aligned: bool
+) -> _Thin:
+    p = _Problem(*problem)
+    kind = (p.dtype, aligned, p.chip)
     over_grad = (p.particles, p.particles, p.rows, p.d_out, p.rank)
-    shrink = outer = inner = sums = product = None
-    parts = []
+    shrink = outer = inner = parts_B = None
+    sums = []
     if needs_x or needs_A:
-        together = needs_B and configs.lora_pass_together(
-            p.particles, p.rows, p.d_out, p.rank, p.dtype, p.chip
-        )
-        shrink = thin_pass(*over_grad, p.strides_B, together, p.scaling, *common)
-    if needs_B:
-        if shrink is None or shrink.partial is None:
-            outer = thin_pass(*over_grad, None, True, p.scaling, *common)
-        of_B = (p.d_out * p.rank, p.rank, 1)
-        parts.append(Sum((outer or shrink).partial, of_B, p.scaling))
+        together = needs_B and configs.lora_pass_together(*over_grad[1:], p.dtype, p.chip)
+        shrink = thin_pass(*over_grad, p.strides_B, together, p.scaling, *kind)
     if needs_A:
         over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
-        inner = thin_pass(*over_x, None, True, 1.0, *common)
-        of_A = (p.rank * p.d_in, 1, p.d_in)
-        parts.append(Sum(inner.partial, of_A, 1.0))
-    if parts:
-        sums = reduce(*parts)
-    if needs_x and has_weight:
-        shared = "" if p.members == p.particles else "in"
-        sizes = (p.particles, p.rows, p.d_out, p.d_in, p.rank)
-        config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared, True)
-        if config.path != "accumulate":
-            strides = _turned(p.strides_A)
-            product = gemm(*sizes, shared, True, False, strides, 1.0, *common, config)
-    return _Backward(shrink, outer, inner, sums, product)
+        inner = thin_pass(*over_x, None, True, 1.0, *kind)
+        sums.append(Sum(inner.parts, (p.rank * p.d_in, 1, p.d_in), 1.0))
+    if needs_B:
+        if shrink is None or shrink.parts is None:
+            outer = thin_pass(*over_grad, None, True, p.scaling, *kind)
+        parts_B = (outer or shrink).parts
+        sums.append(Sum(parts_B, (p.d_out * p.rank, p.rank, 1), p.scaling))
+    return _Thin(shrink, outer, inner, parts_B, reduce(*sums) if sums else None)

@@ -61,7 +61,7 @@ def _lora_linear_pass_kernel(
     else:
         valid = column < rank
         f_start, s_start, o_start = member * f_stride_k, member * rows * rank, member * width * rank
-        f_column = (column * f_stride_r)[None, :]
+        f_column = (column.to(tl.int64) * f_stride_r)[None, :]
         s_column = column[None, :]
         o_column = column[None, :]
     valid = valid[None, :]
@@ -92,7 +92,8 @@ def _lora_linear_pass_kernel(
         if SHRINK:
             at = f_ptr + f_start + tl.cast(col, tl.int64) * f_stride_d
             mask = (d < width - col) & valid
-            f = tl.load(at + d * f_stride_d + f_column, mask=mask, other=0.0)
+            at = (at + d.to(tl.int64) * f_stride_d) + f_column
+            f = tl.load(at, mask=mask, other=0.0)
             shrunk = dot(g, (tl.cast(f, ACC) * SCALING).to(dtype), shrunk, PRECISION)
         if OUTER:
             if SHRINK:
@@ -185,10 +186,10 @@ def _lora_linear_reduce_kernel(
 
 class ThinPass(NamedTuple):
     """launch: to be called with g (K or 1, T, width), factor (K, width, r), out, shrunk (K, T, r)
-    and partial, of the shape `partial` in the accumulator's dtype; or None for what it has not."""
+    and a tensor of the shape `parts` in the accumulator's dtype; or None for what it has not."""
 
     launch: Launch
-    partial: tuple[int, int, int, int] | None
+    parts: tuple[int, int, int, int] | None
 
 
 def thin_pass(
@@ -242,21 +243,22 @@ def thin_pass(
 class Sum(NamedTuple):
     """What becomes of the parts (chunks, K, width, r): scaling · their sum, by these strides."""
 
-    partial: tuple[int, int, int, int]
+    parts: tuple[int, int, int, int]
     strides: tuple[int, int, int]
     scaling: float
 
 
 def reduce(one: Sum, other: Sum | None = None) -> Launch:
-    """The sums of one or two factors' gradients; to be called with a partial and an out of each."""
+    """The sums of one or two factors' gradients; to be called with the parts and the
+    sum of each."""
     parts, block = (one,) if other is None else (one, other), 256
-    elements = [math.prod(part.partial[1:]) for part in parts]
-    numbers = [(p.partial[0], p.partial[2], n, *p.strides) for p, n in zip(parts, elements)]
+    elements = [math.prod(part.parts[1:]) for part in parts]
+    numbers = [(p.parts[0], p.parts[2], n, *p.strides) for p, n in zip(parts, elements)]
     return Launch(
         _lora_linear_reduce_kernel,
         (sum(cdiv(n, block) for n in elements),),
         (),
-        (one.partial[-1], *numbers[0], *numbers[-1]),
+        (one.parts[-1], *numbers[0], *numbers[-1]),
         SCALING=one.scaling,
         OTHER_SCALING=parts[-1].scaling,
         BOTH=other is not None,

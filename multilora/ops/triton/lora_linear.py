@@ -184,7 +184,8 @@ def lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
     x, grad = x.contiguous(), grad.contiguous()
-    d_shrunk, dA, dB = thin_gradients(grad, x, lora_A, lora_B, shrunk, scaling, needs)
+    problem = _problem(x, lora_A, lora_B, scaling)
+    d_shrunk, dA, dB = _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
     if not needs[0]:
         return x.new_empty(0), dA, dB
     shared = x.shape[0] != lora_A.shape[0]
@@ -194,7 +195,7 @@ def lora_linear_backward(
     # The rows are the same for all particles, so dY is summed before the large product.
     rest = grad.sum(0, keepdim=True) if shared else grad
     aligned = (rest.data_ptr() | weight.data_ptr()) % 16 == 0
-    product, expand = _input_gradient(_problem(x, lora_A, lora_B, scaling), aligned)
+    product, expand = _input_gradient(problem, aligned)
     dx = x.new_empty(x.shape)
     if product is not None:
         product(rest, weight, None, dx, d_shrunk, lora_A, None)
@@ -230,16 +231,28 @@ def thin_gradients(
 
     grad and x are contiguous.
     """
+    problem = _problem(x, lora_A, lora_B, scaling)
+    return _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
+
+
+def _thin_products(
+    problem: tuple[Any, ...],
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
     _, needs_A, needs_B = needs
-    dtype = x.dtype
     aligned = (x.data_ptr() | grad.data_ptr()) % 16 == 0
-    plan = _thin_gradients(_problem(x, lora_A, lora_B, scaling), *needs, aligned)
+    plan = _thin_gradients(problem, *needs, aligned)
     d_shrunk = None
     dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
     dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
     parts_A = parts_B = None
     if needs_B:
-        parts_B = x.new_empty(plan.parts_B, dtype=accumulator(dtype))
+        parts_B = x.new_empty(plan.parts_B, dtype=plan.sum_dtype)
     if plan.shrink is not None:
         d_shrunk = x.new_empty(shrunk.shape)
         together = (None, None) if plan.shrink.parts is None else (shrunk, parts_B)
@@ -247,7 +260,7 @@ def thin_gradients(
     if plan.outer is not None:
         plan.outer.launch(grad, None, None, shrunk, parts_B)
     if needs_A:
-        parts_A = x.new_empty(plan.inner.parts, dtype=accumulator(dtype))
+        parts_A = x.new_empty(plan.inner.parts, dtype=plan.sum_dtype)
         plan.inner.launch(x, None, None, d_shrunk, parts_A)
     if needs_A and needs_B:
         plan.sums(parts_A, dA, parts_B, dB)
@@ -265,6 +278,7 @@ class _Thin(NamedTuple):
     outer: ThinPass | None  # dB = s·dYᵀ·S in parts, by a pass of their own
     inner: ThinPass | None  # dA = dSᵀ·X in parts
     parts_B: tuple[int, int, int, int] | None
+    sum_dtype: torch.dtype
     sums: Launch | None
 
 
@@ -289,4 +303,5 @@ def _thin_gradients(
             outer = thin_pass(*over_grad, None, True, p.scaling, *kind)
         parts_B = (outer or shrink).parts
         sums.append(Sum(parts_B, (p.d_out * p.rank, p.rank, 1), p.scaling))
-    return _Thin(shrink, outer, inner, parts_B, reduce(*sums) if sums else None)
+    added = reduce(*sums) if sums else None
+    return _Thin(shrink, outer, inner, parts_B, accumulator(p.dtype), added)

@@ -149,7 +149,7 @@ def lora_gram_backward(
     grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
 ) -> list[Tensor]:
     """dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), U = s² (grad + gradᵀ)."""
-    grads: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    grads = [*lora_A, *lora_B]
     for i, like, gradient in _gradients64(grad, lora_A, lora_B, scaling):
         grads[i] = gradient.to(like.dtype, memory_format=torch.contiguous_format)
     return grads
@@ -421,7 +421,7 @@ def svgd_update(
     scaling: list[float],
 ) -> list[Tensor]:
     """Σ_j mix_ij grad_j + the gradient of ⟨upstream, T⟩; mix (L, K) is a diagonal."""
-    out: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    out = [*lora_A, *lora_B]
     grads = [*grad_A, *grad_B]
     mix = mix.double()
     for i, like, gradient in _gradients64(upstream, lora_A, lora_B, scaling):

@@ -12,6 +12,7 @@ import multilora as ml
 from multilora.methods.base import _zero_if_finite
 from multilora.ops import reference
 
+RECIPE = Path(__file__).parent.parent / "docs" / "graphs.md"
 K = 3
 BACKENDS = ["reference", "cpu", "triton"]
 METHODS = {
@@ -205,3 +206,35 @@ def test_the_cuda_sources_leave_memory_and_waiting_to_the_caller():
         found = re.findall(r"cudaMalloc|cudaMemcpy|cudaFree|Synchronize\(|__device__ .*new ",
                            path.read_text())  # fmt: skip
         assert not found, path
+
+
+@pytest.mark.filterwarnings("ignore:.*start from weights drawn anew")
+@pytest.mark.parametrize("method", ["IBDR", "Ensemble"])
+def test_the_documented_recipe_trains(method):
+    code = re.search(r"^```python\n(.*?)^```$", RECIPE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    if method == "Ensemble":
+        code = code.replace('ml.IBDR(model, nonfinite="ignore", sigma=1e-3)', "ml.Ensemble(model)")
+        assert "ml.Ensemble(model)" in code
+    family = FAMILIES["mlp"]
+    x = torch.randn(12, 8, 6)
+    y = (x[:, :, 0] > 0).long()
+    scope = {
+        "base": family.build(torch.float32),
+        "config": family.config(),
+        "loader": list(zip(x, y)),
+    }
+    exec(code, scope)
+    ours = scope["method"]
+    assert ours.step == 12 and scope["stats"]["loss"].isfinite()
+
+    model = ml.get_particle_model(family.build(torch.float32), family.config(), 4).train()
+    kind, options = type(ours), {"sigma": 1e-3} if method == "IBDR" else {}
+    own = kind(model, nonfinite="ignore", **options)
+    optimizer = torch.optim.AdamW([*model.particle_parameters(), *own.parameters()], lr=1e-3)
+    for batch in zip(x, y):
+        optimizer.zero_grad()
+        own.backward(lambda batch=batch: (model(batch[0]), batch[1]))
+        ml.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+    for a, b in zip(ours.params, own.params):
+        assert torch.equal(a, b)

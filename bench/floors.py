@@ -323,6 +323,15 @@ def _gemm(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
     return Work(least, moved), Work(flops, moved), tiles
 
 
+def _expand(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
+    # y is written once; what the vendor's product then reads of it is that launch's.
+    particles = grid[1]
+    padded = grid[0] * a.BLOCK_M * a.BLOCK_N * a.RANK_STEPS * a.BLOCK_R
+    moved = _bytes(a.s_ptr, a.q_ptr, a.bias_ptr, a.y_ptr)
+    least = Work(2.0 * particles * a.rows * a.cols * a.rank, moved)
+    return least, Work(2.0 * particles * padded, moved), grid[0] * particles
+
+
 def _pass(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
     products = a.SHRINK + a.OUTER
     columns, members = grid[1] * a.BLOCK_R, grid[2]
@@ -432,6 +441,7 @@ def _pointer_table(a: Any, grid: tuple[int, ...], calls: Calls) -> _Cost:
 
 _COSTS: dict[str, Callable[[Any, tuple[int, ...], Calls], _Cost]] = {
     "_lora_linear_gemm_kernel": _gemm,
+    "_lora_linear_expand_kernel": _expand,
     "_lora_linear_pass_kernel": _pass,
     "_lora_linear_reduce_kernel": _reduce,
     "_pointer_table_kernel": _pointer_table,

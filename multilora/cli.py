@@ -400,6 +400,8 @@ def _kernels(args: argparse.Namespace) -> int:
         if reason is not None:
             failures += 1
             print(f"  FAILED: {reason}")
+        elif report.note() is not None:
+            print(f"  note: {report.note()}")
         reports.append(report)
     print(
         f"{len(native)} CUDA C++ codes and {len(reports) - len(native)} Triton codes for "
@@ -498,6 +500,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"used by default: {_default(dispatch)}")
     _print_kernels()
     print("CUDA C++ kernels: experimental, never run on a GPU; none is a default")
+    print("backend cuda: lora_linear's thin products are Triton's passes, without Triton PyTorch's")
     _print_records()
     return 0
 
@@ -526,7 +529,7 @@ def _print_kernels() -> None:
 
     if find_spec("triton") is None:
         return
-    from multilora.ops.triton import configs
+    from multilora.ops.triton import configs, proven
 
     measured = [entry for entry in configs.table().values() if entry["record"] is not None]
     if not measured:
@@ -537,6 +540,12 @@ def _print_kernels() -> None:
         print(
             f"Triton kernels on sm_{capability}: measured at {len(here)} sizes, ahead of the "
             f"reference and the default at {ahead}"
+        )
+    for promotion in proven.promotions():
+        print(
+            f"{promotion.op} in {promotion.dtype} on sm_{promotion.capability}: "
+            f"{promotion.backend} is the default at {promotion.sizes}, ahead at all "
+            f"{promotion.shapes} measured ({promotion.record})"
         )
 
 

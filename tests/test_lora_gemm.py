@@ -3,6 +3,8 @@
 On the CPU the kernel is emulated, with the copies, swizzles, barriers and products of the hardware.
 """
 
+import sys
+
 import oracles
 import pytest
 import torch
@@ -178,10 +180,36 @@ def operands(K, lead, d_in, d_out, rank, dtype, master):
     return x.to(dtype), weight.to(dtype), lora_A.to(master), lora_B.to(master), torch.randn(d_out)
 
 
+@pytest.fixture(params=["Triton", "PyTorch"])
+def thin_products(request, monkeypatch):
+    """Whose the thin products are: without Triton on the device they are PyTorch's."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(
+            sys.modules["multilora.ops.cuda.lora_linear"], "passes_of", lambda _: None
+        )
+    return request.param
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How often a pass of the Triton backend ran."""
+    from multilora.ops.triton import lora_pass
+
+    found = []
+    thin_pass = lora_pass.thin_pass
+
+    def count(*args):
+        found.append(args)
+        return thin_pass(*args)
+
+    monkeypatch.setattr(lora_pass, "thin_pass", count)
+    return found
+
+
 @pytest.mark.parametrize("master", [None, torch.float32], ids=["same", "masters"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rank", [1, 5, 8, 40])
-def test_operator_and_gradients(rank, dtype, master, calls):
+def test_operator_and_gradients(rank, dtype, master, calls, thin_products, passes):
     x, weight, A, B, bias = operands(2, (3, 5), 72, 136, rank, dtype, master or dtype)
     bias = bias.to(dtype)
     upstream = torch.randn(2, 3, 5, 136, dtype=dtype)
@@ -195,6 +223,9 @@ def test_operator_and_gradients(rank, dtype, master, calls):
 
     got = everything(x, A, B)
     assert calls == ["rows", "rows", "columns"]
+    # S twice, then dS and dB, in one pass over dY where the rank is small, and dA.
+    expected = 2 + (2 if rank <= 16 else 3)
+    assert len(passes) == (expected if thin_products == "Triton" else 0)
     with ml.use_backend("reference"):
         plain = everything(x, A, B)
     oracle = [oracles.lora_linear(*_of((x, A, B)))]

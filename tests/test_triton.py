@@ -17,7 +17,7 @@ from test_lora_linear import SHAPES
 
 import multilora as ml
 from multilora.ops import dispatch, lora_add
-from multilora.ops.triton import common, configs, is_proven, lora_gemm, lora_pass
+from multilora.ops.triton import common, configs, proven, proven_backends
 from multilora.ops.triton.common import A100, H200, Chip, precision
 
 CHIPS = [A100, H200, Chip(75, 40), Chip(89, 128), Chip(103, 160), Chip(121, 48)]
@@ -181,17 +181,18 @@ def test_a_broken_particle_does_not_spread(d_in, d_out):
 def test_only_what_is_needed(own_gemm, monkeypatch):
     kernels = []
 
-    def spy(kernel, grid, *args, **meta):
-        kernels.append(kernel.__name__.removeprefix("_lora_linear_").removesuffix("_kernel"))
-        common.launch(kernel, grid, *args, **meta)
+    def spy(launch, *tensors):
+        name = launch.kernel.__name__
+        kernels.append(name.removeprefix("_lora_linear_").removesuffix("_kernel"))
+        run(launch, *tensors)
 
-    for module in (lora_gemm, lora_pass):
-        monkeypatch.setattr(module, "launch", spy)
+    run = common.Launch.__call__
+    monkeypatch.setattr(common.Launch, "__call__", spy)
     x, weight, lora_A, lora_B, _ = problem(2, 5, 8, 8, 2)
     y, shrunk = torch.ops.multilora.lora_linear(x, weight, lora_A, lora_B, None, 1.0)
     expected = {
-        (True, True, True): ["pass", "reduce", "pass", "reduce", "gemm"],
-        (False, True, True): ["pass", "reduce", "pass", "reduce"],
+        (True, True, True): ["pass", "pass", "reduce", "gemm"],
+        (False, True, True): ["pass", "pass", "reduce"],
         (True, False, False): ["pass", "gemm"],
         (False, True, False): ["pass", "pass", "reduce"],
         (False, False, True): ["pass", "reduce"],
@@ -210,7 +211,7 @@ def test_only_what_is_needed(own_gemm, monkeypatch):
     torch.ops.multilora.lora_linear_backward(
         y, x, None, lora_A, lora_B, shrunk, 1.0, [True, True, True]
     )
-    assert kernels == ["pass", "pass", "reduce", "pass", "reduce"]
+    assert kernels == ["pass", "pass", "pass", "reduce"]
 
 
 # --- configurations ------------------------------------------------------------------------------
@@ -270,10 +271,10 @@ def measured(monkeypatch):
     entry = {"config": {"group": 3}, "record": "a record", "ahead": True}
     monkeypatch.setattr(configs, "table", lambda: {key: entry})
     configs.lora_gemm.cache_clear()
-    configs.is_proven.cache_clear()
+    configs.proven_backend.cache_clear()
     yield entry
     configs.lora_gemm.cache_clear()
-    configs.is_proven.cache_clear()
+    configs.proven_backend.cache_clear()
 
 
 def test_the_table_goes_before_the_rule(measured):
@@ -287,22 +288,113 @@ def test_the_table_goes_before_the_rule(measured):
 
 
 def test_proven_where_it_was_measured_only(measured):
-    def proven(particles, rows, depth, cols, rank, *others, dtype=torch.bfloat16, chip=H200):
+    def backend(particles, rows, depth, cols, rank, *others, dtype=torch.bfloat16, chip=H200):
         arguments = (particles, rows, depth, cols, rank, dtype, chip, *others)
-        return configs.is_proven(configs.lora_gemm, arguments)
+        return configs.proven_backend(configs.lora_gemm, arguments)
 
-    assert proven(4, 1000, 768, 768, 16) and proven(4, 600, 768, 768, 16)
-    assert not proven(4, 5000, 768, 768, 16) and not proven(4, 1000, 767, 768, 16)
-    assert not proven(4, 0, 768, 768, 16) and not proven(4, 1000, 768, 768, 16, "out")
-    assert not proven(4, 1000, 768, 768, 16, dtype=torch.float16)
-    assert not proven(4, 1000, 768, 768, 16, chip=A100)
-    configs.is_proven.cache_clear()
-    measured["ahead"] = False
-    assert not proven(4, 1000, 768, 768, 16)
-    measured["ahead"] = True
-    configs.is_proven.cache_clear()
-    measured["record"] = None
-    assert not proven(4, 1000, 768, 768, 16)
+    assert backend(4, 1000, 768, 768, 16) == backend(4, 600, 768, 768, 16) == "triton"
+    assert backend(4, 5000, 768, 768, 16) is None and backend(4, 1000, 767, 768, 16) is None
+    assert backend(4, 0, 768, 768, 16) is None and backend(4, 1000, 768, 768, 16, "out") is None
+    assert backend(4, 1000, 768, 768, 16, dtype=torch.float16) is None
+    assert backend(4, 1000, 768, 768, 16, chip=A100) is None
+    for change in ({"ahead": False}, {"ahead": True, "record": None}):
+        configs.proven_backend.cache_clear()
+        measured.update(change)
+        assert backend(4, 1000, 768, 768, 16) is None
+    configs.proven_backend.cache_clear()
+    measured.update(record="a record", backend="cuda")
+    assert backend(4, 1000, 768, 768, 16) == "cuda"
+
+
+def shape(rows, depth, ahead=True, right=True, particles=4, shared=""):
+    sizes = {"particles": particles, "rows": rows, "depth": depth, "cols": 768, "rank": 16}
+    return proven.Measured(sizes, {"shared": shared, "backward": False}, right, ahead)
+
+
+def promoted(*shapes):
+    return proven.promotions_of("lora_linear", "cuda", H200, "bfloat16", shapes, "a record")
+
+
+def test_a_range_starts_where_all_that_is_larger_was_ahead():
+    shapes = [shape(100, 768, ahead=False), shape(1000, 768), shape(5000, 768), shape(1000, 3072)]
+    (found,) = promoted(*shapes)
+    assert found.shapes == 3 and found.record == "a record"
+    assert found.sizes["rows"] == [1000, None] and found.sizes["depth"] == [768, 3072]
+    assert found.sizes["particles"] == [4, 4]
+    # One shape in the middle that was behind: what is left is too little.
+    assert promoted(*shapes, shape(2000, 1000, ahead=False)) == []
+    # One particle more, over there: the range goes on.
+    (wider,) = promoted(*shapes, shape(1000, 3072, particles=8))
+    assert wider.shapes == 4 and wider.sizes["particles"] == [4, 8]
+
+
+def test_nothing_is_promoted_that_was_wrong_once_or_has_no_record():
+    shapes = [shape(rows, 768) for rows in (100, 200, 300)]
+    assert len(promoted(*shapes)) == 1
+    assert promoted(*shapes, shape(50, 768, ahead=False, right=False)) == []
+    assert promoted(*shapes[:2]) == promoted() == []
+    (found,) = promoted(*shapes)
+    for change in ({"record": ""}, {"shapes": 2}, {"backend": "reference"}):
+        with pytest.raises(ValueError, match="needs a record"):
+            dataclasses.replace(found, **change)
+
+
+def test_switches_have_ranges_of_their_own():
+    shapes = [shape(rows, 768, shared=s, ahead=not s) for s in ("", "out") for rows in (1, 2, 3)]
+    (found,) = promoted(*shapes)
+    assert found.switches == {"shared": "", "backward": False}
+
+
+def ask(rows, depth=768, chip=H200, dtype=torch.bfloat16, shared=""):
+    arguments = (4, rows, depth, 768, 16, dtype, chip, shared, False)
+    return proven._proven("lora_linear", configs.lora_gemm, arguments, None)
+
+
+@pytest.fixture
+def promotions(monkeypatch, tmp_path):
+    """Writes promotions.json, and lets it be read."""
+
+    def write(found):
+        (tmp_path / "promotions.json").write_text(proven.to_json(found))
+        monkeypatch.setattr(proven, "PROMOTIONS", tmp_path / "promotions.json")
+        for cached in (proven.promotions, proven._proven):
+            cached.cache_clear()
+
+    yield write
+    monkeypatch.undo()
+    for cached in (proven.promotions, proven._proven):
+        cached.cache_clear()
+
+
+def test_what_a_promotion_covers(promotions):
+    promotions(promoted(shape(1000, 768), shape(5000, 768), shape(1000, 3072)))
+    assert ask(1000) == ask(10**6) == ask(1001, 1024) == ("cuda",)
+    assert ask(999) == ask(1000, 767) == ask(1000, 3073) == ask(1000, shared="out") == ()
+    assert ask(1000, dtype=torch.float16) == ask(1000, chip=A100) == ()
+    assert ask(1000, chip=Chip(90, 114)) == ()
+    arguments = (4, 1000, 768, 768, 16, torch.bfloat16, H200, "", False)
+    assert proven._proven("lora_linear_backward", configs.lora_gemm, arguments, None) == ()
+
+
+def test_what_was_measured_there_goes_before_a_range(measured, promotions):
+    promotions(promoted(shape(1000, 768), shape(5000, 768), shape(1000, 3072)))
+    assert ask(1000) == ("triton", "cuda") and ask(5000) == ("cuda",)
+
+
+def test_ranges_of_lists_of_layers():
+    arguments = (8, (4, 16), (768, 768, 3072, 768), torch.float32, H200)
+    question = proven.question_of(configs.geometry, arguments)
+    assert question.sizes == {"particles": 8, "layers": 2, "rank": 16, "width": 5376}
+    assert question.switches == {} and question.dtype == "float32"
+    arguments = (4, 64, 100, torch.bfloat16, True, H200)
+    question = proven.question_of(configs.volume, arguments, "det")
+    assert question.switches == {"aligned": True, "backward": False, "kind": "det"}
+
+
+def test_no_range_ships_without_a_record_in_the_repository():
+    assert proven.to_json([]) == "[]\n"
+    for promotion in proven.promotions():
+        assert (configs.TABLE.parents[3] / f"bench/results/{promotion.record}.json").exists()
 
 
 def test_nothing_is_the_default_without_a_record(monkeypatch):
@@ -312,7 +404,7 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
 
     def spy(op, args):
         asked.append(op)
-        assert not is_proven(op, args)
+        assert proven_backends(op, args) == ()
         return kernel(op, args)
 
     monkeypatch.setattr(dispatch, "kernel", spy)
@@ -327,13 +419,17 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
     assert len(set(asked)) == 10
 
 
-@pytest.mark.parametrize("proven", [False, True])
-def test_what_is_proven_is_the_default_on_a_gpu(proven, monkeypatch):
+@pytest.mark.parametrize(
+    "found, expected", [((), "reference"), (("triton",), "triton"), (("cuda", "triton"), "triton")]
+)
+def test_what_is_proven_is_the_default_on_a_gpu(found, expected, monkeypatch):
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
-    monkeypatch.setattr("multilora.ops.triton.is_proven", lambda op, args: proven)
+    monkeypatch.setattr("multilora.ops.triton.proven_backends", lambda op, args: found)
+    # Backend "cuda" was not built here.
+    monkeypatch.setattr(dispatch, "missing_reason", lambda name: "no" if name == "cuda" else None)
     with dispatch.as_requested(None):
-        assert dispatch.backend_of("lora_gram", ()) == ("triton" if proven else "reference")
+        assert dispatch.backend_of("lora_gram", ()) == expected
     with ml.use_backend("reference"):
         assert dispatch.backend_of("lora_gram", ()) == "reference"
 

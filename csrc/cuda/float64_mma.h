@@ -5,28 +5,60 @@
 
 namespace multilora {
 
-// c (8, 8) += a (8, 4) b (4, 8) by a warp. Lane l holds a[l / 4, l % 4], b[l % 4, l / 4] and
-// c[l / 4, l % 4 · 2 + {0, 1}].
+// c (kMmaRows, 8) += a (kMmaRows, kMmaDepth) b (kMmaDepth, 8) by a warp. Hopper has an instruction of
+// twice the rows and twice the depth.
+#if defined(MULTILORA_EMULATE) || __CUDA_ARCH__ >= 900
+#define MULTILORA_LARGE_FLOAT64_MMA 1
+constexpr int kMmaRows = 16, kMmaDepth = 8;
+#else
+constexpr int kMmaRows = 8, kMmaDepth = 4;
+#endif
+
+// The numbers of one product that a lane holds: a and b in pieces of 8 by 4 and 4 by 8, one number
+// of each, rows first; c in pieces of 8 by 8, two neighbours of each.
+struct Mma {
+  static constexpr int kPieces = kMmaRows / 8;
+  static constexpr int kA = kPieces * kMmaDepth / 4, kB = kMmaDepth / 4, kC = 2 * kPieces;
+
+  // Where in a, b and c the i-th of them is.
+  __device__ static int a_row(int lane, int i) { return lane / 4 + i % kPieces * 8; }
+  __device__ static int a_depth(int lane, int i) { return lane % 4 + i / kPieces * 4; }
+  __device__ static int b_depth(int lane, int i) { return lane % 4 + i * 4; }
+  __device__ static int b_col(int lane) { return lane / 4; }
+  __device__ static int c_row(int lane, int i) { return lane / 4 + i / 2 * 8; }
+  __device__ static int c_col(int lane, int i) { return lane % 4 * 2 + i % 2; }
+};
+
 #ifdef MULTILORA_EMULATE
-inline void multiply_add(double (&c)[2], double a, double b) {
-  static double left[32][32], right[32][32];
+inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma::kA],
+                         const double (&b)[Mma::kB]) {
+  static double left[32][kMmaRows][kMmaDepth], right[32][kMmaDepth][8];
   int warp = emulate::warp(), lane = emulate::lane();
-  left[warp][lane] = a;
-  right[warp][lane] = b;
+  for (int i = 0; i < Mma::kA; ++i) left[warp][Mma::a_row(lane, i)][Mma::a_depth(lane, i)] = a[i];
+  for (int i = 0; i < Mma::kB; ++i) right[warp][Mma::b_depth(lane, i)][Mma::b_col(lane)] = b[i];
   __syncwarp();
-  for (int e = 0; e < 2; ++e) {
-    for (int k = 0; k < 4; ++k) {
-      c[e] += left[warp][lane / 4 * 4 + k] * right[warp][(lane % 4 * 2 + e) * 4 + k];
+  for (int i = 0; i < Mma::kC; ++i) {
+    for (int k = 0; k < kMmaDepth; ++k) {
+      c[i] += left[warp][Mma::c_row(lane, i)][k] * right[warp][k][Mma::c_col(lane, i)];
     }
   }
   __syncwarp();
 }
 #else
-__device__ inline void multiply_add(double (&c)[2], double a, double b) {
+__device__ inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma::kA],
+                                    const double (&b)[Mma::kB]) {
   // Volatile, so that it stays where all of the warp comes by.
+#ifdef MULTILORA_LARGE_FLOAT64_MMA
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+d"(c[0]), "+d"(c[1]), "+d"(c[2]), "+d"(c[3])
+      : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
                : "+d"(c[0]), "+d"(c[1])
-               : "d"(a), "d"(b));
+               : "d"(a[0]), "d"(b[0]));
+#endif
 }
 #endif
 

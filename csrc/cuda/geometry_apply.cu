@@ -24,9 +24,10 @@ struct ApplyBatch {
 // Features that a block writes.
 constexpr int kApply = 2 * kTile;
 
-// Grid: stretches of features, row tiles, items.
+// Grid: stretches of features, row tiles, items. The blocks that a processor must hold keep
+// the compiler from aiming at more, and spilling.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     lora_gram_apply_kernel(const __grid_constant__ ApplyBatch batch) {
   MULTILORA_SHARED(double, panels, 2 * kPanel);
   MULTILORA_SHARED(double, weights, kPanel);
@@ -38,7 +39,9 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= n || first >= elements.d) return;
 
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  double sums[4][2][2] = {};
+  // Two groups of eight features a warp.
+  constexpr int kRowTiles = kTile / kMmaRows, kGroups = 2;
+  double sums[kRowTiles][kGroups][Mma::kC] = {};
   for (int k = 0; k < n; k += kTile) {
     __syncthreads();
 #pragma unroll
@@ -56,34 +59,45 @@ __global__ void __launch_bounds__(kThreads)
       weights[i * kStride + lane] = inside ? item.weight[int64_t(k + i) * n + row + lane] : 0;
     }
     __syncthreads();
-    // Two groups of eight features a warp.
-    const double* features = panels + warp / 2 * kPanel + warp % 2 * 16 * kStride;
+    const double* features = panels + warp / 2 * kPanel + warp % 2 * 8 * kGroups * kStride;
 #pragma unroll
-    for (int step = 0; step < kTile / 4; ++step) {
-      int depth = 4 * step + lane % 4;
-      double a[4], b[2];
+    for (int step = 0; step < kTile / kMmaDepth; ++step) {
+      double a[kRowTiles][Mma::kA], b[kGroups][Mma::kB];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = weights[depth * kStride + 8 * i + lane / 4];
+      for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) b[j] = features[(8 * j + lane / 4) * kStride + depth];
+        for (int e = 0; e < Mma::kA; ++e) {
+          int depth = step * kMmaDepth + Mma::a_depth(lane, e);
+          a[i][e] = weights[depth * kStride + i * kMmaRows + Mma::a_row(lane, e)];
+        }
+      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) multiply_add(sums[i][j], a[i], b[j]);
+        for (int e = 0; e < Mma::kB; ++e) {
+          int depth = step * kMmaDepth + Mma::b_depth(lane, e);
+          b[j][e] = features[(8 * j + Mma::b_col(lane)) * kStride + depth];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) multiply_add(sums[i][j], a[i], b[j]);
       }
     }
   }
 
   // Through shared memory into the order in which the factor lies in memory.
   __syncthreads();
-  double* result = panels + warp / 2 * kPanel + warp % 2 * 16 * kStride;
+  double* result = panels + warp / 2 * kPanel + warp % 2 * 8 * kGroups * kStride;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        result[(8 * j + lane % 4 * 2 + e) * kStride + 8 * i + lane / 4] = sums[i][j][e];
+      for (int e = 0; e < Mma::kC; ++e) {
+        int feature = 8 * j + Mma::c_col(lane, e);
+        result[feature * kStride + i * kMmaRows + Mma::c_row(lane, e)] = sums[i][j][e];
       }
     }
   }

@@ -17,9 +17,10 @@ struct GramBatch {
   GramItem items[kMost];
 };
 
-// Grid: parts, pairs of row tiles, items.
+// Grid: parts, pairs of row tiles, items. The blocks that a processor must hold keep
+// the compiler from aiming at more, and spilling.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
     lora_gram_partial_kernel(const __grid_constant__ GramBatch batch) {
   MULTILORA_SHARED(double, panels, 2 * kPanel);
   const GramItem& item = batch.items[blockIdx.z];
@@ -38,7 +39,8 @@ __global__ void __launch_bounds__(kThreads)
 
   double *left = panels, *right = diagonal ? panels : panels + kPanel;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sides = diagonal ? 1 : 2;
-  double sums[4][4][2] = {};
+  constexpr int kRowTiles = kTile / kMmaRows, kColTiles = kTile / 8;
+  double sums[kRowTiles][kColTiles][Mma::kC] = {};
   Four<T> values[2][kShares];
   auto fetch = [&](int64_t at) {
 #pragma unroll
@@ -68,20 +70,30 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     // The next ones are on their way during the products.
     if (at + kTile < stop) fetch(at + kTile);
-    // Four features a product; the warps share them out.
+    // The warps share the features out, a product's depth at a time.
 #pragma unroll
-    for (int step = warp; step < kTile / 4; step += kWarps) {
-      const int place = (4 * step + lane % 4) * kStride + lane / 4;
-      double a[4], b[4];
+    for (int step = warp; step < kTile / kMmaDepth; step += kWarps) {
+      double a[kRowTiles][Mma::kA], b[kColTiles][Mma::kB];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = left[place + 8 * i];
-        b[i] = right[place + 8 * i];
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < Mma::kA; ++e) {
+          int feature = step * kMmaDepth + Mma::a_depth(lane, e);
+          a[i][e] = left[feature * kStride + i * kMmaRows + Mma::a_row(lane, e)];
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply_add(sums[i][j], a[i], b[j]);
+        for (int e = 0; e < Mma::kB; ++e) {
+          int feature = step * kMmaDepth + Mma::b_depth(lane, e);
+          b[j][e] = right[feature * kStride + j * 8 + Mma::b_col(lane)];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColTiles; ++j) multiply_add(sums[i][j], a[i], b[j]);
       }
     }
   }
@@ -91,12 +103,13 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (warp != turn) continue;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < kColTiles; ++j) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          double* place = panels + (8 * i + lane / 4) * kStride + 8 * j + lane % 4 * 2 + e;
+        for (int e = 0; e < Mma::kC; ++e) {
+          int at_row = i * kMmaRows + Mma::c_row(lane, e);
+          double* place = panels + at_row * kStride + j * 8 + Mma::c_col(lane, e);
           *place = turn ? *place + sums[i][j][e] : sums[i][j][e];
         }
       }

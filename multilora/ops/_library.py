@@ -1,7 +1,8 @@
-"""The operators' home in torch's dispatcher: one library, one way to register."""
+"""The operators' home in torch's dispatcher: one library, one way to register, one way to call."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from multilora.ops import dispatch
 # The operators die with this object, so the module keeps it.
 _lib = torch.library.Library("multilora", "DEF")
 
+#: The types of arguments that have no way of their own to see an operator, as subclasses of Tensor
+#: may have.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, list, type(None)})
+
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that torch.autocast asks for on this kind of device now, or None."""
@@ -22,13 +27,69 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
+class Operator:
+    """`multilora::name`, to be called with all of its arguments, by position.
+
+    In plain eager mode the backend's function is called directly, with an autograd.Function around
+    it where somebody asks for gradients: torch's dispatcher takes longer over an operator that is
+    defined in Python than a small one takes to compute. The compiler, tracers, dispatch modes,
+    functorch and tensor subclasses see `overload`, the operator itself.
+    """
+
+    def __init__(self, overload: Any, function: Callable[..., Any]):
+        self.overload = overload
+        self._function = function
+        self._with_gradient: Callable[..., Any] | None = None
+        lists = any(str(arg.type) == "List[Tensor]" for arg in overload._schema.arguments)
+        self._flat = _flat if lists else tuple
+
+    def __call__(self, *args):
+        # Few calls: a small layer takes little more time than they do.
+        if torch.compiler.is_compiling() or (
+            # A dispatch mode, functorch or a tracer has to see every operator.
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return self.overload(*args)
+        flat = self._flat(args)
+        if not _PLAIN.issuperset(map(type, flat)):
+            return self.overload(*args)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+            # Without a gradient of its own, the operator is what refuses one.
+            return (self._with_gradient or self.overload)(*args)
+        return self._function(*args)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    ) -> None:
+        """Give the operator its gradient; `backward` calls operators only, so that it compiles."""
+
+        def save(ctx, inputs, output):
+            ctx.backend = dispatch.requested()
+            setup_context(ctx, inputs, output)
+
+        run = on_kept_backend(backward)
+        torch.library.register_autograd(self.overload, run, setup_context=save, lib=_lib)
+        differentiable = _differentiable if self._flat is tuple else _differentiable_by_lists
+        self._with_gradient = differentiable(self._function, run, save)
+
+    def refuse_gradient(self) -> None:
+        """Make differentiating through it (a backward) an error instead of a silent zero."""
+
+        def refuse(ctx, *_):
+            raise NotImplementedError(f"second derivatives of {self.overload} are not implemented")
+
+        torch.library.register_autograd(self.overload, refuse, lib=_lib)
+
+
 def define(
     schema: str,
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
     function: Callable[..., Any] | None = None,
-) -> Any:
-    """Register the operator `multilora::<schema>` and return its overload.
+) -> Operator:
+    """Register the operator `multilora::<schema>`.
 
     One CompositeExplicitAutograd kernel serves every device: it asks `dispatch` for the
     backend's function of the same name, or is `function`, where the operator is made of others.
@@ -38,41 +99,78 @@ def define(
 
     def route(*args):
         kernel = dispatch.kernel(name, args)
-        device = dispatch.first_tensor(args).device.type
-        if autocast_dtype(device) is None:
+        if not torch._C._is_any_autocast_enabled():
             return kernel(*args)
         # The public function has chosen the dtypes; autocast must not touch the inside.
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(dispatch.first_tensor(args).device.type, enabled=False):
             return kernel(*args)
 
+    function = function or route
     _lib.define(schema, tags=tags)
-    torch.library.impl(
-        f"multilora::{name}", "CompositeExplicitAutograd", function or route, lib=_lib
-    )
+    torch.library.impl(f"multilora::{name}", "CompositeExplicitAutograd", function, lib=_lib)
     torch.library.register_fake(f"multilora::{name}", fake, lib=_lib)
-    return getattr(torch.ops.multilora, name).default
+    return Operator(getattr(torch.ops.multilora, name).default, function)
 
 
-def register_autograd(op: Any, backward: Callable[..., Any], setup_context: Callable[..., Any]):
-    """Give `op` its gradient; `backward` calls operators only, so that it can be compiled."""
+def _differentiable(
+    function: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function` with the gradient that register_autograd was given, as an autograd.Function."""
 
-    def save(ctx, inputs, output):
-        keep_backend(ctx)
-        setup_context(ctx, inputs, output)
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = function(*args)
+            save(ctx, args, output)
+            return output
 
-    torch.library.register_autograd(op, on_kept_backend(backward), setup_context=save, lib=_lib)
+    Direct.backward = staticmethod(backward)
+    return Direct.apply
 
 
-def keep_backend(ctx: Any) -> None:
-    """Note what backend the forward was asked to run on."""
-    ctx.backend = dispatch.requested()
+def _differentiable_by_lists(
+    function: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The same where arguments, and their gradients, are lists of tensors: autograd sees only
+    tensors that are arguments themselves."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, lengths, *flat):
+            rest = iter(flat)
+            args = [next(rest) if n is None else list(itertools.islice(rest, n)) for n in lengths]
+            output = function(*args)
+            save(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, *_flat(backward(ctx, *grads))
+
+    def call(*args):
+        lengths = [len(arg) if _is_tensors(arg) else None for arg in args]
+        return Direct.apply(lengths, *_flat(args))
+
+    return call
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    """The arguments with the tensors of lists one by one."""
+    return [one for arg in args for one in (arg if _is_tensors(arg) else [arg])]
+
+
+def _is_tensors(arg: Any) -> bool:
+    return type(arg) is list and bool(arg) and isinstance(arg[0], Tensor)
 
 
 def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` on the backend of its forward: it may run on autograd's own thread, and later."""
+    """`backward` on the backend that was asked for in its forward, which is ctx.backend: it may run
+    on autograd's own thread, and later."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):
+        if dispatch.is_requested(ctx.backend):
+            return backward(ctx, *grads)
         with dispatch.as_requested(ctx.backend):
             return backward(ctx, *grads)
 
@@ -95,12 +193,3 @@ def refuse_forward_mode(name: str, *tensors: Any) -> None:
                 f"torch.autograd.forward_ad): use reverse mode (backward, torch.autograd.grad); "
                 f"got a tangent for a tensor {tuple(t.shape)}"
             )
-
-
-def refuse_gradient(op: Any):
-    """Make differentiating through `op` (a backward) an error instead of a silent zero."""
-
-    def refuse(ctx, *_):
-        raise NotImplementedError(f"second derivatives of {op} are not implemented")
-
-    torch.library.register_autograd(op, refuse, lib=_lib)

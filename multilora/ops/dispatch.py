@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,7 +91,19 @@ def _missing_cuda() -> str | None:
         return reason
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
-    return _too_old()
+    nvcc = importlib.import_module("multilora._C_cuda").build_info()["compiler"]
+    return _old_driver(nvcc, torch._C._cuda_getDriverVersion()) or _too_old()
+
+
+def _old_driver(nvcc: str, driver: int) -> str | None:
+    """Why what this compiler ("nvcc 13.0.88") built does not start with a driver for this CUDA
+    (12040 is 12.4), or None: a program needs a driver of its own major version, or a later one."""
+    if driver // 1000 >= int(nvcc.split()[-1].split(".")[0]):
+        return None
+    return (
+        f"it was built by {nvcc}, and the NVIDIA driver is one for CUDA {driver // 1000}."
+        f"{driver % 1000 // 10}: install a newer driver, or build with an nvcc that is no newer"
+    )
 
 
 def _missing_module(module: str, tool: str, build: str) -> str | None:
@@ -178,6 +191,8 @@ def requested() -> str | None:
     for request in reversed(_here.get()):
         if request.is_open:
             return request.name
+    if not _everywhere:
+        return _by_environment
     names = {request.name for request in tuple(_everywhere)}
     if len(names) > 1:
         raise BackendUnavailableError(
@@ -185,6 +200,14 @@ def requested() -> str | None:
             "one for none: put its work into a use_backend block of its own"
         )
     return names.pop() if names else _by_environment
+
+
+def is_requested(name: str | None) -> bool:
+    """Whether `as_requested(name)` would change nothing in this thread."""
+    for request in reversed(_here.get()):
+        if request.is_open:
+            return request.name == name
+    return not _everywhere and name == _by_environment
 
 
 @contextlib.contextmanager
@@ -224,13 +247,10 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
         )
     # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
     # is right, and ahead. The CPU's are, at every size that was measured.
-    if (
-        device == "cuda"
-        and requested() is None
-        and missing_reason("triton") is None
-        and importlib.import_module(BACKENDS["triton"]).is_proven(op, args)
-    ):
-        return "triton"
+    if device == "cuda" and requested() is None and missing_reason("triton") is None:
+        for proven in importlib.import_module(BACKENDS["triton"]).proven_backends(op, args):
+            if missing_reason(proven) is None:
+                return proven
     return name
 
 
@@ -243,8 +263,20 @@ def _runs_on(name: str, device: str) -> bool:
 
 def kernel(op: str, args: tuple[Any, ...]) -> Callable:
     """The function that computes operator `op` for these arguments."""
-    module = importlib.import_module(BACKENDS[backend_of(op, args)])
-    return getattr(module, op)
+    first = args[0]
+    if (
+        # What a small layer asks, in the fewest steps: nothing is requested, on a CPU.
+        not (_everywhere or _by_environment or _here.get())
+        and type(first) is not list
+        and first.is_cpu
+        and _missing_cpu() is None
+    ):
+        path = BACKENDS["cpu"]
+    else:
+        path = BACKENDS[backend_of(op, args)]
+    # import_module takes as long as all the rest; but it waits for a module that is being imported.
+    function = getattr(sys.modules.get(path), op, None)
+    return function or getattr(importlib.import_module(path), op)
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:

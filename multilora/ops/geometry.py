@@ -5,12 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from multilora.ops._library import (
-    define,
-    refuse_forward_mode,
-    refuse_gradient,
-    register_autograd,
-)
+from multilora.ops._library import define, refuse_forward_mode
 from multilora.ops.common import accumulator, finite
 
 
@@ -71,9 +66,9 @@ def _distance_backward(ctx, grad):
     return _gram_backward(ctx, gram_gradient(grad))
 
 
-register_autograd(_gram_op, _gram_backward, _setup_context)
-register_autograd(_distance_op, _distance_backward, _setup_context)
-refuse_gradient(_backward_op)
+_gram_op.register_autograd(_gram_backward, _setup_context)
+_distance_op.register_autograd(_distance_backward, _setup_context)
+_backward_op.refuse_gradient()
 
 
 def lora_gram(

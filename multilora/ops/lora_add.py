@@ -9,12 +9,11 @@ import math
 import torch
 from torch import Tensor
 
+from multilora.ops import dispatch
 from multilora.ops._library import (
     define,
-    keep_backend,
     on_kept_backend,
     refuse_forward_mode,
-    register_autograd,
 )
 from multilora.ops.common import finite
 from multilora.ops.lora_linear import backward_op, rows_of
@@ -65,7 +64,7 @@ def _backward(ctx, grad, *_):
     return grad, *(g if need else None for g, need in zip(grads, needs)), None
 
 
-register_autograd(_copying_op, _backward, _setup_context)
+_copying_op.register_autograd(_backward, _setup_context)
 
 
 class _AddInPlace(torch.autograd.Function):
@@ -75,7 +74,7 @@ class _AddInPlace(torch.autograd.Function):
     def forward(ctx, y, x, lora_A, lora_B, scaling):
         # Its last step is PyTorch's: a layer that keeps y for its own backward hears of it there.
         shrunk = _in_place_op(y, x, lora_A, lora_B, scaling)
-        keep_backend(ctx)
+        ctx.backend = dispatch.requested()
         _save(ctx, x, lora_A, lora_B, shrunk, scaling)
         # The memory under a new tensor. As y itself, marked dirty, autograd would copy the whole
         # gradient three times where y is a view, and every F.linear of 3-D rows returns one.

@@ -1,5 +1,7 @@
 """The K-particle LoRA linear as an operator: schema, shapes, gradient, checks."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -8,8 +10,6 @@ from multilora.ops._library import (
     autocast_dtype,
     define,
     refuse_forward_mode,
-    refuse_gradient,
-    register_autograd,
 )
 from multilora.ops.common import finite
 
@@ -59,8 +59,8 @@ def _backward(ctx, grad, _):
     return dx, None, dA, dB, None, None
 
 
-register_autograd(_forward_op, _backward, _setup_context)
-refuse_gradient(backward_op)
+_forward_op.register_autograd(_backward, _setup_context)
+backward_op.refuse_gradient()
 
 
 def lora_linear(
@@ -90,79 +90,107 @@ def lora_linear(
     Source: Hu et al. 2022 (LoRA), eq. 3, for each of the K particles.
     """
     refuse_forward_mode("lora_linear", x, weight, lora_A, lora_B, bias)
-    for name, frozen in (("weight", weight), ("bias", bias)):
-        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
-            raise FrozenTensorError(
-                f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
-                f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
-                "requires_grad_(False) on it"
-            )
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None and x.dtype != torch.float64:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, lora_A, lora_B, bias)
-    particles = lora_A.shape[0]
-    y, _ = _forward_op(rows_of(x), weight, lora_A, lora_B, bias, finite(scaling))
-    return y if x.ndim == 3 else y.view(particles, *x.shape[1:-1], weight.shape[0])
+    if torch.is_grad_enabled():
+        for name, frozen in (("weight", weight), ("bias", bias)):
+            if frozen is not None and frozen.requires_grad:
+                raise FrozenTensorError(
+                    f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
+                    f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
+                    "requires_grad_(False) on it"
+                )
+    if torch._C._is_any_autocast_enabled():
+        dtype = autocast_dtype(x.device.type)
+        if dtype is not None and x.dtype != torch.float64:
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    # What the compiler looks at may be sizes that stand for many.
+    require_fit = _require_fit.__wrapped__ if torch.compiler.is_compiling() else _require_fit
+    require_fit(scaling, *[(t.shape, t.dtype, t.device) for t in tensors])
+    rows = x if x.ndim == 3 and x.stride(0) else rows_of(x)
+    y, _ = _forward_op(rows, weight, lora_A, lora_B, bias, float(scaling))
+    return y if x.ndim == 3 else y.view(len(lora_A), *x.shape[1:-1], len(weight))
 
 
 def rows_of(x: Tensor) -> Tensor:
     """x (K or 1, *, d_in) -> (K or 1, T, d_in): one row set where all particles read the same."""
     if x.shape[0] > 1 and x.stride(0) == 0:
-        # One particle's rows stand for all. A leaf that is itself expanded keeps K gradients.
-        expanded_leaf = torch.is_grad_enabled() and x.requires_grad and x.is_leaf
-        x = x if expanded_leaf else x[:1]
+        x = _one_of_equals(x)
     if x.ndim == 3:
         return x
     return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
 
 
-def _check(x, weight, lora_A, lora_B, bias) -> None:
+def _one_of_equals(x: Tensor) -> Tensor:
+    """One particle's rows stand for all, but for a leaf that is itself expanded: it keeps its K
+    gradients."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x[:1]
+    if x.is_leaf:
+        return x
+    particles = x.shape[0]
+    exact = particles & (particles - 1) == 0 and x.dtype != torch.float16
+    if not exact or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return x[:1]
+    # The gradient of x[:1] is K times as large, and zero but for one K-th.
+    return _OneOfEquals.apply(x)
+
+
+class _OneOfEquals(torch.autograd.Function):
+    """x (K, ...) -> x[:1]. Its gradient is a K-th for each: only their sum is of use to an
+    expanded x. A K-th of a float16 could be too small, and is exact for powers of two alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.particles = x.shape[0]
+        return x[:1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad / ctx.particles).expand(ctx.particles, *grad.shape[1:])
+
+
+# Every layer asks the same in every step.
+@functools.lru_cache(maxsize=4096)
+def _require_fit(scaling, x, weight, lora_A, lora_B, bias=(None, None, None)) -> None:
+    """Raise where the scaling and the tensors of these (shape, dtype, device) do not fit."""
+    finite(scaling)
+    shapes, dtypes, devices = zip(x, weight, lora_A, lora_B, bias)
+    x, weight, lora_A, lora_B, bias = shapes
+    got = (
+        f"x {tuple(x)}, weight {tuple(weight)}, lora_A {tuple(lora_A)}, lora_B {tuple(lora_B)}, "
+        f"bias {None if bias is None else tuple(bias)}"
+    )
     fits = (
-        x.ndim >= 2
-        and weight.ndim == 2
-        and lora_A.ndim == lora_B.ndim == 3
-        and x.shape[0] in (1, lora_A.shape[0])
-        and x.shape[-1] == weight.shape[1] == lora_A.shape[2]
-        and lora_B.shape == (lora_A.shape[0], weight.shape[0], lora_A.shape[1])
-        and (bias is None or bias.shape == weight.shape[:1])
-        and lora_A.shape[0] >= 1
-        and lora_A.shape[1] >= 1
+        len(x) >= 2
+        and len(weight) == 2
+        and len(lora_A) == len(lora_B) == 3
+        and x[0] in (1, lora_A[0])
+        and x[-1] == weight[1] == lora_A[2]
+        and lora_B == (lora_A[0], weight[0], lora_A[1])
+        and (bias is None or bias == weight[:1])
+        and lora_A[0] >= 1
+        and lora_A[1] >= 1
     )
     if not fits:
         raise ValueError(
             "lora_linear needs x (K, *, d_in) or (1, *, d_in), weight (d_out, d_in), "
             "lora_A (K, r, d_in), lora_B (K, d_out, r), bias (d_out,) or None, with K, r >= 1; "
-            f"got {_shapes(x, weight, lora_A, lora_B, bias)}"
+            f"got {got}"
         )
-    device = x.device
-    if not (
-        weight.device == lora_A.device == lora_B.device == device
-        and (bias is None or bias.device == device)
-    ):
+    x, weight, lora_A, lora_B, bias = devices
+    if not (x == weight == lora_A == lora_B and bias in (None, x)):
         raise ValueError(
-            "lora_linear needs all tensors on one device; got x on "
-            f"{device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on "
-            f"{lora_B.device}{'' if bias is None else f', bias on {bias.device}'} "
-            f"for {_shapes(x, weight, lora_A, lora_B, bias)}"
+            f"lora_linear needs all tensors on one device; got x on {x}, weight on {weight}, "
+            f"lora_A on {lora_A}, lora_B on {lora_B}"
+            f"{'' if bias is None else f', bias on {bias}'} for {got}"
         )
-    dtype = x.dtype
-    base_fits = dtype.is_floating_point and weight.dtype == dtype
-    base_fits = base_fits and (bias is None or bias.dtype == dtype)
-    masters = dtype in (torch.float16, torch.bfloat16) and lora_A.dtype == torch.float32
-    if not (base_fits and lora_A.dtype == lora_B.dtype and (masters or lora_A.dtype == dtype)):
+    x, weight, lora_A, lora_B, bias = dtypes
+    base_fits = x.is_floating_point and x == weight and bias in (None, x)
+    masters = x in (torch.float16, torch.bfloat16) and lora_A == torch.float32
+    if not (base_fits and lora_A == lora_B and (masters or lora_A == x)):
         raise TypeError(
             "lora_linear needs x, weight and bias in one floating dtype, and lora_A and lora_B in "
-            "that dtype or in float32 beside float16/bfloat16; got x "
-            f"{dtype}, weight {weight.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, "
-            f"bias {None if bias is None else bias.dtype} "
-            f"for {_shapes(x, weight, lora_A, lora_B, bias)}"
+            f"that dtype or in float32 beside float16/bfloat16; got x {x}, weight {weight}, "
+            f"lora_A {lora_A}, lora_B {lora_B}, bias {bias} for {got}"
         )
-
-
-def _shapes(x, weight, lora_A, lora_B, bias) -> str:
-    return (
-        f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
-        f"lora_B {tuple(lora_B.shape)}, bias {None if bias is None else tuple(bias.shape)}"
-    )

@@ -20,6 +20,10 @@ NATIVE_CODES = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 #: Kernels of one chip, which have no body on others.
 _ONLY_ON = {"lora_gemm_kernel": ("sm_90",)}
 
+#: The threads of kernels whose warp groups hand registers over: the first group gives, the others
+#: take.
+_THREADS = {"lora_gemm_kernel": 384}
+
 # The last name before the arguments, and its template arguments.
 _NAME = r"(\w+)(?:<(.*?)>)?\("
 
@@ -31,6 +35,9 @@ class Report:
     problem: the first that needs it. spills: bytes that are stored to local memory. wgmma, mma:
     instructions of the tensor cores (a warp group's, a warp's). bulk_copies: tensor copies into and
     out of shared memory by the copy engine. serialized: ptxas has put a wait behind every wgmma.
+    programs, resident: of a persistent kernel, how many are launched for a processor, and how many
+    fit on one. pool: of a kernel whose warp groups hand registers over, its threads and all the
+    registers that they then ask for: what a launch does not bring is waited for without end.
     """
 
     kernel: str
@@ -43,6 +50,9 @@ class Report:
     mma: int
     bulk_copies: int
     serialized: bool
+    programs: int = 0
+    resident: int = 0
+    pool: tuple[int, int] | None = None
 
     def failure(self, shared_limit: int) -> str | None:
         """Why this code must not ship, or None."""
@@ -52,12 +62,36 @@ class Report:
             return f"needs {self.shared} bytes of shared memory, the chip has {shared_limit}"
         if self.serialized:
             return "its wgmma instructions are serialised"
+        if self.pool is not None and self.pool[0] * self.registers < self.pool[1]:
+            threads, wanted = self.pool
+            return f"its groups wait for {wanted} registers, {threads * self.registers} are there"
+        return None
+
+    def note(self) -> str | None:
+        """What makes this code slower than it was meant to be, or None."""
+        if self.resident < self.programs:
+            return f"a processor holds {self.resident} of {self.programs} programs at a time"
         return None
 
 
 def count(code: str, instruction: str) -> int:
     """How often an instruction stands in what nvdisasm or cuobjdump print."""
     return len(re.findall(rf"\b{instruction}\b", code))
+
+
+def is_serialized(code: str) -> bool:
+    """Whether machine code waits behind every wgmma: ptxas says so only when it compiles."""
+    products = count(code, "HGMMA")
+    return products > 1 and count(code, "WARPGROUP.DEPBAR") >= products
+
+
+def register_pool(code: str, threads: int) -> tuple[int, int] | None:
+    """Report's `pool`, of the machine code of a kernel of so many threads."""
+    given = re.findall(r"USETMAXREG\.DEALLOC\S* (0x\w+)", code)
+    taken = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, (0x\w+)", code)
+    if not given or not taken:
+        return None
+    return threads, 128 * int(given[0], 16) + (threads - 128) * int(taken[0], 16)
 
 
 def run_tool(*command: str) -> str:
@@ -105,5 +139,6 @@ def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Repo
             wgmma=count(text, "HGMMA"),
             mma=count(text, "HMMA") + count(text, "DMMA"),
             bulk_copies=count(text, "UTMALDG") + count(text, "UTMASTG"),
-            serialized=False,
+            serialized=is_serialized(text),
+            pool=register_pool(text, _THREADS.get(name, 0)),
         )

@@ -36,31 +36,36 @@ def lora_linear(
     """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
     particles, rows = lora_A.shape[0], x.shape[1]
     # One GEMM over all rows of all particles, in two dimensions: an expanded x would make three
-    # a broadcast product. Its output is no view, which autograd would let nobody change in place.
-    base = x.new_empty(x.shape[0], rows, weight.shape[0])
-    if bias is None:
-        torch.mm(x.flatten(0, 1), weight.T, out=base.flatten(0, 1))
-    else:
-        torch.addmm(bias, x.flatten(0, 1), weight.T, out=base.flatten(0, 1))
-    if x.shape[0] == particles:
-        return base, lora_add_(base, x, lora_A, lora_B, scaling)
+    # a broadcast product.
+    flat = x.flatten(0, 1)
+    base = flat.mm(weight.T) if bias is None else torch.addmm(bias, flat, weight.T)
     shrunk = _shrink(x, lora_A)
+    expander = _cast(lora_B, x.dtype).mT
+    if x.shape[0] == particles:
+        # Not a view, which autograd would let nobody change in place.
+        base = base.resize_(particles, rows, weight.shape[0])
+        return base.baddbmm_(shrunk, expander, alpha=scaling), shrunk
     base = base.expand(particles, -1, -1)
-    return torch.baddbmm(base, shrunk, lora_B.to(x.dtype).mT, alpha=scaling), shrunk
+    return torch.baddbmm(base, shrunk, expander, alpha=scaling), shrunk
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which takes its time also where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """y (K·T rows of d_out) += scaling·(x Aᵀ) Bᵀ for x (K or 1, T, d_in) -> S = x Aᵀ (K, T, r)."""
     shrunk = _shrink(x, lora_A)
     rows = y.view(*shrunk.shape[:2], lora_B.shape[1])
-    rows.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
+    rows.baddbmm_(shrunk, _cast(lora_B, y.dtype).mT, alpha=scaling)
     return shrunk
 
 
 def _shrink(x: Tensor, lora_A: Tensor) -> Tensor:
     """S = x Aᵀ (K, T, r) in x's dtype, in one product where the particles share x."""
     particles, rank, _ = lora_A.shape
-    lora_A = lora_A.to(x.dtype)
+    lora_A = _cast(lora_A, x.dtype)
     if x.shape[0] == particles:
         return torch.bmm(x, lora_A.mT)
     shrunk = F.linear(x[0], lora_A.flatten(0, 1))  # (T, K·r)
@@ -85,7 +90,7 @@ def lora_linear_backward(
     particles, rank, d_in = lora_A.shape
     rows = x.shape[1]
     shared = x.shape[0] != particles
-    dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    dx = dA = dB = None
     # Products with a rank on one side are several times faster on a CPU where it is not the last
     # axis in memory: B is turned before, dB after its product.
     if needs_x or needs_A:
@@ -93,7 +98,7 @@ def lora_linear_backward(
         torch.mul(lora_B.mT, scaling, out=turned)
         d_shrunk = torch.bmm(grad, turned.mT)  # (K, T, r)
     if needs_x:
-        A = lora_A.to(grad.dtype)
+        A = _cast(lora_A, grad.dtype)
         if weight is None:
             dx = expand_gradient(d_shrunk, A, shared)
         elif shared:
@@ -109,11 +114,13 @@ def lora_linear_backward(
             dA = dA.view(particles, rank, d_in)
         else:
             dA = torch.bmm(d_shrunk.mT, x)
-        dA = dA.to(lora_A.dtype)
+        dA = _cast(dA, lora_A.dtype)
     if needs_B:
         dB = lora_B.new_empty(lora_B.shape)
         torch.mul(torch.bmm(shrunk.mT, grad).mT, scaling, out=dB)
-    return dx, dA, dB
+    if dx is None:
+        dx = x.new_empty(0)
+    return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB
 
 
 def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:

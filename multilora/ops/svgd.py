@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from multilora.ops._library import define, refuse_forward_mode, refuse_gradient
+from multilora.ops._library import define, refuse_forward_mode
 from multilora.ops.geometry import TAGS, check_factors, gram_gradient, scalings
 
 
@@ -19,7 +19,7 @@ _op = define(
     _fake,
     TAGS,
 )
-refuse_gradient(_op)
+_op.refuse_gradient()
 
 
 def svgd_update(

@@ -5,12 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from multilora.ops._library import (
-    define,
-    refuse_forward_mode,
-    refuse_gradient,
-    register_autograd,
-)
+from multilora.ops._library import define, refuse_forward_mode
 from multilora.ops.common import accumulator, core_dtype
 
 _KINDS = ("logdet", "det")
@@ -75,21 +70,32 @@ def _setup_context(ctx, inputs, output):
     # What follows the public outputs: one of gram_volume, two of particle_loss.
     saved = output[1:] if len(output) == 3 else output[2:]
     ctx.mark_non_differentiable(*saved)
+    # Not for what is saved: zeros of the core's size would cost more than the loss.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, *saved)
 
 
 def _volume_backward(ctx, grad, _stats, _core):
+    if grad is None:
+        return (None,) * 4
     return _volume_backward_op(grad, *ctx.saved_tensors), None, None, None
 
 
 def _loss_backward(ctx, grad_nll, grad_divergence, _stats, _core, _count):
+    if grad_nll is None and grad_divergence is None:
+        return (None,) * 4
+    logits, *_, count = ctx.saved_tensors
+    if grad_nll is None:
+        grad_nll = count.new_zeros(logits.shape[0])
+    if grad_divergence is None:
+        grad_divergence = torch.zeros_like(count)
     return _loss_backward_op(grad_nll, grad_divergence, *ctx.saved_tensors), None, None, None
 
 
-register_autograd(_volume_op, _volume_backward, _setup_context)
-register_autograd(_loss_op, _loss_backward, _setup_context)
-refuse_gradient(_volume_backward_op)
-refuse_gradient(_loss_backward_op)
+_volume_op.register_autograd(_volume_backward, _setup_context)
+_loss_op.register_autograd(_loss_backward, _setup_context)
+_volume_backward_op.refuse_gradient()
+_loss_backward_op.refuse_gradient()
 
 
 def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = "logdet") -> Tensor:

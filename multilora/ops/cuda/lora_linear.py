@@ -2,26 +2,30 @@
 
 y = [x | S]·[W | sB]ᵀ and dX = [dY | dS]·[W ; A] are single products with the adapters' part as a
 last step (csrc/cuda/lora_gemm.cu). The thin ones, S = x Aᵀ, dS = s·dY·B, dA = dSᵀ·x and
-dB = s·dYᵀ·S, are PyTorch's: they read x twice more and dY twice more. The Triton backend has passes
-that compute dS and dB together.
+dB = s·dYᵀ·S, are the passes of the Triton backend where that can run on the device
+(`passes_of`): a pass reads x or dY once for all that it gives. Elsewhere they are PyTorch's, which
+read x twice more and dY twice more. `multilora info` says which.
 
 float32 and float64, chips other than compute capability 9.0, widths that are not multiples of 8
 (the kernel's copies need rows of a multiple of 16 bytes) and an input that all particles share
 leave the GEMM to the vendor's library: there, where x needs no gradient, and without a weight, the
 reference runs.
 
-Dims: K particles, T rows, r rank.
+Dims: K particles, T rows, r rank, and r filled to a multiple of 8 in what the kernel copies.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multilora import _C_cuda
-from multilora.ops import reference
+from multilora.ops import dispatch, reference
 from multilora.ops.native import DTYPES, stream
 
 
@@ -38,10 +42,9 @@ def lora_linear(
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
     rank = lora_A.shape[1]
     x = x.contiguous()
-    shrunk = torch.bmm(x, _padded(lora_A, 1, 1.0, x.dtype).mT)
-    expander = _padded(lora_B, 2, scaling, x.dtype)
+    shrunk = _shrink(x, lora_A, lora_B)
     y = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
-    _gemm(y, x, weight, shrunk, expander, bias, w_depth_first=False)
+    _gemm(y, x, weight, shrunk, _expander(lora_B, 2, scaling, x.dtype), bias, w_depth_first=False)
     return y, shrunk[..., :rank].contiguous()
 
 
@@ -61,17 +64,72 @@ def lora_linear_backward(
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
-    dA, dB = lora_A.new_empty(0), lora_B.new_empty(0)
-    grad = grad.contiguous()
-    d_shrunk = torch.bmm(grad, _padded(lora_B, 2, scaling, x.dtype))
+    x, grad = x.contiguous(), grad.contiguous()
+    thin = _pytorchs if passes_of(x.device.type) is None else _passes
+    d_shrunk, dA, dB = thin(grad, x, lora_A, lora_B, shrunk, scaling, needs_A, needs_B)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    expander = _padded(lora_A, 1, 1.0, x.dtype)
-    _gemm(dx, grad, weight, d_shrunk, expander, None, w_depth_first=True)
+    _gemm(dx, grad, weight, d_shrunk, _expander(lora_A, 1, 1.0, x.dtype), None, w_depth_first=True)
+    return dx, dA, dB
+
+
+def passes_of(device: str) -> ModuleType | None:
+    """The Triton backend's linear, which has the thin passes, where Triton runs on this kind of
+    device; else None."""
+    if dispatch.missing_reason("triton") is not None or not dispatch._runs_on("triton", device):
+        return None
+    return importlib.import_module("multilora.ops.triton.lora_linear")
+
+
+def _shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """S = x Aᵀ (K, T, filled r)."""
+    lora_A = _filled(lora_A, 1)
+    passes = passes_of(x.device.type)
+    if passes is None:
+        return torch.bmm(x, lora_A.to(x.dtype).mT)
+    return passes.shrink(x, lora_A, _filled(lora_B, 2))
+
+
+def _pytorchs(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    needs_A: bool,
+    needs_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dS (K, T, filled r), dA (K, r, d_in), dB (K, d_out, r), each by a product of its own."""
+    dA, dB = lora_A.new_empty(0), lora_B.new_empty(0)
+    d_shrunk = torch.bmm(grad, _expander(lora_B, 2, scaling, x.dtype))
     if needs_A:
         dA = torch.bmm(d_shrunk[..., : lora_A.shape[1]].mT, x).to(lora_A.dtype)
     if needs_B:
         dB = torch.bmm(grad.mT, shrunk).mul_(scaling).to(lora_B.dtype)
-    return dx, dA, dB
+    return d_shrunk, dA, dB
+
+
+def _passes(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    needs_A: bool,
+    needs_B: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the Triton backend's passes: one over dY and one over x."""
+    rank = lora_A.shape[1]
+    factors = (_filled(lora_A, 1), _filled(lora_B, 2), _filled(shrunk, 2))
+    d_shrunk, dA, dB = passes_of(x.device.type).thin_gradients(
+        grad, x, *factors, scaling, [True, needs_A, needs_B]
+    )
+    if needs_A:
+        dA = dA[:, :rank].contiguous()
+    if needs_B:
+        dB = dB[..., :rank].contiguous()
+    return d_shrunk, dA, dB
 
 
 def _is_ours(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
@@ -96,19 +154,27 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _padded(factor: Tensor, axis: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale · factor, rounded once, to `dtype`; its rank, at `axis`, filled to a multiple of 8.
+def _filled(factor: Tensor, axis: int) -> Tensor:
+    """factor, its rank, at `axis`, filled with zeros to a multiple of 8.
 
-    The kernel's copies need rows of a multiple of 16 bytes. What is computed from a padded factor
-    (S, dS) is padded likewise.
+    The kernel's copies need rows of a multiple of 16 bytes. What is computed from a filled factor
+    (S, dS) is filled likewise.
     """
-    shape, rank = list(factor.shape), factor.shape[axis]
-    shape[axis] = (rank + 7) // 8 * 8
-    out = torch.empty(shape, dtype=dtype, device=factor.device)
-    if shape[axis] > rank:
-        out.narrow(axis, rank, shape[axis] - rank).zero_()
-    torch.mul(factor, scale, out=out.narrow(axis, 0, rank))
-    return out
+    left = -factor.shape[axis] % 8
+    if left == 0:
+        return factor
+    # From the last axis on: before and behind.
+    return F.pad(factor, (0, 0) * (factor.ndim - 1 - axis) + (0, left))
+
+
+def _expander(factor: Tensor, axis: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale · factor, rounded once, to `dtype`, filled and contiguous."""
+    factor = _filled(factor, axis)
+    if scale == 1.0:
+        return factor.to(dtype).contiguous()
+    return torch.mul(
+        factor, scale, out=torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    )
 
 
 def _gemm(
@@ -124,7 +190,8 @@ def _gemm(
     particles, rows, depth = x.shape
     cols, rank = y.shape[2], shrunk.shape[2]
     processors = _processors(x.device)
-    x, weight, shrunk = _aligned(x), _aligned(weight), _aligned(shrunk)
+    x, weight = _aligned(x), _aligned(weight)
+    shrunk, expander = _aligned(shrunk), _aligned(expander)
     bias = None if bias is None else _aligned(bias)
     _C_cuda.lora_gemm(
         DTYPES[x.dtype],

@@ -7,7 +7,7 @@ from multilora.ops.triton.geometry import (
     svgd_update,
 )
 from multilora.ops.triton.lora_linear import lora_add_, lora_linear, lora_linear_backward
-from multilora.ops.triton.proven import is_proven
+from multilora.ops.triton.proven import proven_backends
 from multilora.ops.triton.volume import (
     gram_volume,
     gram_volume_backward,
@@ -18,7 +18,6 @@ from multilora.ops.triton.volume import (
 __all__ = [
     "gram_volume",
     "gram_volume_backward",
-    "is_proven",
     "lora_add_",
     "lora_gram",
     "lora_gram_backward",
@@ -27,5 +26,6 @@ __all__ = [
     "pairwise_frobenius",
     "particle_loss",
     "particle_loss_backward",
+    "proven_backends",
     "svgd_update",
 ]

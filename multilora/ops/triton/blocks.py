@@ -6,14 +6,11 @@ read and are dropped when written.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from multilora.ops.triton.common import chip
+from multilora.ops.triton.common import Chip
 
 
 @triton.jit
@@ -45,18 +42,7 @@ def store_block(
         tl.store(ptr + i * cols + j, block, mask=(i < rows - row) & (j < cols - col))
 
 
-def describable(*tensors: Tensor | None) -> bool:
-    """Whether Hopper's copy engine can move blocks of these: all rows on 16-byte boundaries."""
-    present = [t for t in tensors if t is not None]
-    return chip(present[0].device).capability >= 90 and all(
-        t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t in present
-    )
-
-
-def descriptor(described: bool, t: Tensor | None, height: int, width: int) -> Any:
-    """A contiguous (K, rows, cols) in blocks (height, width) of one k at a time."""
-    if t is None or not described:
-        return None
-    # Not t.stride(): an axis of length one may have any.
-    _, rows, cols = t.shape
-    return TensorDescriptor(t, list(t.shape), [rows * cols, cols, 1], [1, height, width])
+def describable(chip: Chip, dtype: torch.dtype, *widths: int) -> bool:
+    """Whether Hopper's copy engine can move blocks of aligned tensors with rows of these widths:
+    all rows on 16-byte boundaries."""
+    return chip.capability >= 90 and all(w * dtype.itemsize % 16 == 0 for w in widths)

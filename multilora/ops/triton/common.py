@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 #: Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1): on the CPU, for tests.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What launch configurations depend on: compute capability, as 10·major + minor, and SMs."""
 
     capability: int
@@ -33,6 +32,9 @@ class Chip:
 #: two processors, so that small tests run persistent loops more than once.
 A100, H200 = Chip(80, 108), Chip(90, 132)
 _PLAYED = Chip(90, 2)
+
+# The default of Triton 3.6; later versions ask for a decision.
+_OPTIONS = {"enable_fp_fusion": True}
 
 _launcher: Callable[..., Any] | None = None
 _compiled_for: Chip | None = None
@@ -62,22 +64,25 @@ def _properties(index: int) -> Chip:
     return Chip(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta) on the device of the first tensor; an empty grid does nothing."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
+    """kernel[grid](*args, **meta) on the device of the first tensor -> the compiled kernel.
+
+    An empty grid does nothing.
+    """
     if 0 in grid:
-        return
-    # The default of Triton 3.6; later versions ask for a decision.
-    meta["enable_fp_fusion"] = True
+        return None
+    meta |= _OPTIONS
     if _launcher is not None:
-        _launcher(kernel, grid, args, meta)
-        return
-    device = _device(args)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # Triton launches on the current device, whatever device the tensors are on.
-        with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
-    else:
-        kernel[grid](*args, **meta)
+        return _launcher(kernel, grid, args, meta)
+    return _on_device(_device(args), kernel[grid], *args, **meta)
+
+
+def _on_device(device: torch.device, call: Callable[..., Any], *args: Any, **meta: Any) -> Any:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return call(*args, **meta)
+    with torch.cuda.device(device):
+        return call(*args, **meta)
 
 
 def _device(args: tuple[Any, ...]) -> torch.device:
@@ -89,16 +94,92 @@ def _device(args: tuple[Any, ...]) -> torch.device:
     raise AssertionError("a launch without a tensor")
 
 
+#: The shape (K, rows, cols) of a contiguous tensor, and the (height, width) of its blocks.
+Blocks = tuple[tuple[int, int, int], tuple[int, int]]
+
+
+class Launch:
+    """A launch bound to all that the sizes of a problem decide: called with the tensors alone.
+
+    The kernel's parameters are a descriptor for each of `blocks`, the tensors, numbers, constants.
+
+    blocks: of the first tensors, how Hopper's copy engine sees each; None: it does not.
+    The tensors' dtypes, and which of them are None, are the same in every call.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        blocks: Sequence[Blocks | None],
+        numbers: Sequence[int],
+        **meta: Any,
+    ):
+        self.kernel, self.numbers = kernel, tuple(numbers)
+        self.meta = {**meta, **_OPTIONS}
+        self.grid = (*grid, 1, 1)[:3]
+        self._blocks = [(i, b) for i, b in enumerate(blocks) if b is not None]
+        self._none = [None] * len(blocks)
+        # Of each descriptor, all but the tensor, once it is known to be right.
+        self._fields: list[tuple[int, dict[str, Any]]] | None = None
+        # By the device, and by which tensors start at multiples of 16 bytes: that, beside their
+        # dtypes, is what Triton compiles for.
+        self._compiled: dict[int, Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        args = (*self._descriptors(tensors), *tensors, *self.numbers)
+        if _launcher is not None:
+            _launcher(self.kernel, self.grid, args, self.meta)
+            return
+        device = tensors[0].device
+        key = -1 if device.index is None else device.index
+        for t in tensors:
+            if t is not None:
+                key = 2 * key + (t.data_ptr() % 16 == 0)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            _on_device(device, compiled, *args)
+            return
+        # Triton looks at every argument, which takes longer than all the rest of a launch.
+        compiled = _on_device(device, self.kernel[self.grid], *args, **self.meta)
+        if compiled is not None:
+            # The next time it is launched as it is.
+            constants = [self.meta[p.name] for p in self.kernel.params[len(args) :]]
+            run = compiled[self.grid]
+            self._compiled[key] = lambda *args: run(*args, *constants)
+
+    def _descriptors(self, tensors: tuple[Tensor | None, ...]) -> list[TensorDescriptor | None]:
+        if not self._blocks:
+            return self._none
+        found = self._none.copy()
+        if self._fields is None:
+            fields = []
+            for i, ((particles, rows, cols), box) in self._blocks:
+                # Not t.stride(): an axis of length one may have any.
+                shape, strides = [particles, rows, cols], [rows * cols, cols, 1]
+                found[i] = TensorDescriptor(tensors[i], shape, strides, [1, *box])
+                fields.append((i, {**vars(found[i]), "base": None}))
+            self._fields = fields
+            return found
+        for i, fields in self._fields:
+            # Without the checks, which take longer than a launch.
+            found[i] = descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__ = {**fields, "base": tensors[i]}
+        return found
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def precision(dtype: torch.dtype) -> str:
     """The `PRECISION` of products of `dtype`: TF32 for float32 only where PyTorch takes it too."""
+    if dtype != torch.float32:
+        return "ieee"
     chosen = torch.backends.cuda.matmul.fp32_precision
     if chosen == "none":
         chosen = torch.backends.fp32_precision
-    return "tf32" if dtype == torch.float32 and chosen == "tf32" else "ieee"
+    return "tf32" if chosen == "tf32" else "ieee"
 
 
 @triton.constexpr_function

@@ -3,7 +3,8 @@
 Each function here is a rule with an answer for every size and every chip, known or not. table.json,
 which `python -m bench.tune` writes, goes before it: an entry answers the question that has its
 operator, capability, dtype and sizes; rows and examples may differ up to the next power of two.
-An entry says whether it was measured ("record", "us") or only restates the rule (both null).
+An entry says whether it was measured ("record", "us") or only restates the rule (both null). Where
+backend "cuda" was the faster one there, it also has "backend": "cuda".
 """
 
 from __future__ import annotations
@@ -61,13 +62,15 @@ def _key(op: str, chip: Chip, dtype: torch.dtype, **sizes: Any) -> tuple[Any, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def is_proven(rule: Rule, arguments: tuple[Any, ...]) -> bool:
-    """Whether a record says that the kernel that `rule` configures is right and ahead of the
-    reference for these arguments: for just these, but for rows and examples as in the table."""
+def proven_backend(rule: Rule, arguments: tuple[Any, ...]) -> str | None:
+    """The backend that a record says is right, and ahead of the reference, for just these arguments
+    of `rule`, but for rows and examples as in the table; or None."""
     question = inspect.signature(rule).bind(*arguments)
     question.apply_defaults()
     entry = table().get(_key(rule.__name__, **question.arguments))
-    return entry is not None and entry["record"] is not None and entry["ahead"]
+    if entry is None or entry["record"] is None or not entry["ahead"]:
+        return None
+    return entry.get("backend", "triton")
 
 
 def power_of_two(value: int) -> int:
@@ -134,6 +137,23 @@ def lora_gemm(
     if shared or rank > 16:
         return LoraGemm(path, 128, 128, 64, 64 if rank > 32 else block_r, 8, 8, 3)
     return LoraGemm(path, 128, 256, 64, block_r, 8, 8, 3)
+
+
+@dataclass(frozen=True)
+class LoraExpand:
+    """block_m by block_n elements of y a program; block_r: depth of a low-rank step."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    warps: int
+
+
+def lora_expand(rank: int, dtype: torch.dtype) -> LoraExpand:
+    """For y = bias + S·E, before the vendor's GEMM adds to it."""
+    if dtype.itemsize > 2:
+        return LoraExpand(64 if dtype == torch.float32 else 32, 32, 16, 4)
+    return LoraExpand(128, 128, 16 if rank <= 16 else 32, 8)
 
 
 @dataclass(frozen=True)

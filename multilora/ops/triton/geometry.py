@@ -500,9 +500,20 @@ class _Plan:
     vector: int
 
 
+# The kernels count the elements of a Gram matrix, of float64, with 32 bits.
+_MOST_ROWS = 46_340
+
+
 def _plan_of(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> _Plan:
     first = lora_A[0]
     sizes = tuple((A.shape[1], A.shape[2], B.shape[1]) for A, B in zip(lora_A, lora_B))
+    particles, rank = first.shape[0], max(rank for rank, _, _ in sizes)
+    if particles * rank > _MOST_ROWS:
+        raise NotImplementedError(
+            f"the Triton kernels hold Gram matrices of at most {_MOST_ROWS} rows (17 GB); got "
+            f"{particles} particles of rank {rank}, {particles * rank} rows: "
+            "use_backend('reference') has no limit"
+        )
     return _plan(first.shape[0], sizes, tuple(scaling), first.dtype, chip(first.device))
 
 

@@ -37,6 +37,14 @@ TARGETS: dict[str, tuple[Chip, int]] = {
 _ADDRESS = 1 << 40
 
 
+def resident(chip: Chip, registers: int, shared: int, warps: int) -> int:
+    """How many thread blocks a processor holds at a time: 65536 registers, 2048 threads, 32 blocks
+    and a KB more of shared memory than one block can have, of which every block takes one."""
+    limit = next(limit for known, limit in TARGETS.values() if known.capability == chip.capability)
+    of_warp = -(-registers // 8) * 8 * 32
+    return min(65536 // (warps * of_warp), (limit + 1024) // (shared + 1024), 64 // warps, 32)
+
+
 class _Driver:
     """Triton's view of a GPU that is not there."""
 
@@ -66,7 +74,10 @@ def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
     def compile_launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*as_on_a_gpu(args), grid=grid, **meta)
         if compiled.hash not in reports:
-            reports[compiled.hash] = _report(kernel.__name__, str(problem), meta, compiled)
+            report = _report(kernel.__name__, str(problem), meta, compiled)
+            if kernel.__name__ == "_lora_linear_gemm_kernel":
+                report = _of_persistent(report, chip, grid[0], meta["num_warps"])
+            reports[compiled.hash] = report
 
     with playing(chip, compile_launch):
         for problem in problems:
@@ -91,6 +102,14 @@ def as_on_a_gpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
     are zero, which Triton compiles as another type."""
     return tuple(
         tuple(x or _ADDRESS for x in arg) if isinstance(arg, tuple) else arg for arg in args
+    )
+
+
+def _of_persistent(report: Report, chip: Chip, programs: int, warps: int) -> Report:
+    return dataclasses.replace(
+        report,
+        programs=common.cdiv(programs, chip.processors),
+        resident=resident(chip, report.registers, report.shared, warps),
     )
 
 

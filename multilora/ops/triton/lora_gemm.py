@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from multilora.ops.triton.blocks import describable, descriptor, load_block, store_block
-from multilora.ops.triton.common import accumulator_of, cdiv, chip, dot, launch, precision
-from multilora.ops.triton.configs import LoraGemm
+from multilora.ops.triton.blocks import describable, load_block, store_block
+from multilora.ops.triton.common import Chip, Launch, accumulator_of, cdiv, dot, precision
+from multilora.ops.triton.configs import LoraGemm, lora_expand
 
 
 @triton.jit
@@ -34,10 +33,13 @@ def _load_expander(
     BLOCK_R: tl.constexpr,
 ):
     """The tile (BLOCK_N, BLOCK_R) of s·Q, rounded once, to `dtype`, from its master."""
-    q_ptr += tl.cast(k, tl.int64) * stride_k + tl.cast(col, tl.int64) * stride_c + first * stride_r
+    q_ptr += tl.cast(k, tl.int64) * stride_k + tl.cast(col, tl.int64) * stride_c
+    q_ptr += tl.cast(first, tl.int64) * stride_r
     c, j = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_R)[None, :]
     mask = (c < cols - col) & (j < rank - first)
-    q = tl.load(q_ptr + c * stride_c + j * stride_r, mask=mask, other=0.0)
+    # A factor may be a view whose axes are far apart.
+    q_ptrs = (q_ptr + c.to(tl.int64) * stride_c) + j.to(tl.int64) * stride_r
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
     # In float32: a product with a scalar would stay in the master's dtype.
     return (tl.cast(q, accumulator_of(dtype)) * SCALING).to(dtype)
 
@@ -203,52 +205,47 @@ def _lora_linear_gemm_kernel(
 
 
 def gemm(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    shrinker: Tensor | None,
-    shrunk: Tensor,
-    expander: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    config: LoraGemm,
+    particles: int,
+    rows: int,
+    depth: int,
+    cols: int,
+    rank: int,
+    shared: str,
     w_depth_first: bool,
-) -> None:
-    """y (K or 1, T, cols) from x (K or 1, T, depth), weight, S (K, T, r), expander (K, cols, r)."""
-    rows, depth, cols = y.shape[1], x.shape[2], y.shape[2]
-    particles, _, rank = shrunk.shape
-    shared = "" if x.shape[0] == y.shape[0] == particles else "in" if y.shape[0] == 1 else "out"
+    has_bias: bool,
+    strides: tuple[int, int, int],
+    scaling: float,
+    dtype: torch.dtype,
+    aligned: bool,
+    chip: Chip,
+    config: LoraGemm,
+) -> Launch:
+    """The kernel's launch, to be called with x (K or 1, T, depth), weight, shrinker, y (K or 1, T,
+    cols), S (K, T, r), expander (K, cols, r) and bias, all but the expander contiguous.
+
+    strides: the expander's. The shrinker (K, r, depth), in `dtype`, is None but where the path is
+    "shrink inside". aligned: x, weight, shrinker and y start at multiples of 16 bytes.
+    """
     shrink = config.path == "shrink inside"
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    weight = weight.contiguous().unsqueeze(0)
-    shrinker = shrinker.to(x.dtype).contiguous() if shrink else None
-    described = describable(x, weight, shrinker, y)
     strips = (1 if shared else particles) * cdiv(rows, m)
-    launch(
+    described = aligned and describable(chip, dtype, depth, cols)
+    blocks = (
+        ((1 if shared else particles, rows, depth), (m, k)),
+        ((1, depth, cols), (k, n)) if w_depth_first else ((1, cols, depth), (n, k)),
+        ((particles, rank, depth), (r, k)) if shrink else None,
+        ((1 if shared == "in" else particles, rows, cols), (m, n)),
+    )
+    return Launch(
         _lora_linear_gemm_kernel,
-        (min(config.programs * chip(x.device).processors, strips * cdiv(cols, n)),),
-        descriptor(described, x, m, k),
-        descriptor(described, weight, *((k, n) if w_depth_first else (n, k))),
-        descriptor(described, shrinker, r, k),
-        descriptor(described, y, m, n),
-        x,
-        weight,
-        shrinker,
-        y,
-        shrunk,
-        expander,
-        None if bias is None else bias.contiguous(),
-        particles,
-        rows,
-        depth,
-        cols,
-        rank,
-        *expander.stride(),
+        (min(config.programs * chip.processors, strips * cdiv(cols, n)),),
+        blocks if described else (None,) * 4,
+        (particles, rows, depth, cols, rank, *strides),
         SCALING=scaling,
         SHRINK=shrink,
         SHARED=shared,
         W_DEPTH_FIRST=w_depth_first,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=has_bias,
         DESCRIBED=described,
         RANK_STEPS=cdiv(rank, r),
         BLOCK_M=m,
@@ -257,28 +254,78 @@ def gemm(
         BLOCK_R=r,
         GROUP=config.group,
         FLATTEN=config.flatten,
-        PRECISION=precision(x.dtype),
+        PRECISION=precision(dtype),
         num_warps=config.warps,
         num_stages=config.stages,
     )
 
 
-def accumulate(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    shrunk: Tensor,
-    expander: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-) -> None:
-    """The same with the vendor's GEMM: expand into y, then y += x·weight (depth, cols).
+@triton.jit
+def _lora_linear_expand_kernel(
+    s_ptr,  # S (K, rows, rank)
+    q_ptr,  # Q (K, cols, rank), by its strides
+    bias_ptr,
+    y_ptr,  # Y (K, rows, cols)
+    rows,
+    cols,
+    rank,
+    q_stride_k,
+    q_stride_c,
+    q_stride_r,
+    SCALING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RANK_STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Y_k = bias + S_k (s·Q_k)ᵀ, a tile a program: y is written once and never read."""
+    ACC: tl.constexpr = accumulator_of(y_ptr.dtype.element_ty)
+    tiles_n = tl.cdiv(cols, BLOCK_N)
+    row = tl.program_id(0) // tiles_n * BLOCK_M
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    k = tl.program_id(1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    acc = _expand(
+        acc, s_ptr, q_ptr, k, row, col, rows, cols, rank,
+        q_stride_k, q_stride_c, q_stride_r, SCALING,
+        0, RANK_STEPS, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        c = col + tl.arange(0, BLOCK_N)
+        acc += tl.load(bias_ptr + c, mask=c < cols, other=0.0).to(ACC)[None, :]
+    store_block(None, y_ptr, acc, k, row, col, rows, cols, False, BLOCK_M, BLOCK_N)
 
-    Its product keeps all of the library's efficiency; what it costs is that y is written twice.
+
+def expand(
+    particles: int,
+    rows: int,
+    cols: int,
+    rank: int,
+    has_bias: bool,
+    strides: tuple[int, int, int],
+    scaling: float,
+    dtype: torch.dtype,
+) -> Launch:
+    """y = bias + S·(scaling·expander)ᵀ, to be called with S (K, T, r), expander (K, cols, r) of
+    these strides, bias and y (K, T, cols): what comes before a product that adds to y.
+
+    Not baddbmm: where y is not its first argument, it copies that into y before it adds.
     """
-    expander = (expander * scaling).to(x.dtype).mT
-    if bias is None:
-        torch.bmm(shrunk, expander, out=y)
-    else:
-        torch.baddbmm(bias, shrunk, expander, out=y)
-    y.flatten(0, 1).addmm_(x.flatten(0, 1), weight)
+    config = lora_expand(rank, dtype)
+    m, n, r = config.block_m, config.block_n, config.block_r
+    return Launch(
+        _lora_linear_expand_kernel,
+        (cdiv(rows, m) * cdiv(cols, n), particles),
+        (),
+        (rows, cols, rank, *strides),
+        SCALING=scaling,
+        HAS_BIAS=has_bias,
+        RANK_STEPS=cdiv(rank, r),
+        BLOCK_M=m,
+        BLOCK_N=n,
+        BLOCK_R=r,
+        PRECISION=precision(dtype),
+        num_warps=config.warps,
+    )

@@ -1,17 +1,66 @@
 """The K-particle LoRA linear: which kernels give y and the gradients, in which order.
 
+What a problem's sizes decide is decided once and kept: a call allocates and launches.
+
 Dims: K particles, T rows, r rank.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from multilora.ops import reference
+from multilora.ops.common import accumulator
 from multilora.ops.triton import configs
-from multilora.ops.triton.common import chip
-from multilora.ops.triton.lora_gemm import accumulate, gemm
-from multilora.ops.triton.lora_pass import reduce, thin_pass
+from multilora.ops.triton.common import Chip, Launch, chip, precision
+from multilora.ops.triton.lora_gemm import expand, gemm
+from multilora.ops.triton.lora_pass import Sum, ThinPass, reduce, thin_pass
+
+#: As many problems are kept: those of a model's layers, at some numbers of rows.
+_KEPT = 4096
+
+
+class _Problem(NamedTuple):
+    """All that decides which kernels run.
+
+    members: 1 where the particles share x, else K. rules: what chooses configurations, which
+    something else stands in for while tuning.
+    """
+
+    particles: int
+    members: int
+    rows: int
+    rank: int
+    d_in: int
+    d_out: int
+    strides_A: tuple[int, int, int]
+    strides_B: tuple[int, int, int]
+    scaling: float
+    dtype: torch.dtype
+    factors: torch.dtype
+    precision: str
+    chip: Chip
+    rules: tuple[Callable[..., Any], ...]
+
+
+def _problem(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Any, ...]:
+    """The fields of a _Problem, which the plans' caches take for one."""
+    members, rows, d_in = x.shape
+    particles, d_out, rank = lora_B.shape
+    dtype = x.dtype
+    return (
+        particles, members, rows, rank, d_in, d_out, lora_A.stride(), lora_B.stride(), scaling,
+        dtype, lora_A.dtype, "ieee" if dtype != torch.float32 else precision(dtype),
+        chip(x.device), (configs.lora_gemm, configs.lora_pass),
+    )  # fmt: skip
+
+
+# --- forward -------------------------------------------------------------------------------------
 
 
 def lora_linear(
@@ -27,34 +76,96 @@ def lora_linear(
     rows, d_out = x.shape[1], weight.shape[0]
     if 0 in (rows, d_in, d_out):
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    shared = x.shape[0] != particles
-    config = configs.lora_gemm(
-        particles, rows, d_in, d_out, rank, x.dtype, chip(x.device), "out" if shared else ""
-    )
-    x = x.contiguous()
-    y = x.new_empty(particles, rows, d_out)
-    shrunk = x.new_empty(particles, rows, rank)
-    if config.path != "shrink inside":
-        thin_pass(x, lora_A.mT, shrunk, None, particles, rank, 1.0)
-    if config.path == "accumulate":
-        accumulate(y, x, weight.mT, shrunk, lora_B, bias, scaling)
+    x, weight = x.contiguous(), weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    plan = _forward(_problem(x, lora_A, lora_B, scaling), bias is not None, aligned)
+    y, shrunk = x.new_empty((particles, rows, d_out)), x.new_empty((particles, rows, rank))
+    shrinker = None
+    if plan.shrink is not None:
+        plan.shrink(x, lora_A, shrunk, None, None)
     else:
-        gemm(y, x, weight, lora_A, shrunk, lora_B, bias, scaling, config, False)
+        shrinker = lora_A.to(x.dtype).contiguous()
+    if plan.gemm is not None:
+        plan.gemm(x, weight, shrinker, y, shrunk, lora_B, bias)
+    else:
+        plan.expand(shrunk, lora_B, bias, y)
+        _add_product(y, x, weight.mT)
     return y, shrunk
+
+
+class _Forward(NamedTuple):
+    shrink: Launch | None  # S = x Aᵀ; None: inside the GEMM
+    gemm: Launch | None  # y = x Wᵀ + bias + s·S Bᵀ; None: the vendor's adds to what `expand` gives
+    expand: Launch | None  # y = bias + s·S Bᵀ
+
+
+@functools.lru_cache(_KEPT)
+def _forward(problem: tuple[Any, ...], has_bias: bool, aligned: bool) -> _Forward:
+    p = _Problem(*problem)
+    shared = "" if p.members == p.particles else "out"
+    sizes = (p.particles, p.rows, p.d_in, p.d_out, p.rank)
+    config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared)
+    shrink = None if config.path == "shrink inside" else _shrinking(problem, aligned)
+    if config.path == "accumulate":
+        return _Forward(shrink, None, _expanding(p, p.d_out, has_bias, p.strides_B, p.scaling))
+    of_B = (p.strides_B, p.scaling)
+    product = gemm(*sizes, shared, False, has_bias, *of_B, p.dtype, aligned, p.chip, config)
+    return _Forward(shrink, product, None)
+
+
+@functools.lru_cache(_KEPT)
+def _shrinking(problem: tuple[Any, ...], aligned: bool) -> Launch:
+    """S = x Aᵀ by a pass of its own."""
+    p = _Problem(*problem)
+    over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
+    strides = _turned(p.strides_A)
+    return thin_pass(*over_x, strides, False, 1.0, p.dtype, aligned, p.chip).launch
+
+
+def _expanding(
+    p: _Problem, cols: int, has_bias: bool, strides: tuple[int, int, int], scaling: float
+) -> Launch:
+    return expand(p.particles, p.rows, cols, p.rank, has_bias, strides, scaling, p.dtype)
+
+
+def _turned(strides: tuple[int, int, int]) -> tuple[int, int, int]:
+    return strides[0], strides[2], strides[1]
+
+
+def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y += x·weight (depth, cols), by the vendor's GEMM.
+
+    It keeps all of the library's efficiency; what it costs is that y is written twice and read
+    once.
+    """
+    y.flatten(0, 1).addmm_(x.flatten(0, 1), weight)
+
+
+def shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    """S = x Aᵀ (K, T, r) of a contiguous x (K or 1, T, d_in)."""
+    particles, rank, _ = lora_A.shape
+    shrunk = x.new_empty((particles, x.shape[1], rank))
+    problem = _problem(x, lora_A, lora_B, 1.0)
+    _shrinking(problem, x.data_ptr() % 16 == 0)(x, lora_A, shrunk, None, None)
+    return shrunk
 
 
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """y (K·T rows of d_out) += scaling·(x Aᵀ) Bᵀ for x (K or 1, T, d_in) -> S = x Aᵀ (K, T, r)."""
-    particles, rank, d_in = lora_A.shape
-    rows, d_out = x.shape[1], lora_B.shape[1]
-    if 0 in (rows, d_in, d_out):
+    particles, d_out, _ = lora_B.shape
+    rows = x.shape[1]
+    if 0 in (rows, x.shape[2], d_out):
         return reference.lora_add_(y, x, lora_A, lora_B, scaling)
-    shrunk = x.new_empty(particles, rows, rank)
-    thin_pass(x.contiguous(), lora_A.mT, shrunk, None, particles, rank, 1.0)
+    shrunk = shrink(x.contiguous(), lora_A, lora_B)
     # A product as thin as this is y's one read and one write: the vendor's does no more.
     y = y.view(particles, rows, d_out)
     y.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
     return shrunk
+
+
+# --- backward ------------------------------------------------------------------------------------
 
 
 def lora_linear_backward(
@@ -68,52 +179,114 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
-    needs_x, needs_A, needs_B = needs
-    particles, rank, d_in = lora_A.shape
-    rows, d_out = x.shape[1], lora_B.shape[1]
-    if 0 in (rows, d_in, d_out):
+    if 0 in (x.shape[1], x.shape[2], grad.shape[2]):
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
-    shared = x.shape[0] != particles
-    dx, dA, dB = x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    if not any(needs):
-        return dx, dA, dB
     x, grad = x.contiguous(), grad.contiguous()
-    # dS = s·dY·B and dB = s·dYᵀ·S: one pass over dY, where the partial sums do not cost another.
-    d_shrunk = x.new_empty(shrunk.shape) if needs_x or needs_A else None
-    wanted = shrunk if needs_B else None
-    together = configs.lora_pass_together(particles, rows, d_out, rank, x.dtype, chip(x.device))
-    if d_shrunk is not None and needs_B and not together:
-        thin_pass(grad, lora_B, d_shrunk, None, particles, rank, scaling)
-        partial = thin_pass(grad, None, None, wanted, particles, rank, scaling)
+    d_shrunk, dA, dB = thin_gradients(grad, x, lora_A, lora_B, shrunk, scaling, needs)
+    if not needs[0]:
+        return x.new_empty(0), dA, dB
+    shared = x.shape[0] != lora_A.shape[0]
+    if weight is None:
+        return reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared), dA, dB
+    weight = weight.contiguous()
+    # The rows are the same for all particles, so dY is summed before the large product.
+    rest = grad.sum(0, keepdim=True) if shared else grad
+    aligned = (rest.data_ptr() | weight.data_ptr()) % 16 == 0
+    product, expand = _input_gradient(_problem(x, lora_A, lora_B, scaling), aligned)
+    dx = x.new_empty(x.shape)
+    if product is not None:
+        product(rest, weight, None, dx, d_shrunk, lora_A, None)
     else:
-        partial = thin_pass(grad, lora_B, d_shrunk, wanted, particles, rank, scaling)
-    if needs_B:
-        dB = lora_B.new_empty(lora_B.shape)
-        reduce(partial, dB, scaling)
-    if needs_A:
-        dA = lora_A.new_empty(lora_A.shape)
-        reduce(thin_pass(x, None, None, d_shrunk, particles, rank, 1.0), dA.mT, 1.0)
-    if needs_x and weight is None:
-        dx = reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared)
-    elif needs_x:
-        # The rows are the same for all particles, so dY is summed before the large product.
-        rest = grad.sum(0, keepdim=True) if shared else grad
-        config = configs.lora_gemm(
-            particles,
-            rows,
-            d_out,
-            d_in,
-            rank,
-            x.dtype,
-            chip(x.device),
-            "in" if shared else "",
-            True,
-        )
-        dx = x.new_empty(x.shape)
-        if config.path == "accumulate":
-            accumulate(dx, rest, weight, d_shrunk, lora_A.mT, None, 1.0)
-        else:
-            gemm(dx, rest, weight, None, d_shrunk, lora_A.mT, None, 1.0, config, True)
+        expand(d_shrunk, lora_A, None, dx)
+        _add_product(dx, rest, weight)
     return dx, dA, dB
+
+
+@functools.lru_cache(_KEPT)
+def _input_gradient(problem: tuple[Any, ...], aligned: bool) -> tuple[Launch | None, Launch | None]:
+    """dX = dY·W + dS·A; or None, and dS·A, to which the vendor's GEMM adds."""
+    p = _Problem(*problem)
+    shared = "" if p.members == p.particles else "in"
+    sizes = (p.particles, p.rows, p.d_out, p.d_in, p.rank)
+    config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared, True)
+    of_A = (_turned(p.strides_A), 1.0)
+    if config.path == "accumulate":
+        return None, _expanding(p, p.d_in, False, *of_A)
+    return gemm(*sizes, shared, True, False, *of_A, p.dtype, aligned, p.chip, config), None
+
+
+def thin_gradients(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dS = s·dY·B (K, T, r), or None where nobody needs it; dA and dB, or empty.
+
+    grad and x are contiguous.
+    """
+    _, needs_A, needs_B = needs
+    dtype = x.dtype
+    aligned = (x.data_ptr() | grad.data_ptr()) % 16 == 0
+    plan = _thin_gradients(_problem(x, lora_A, lora_B, scaling), *needs, aligned)
+    d_shrunk = None
+    dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
+    dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
+    parts_A = parts_B = None
+    if needs_B:
+        parts_B = x.new_empty(plan.parts_B, dtype=accumulator(dtype))
+    if plan.shrink is not None:
+        d_shrunk = x.new_empty(shrunk.shape)
+        together = (None, None) if plan.shrink.parts is None else (shrunk, parts_B)
+        plan.shrink.launch(grad, lora_B, d_shrunk, *together)
+    if plan.outer is not None:
+        plan.outer.launch(grad, None, None, shrunk, parts_B)
+    if needs_A:
+        parts_A = x.new_empty(plan.inner.parts, dtype=accumulator(dtype))
+        plan.inner.launch(x, None, None, d_shrunk, parts_A)
+    if needs_A and needs_B:
+        plan.sums(parts_A, dA, parts_B, dB)
+    elif needs_A:
+        plan.sums(parts_A, dA, None, None)
+    elif needs_B:
+        plan.sums(parts_B, dB, None, None)
+    return d_shrunk, dA, dB
+
+
+class _Thin(NamedTuple):
+    """What is None is not needed."""
+
+    shrink: ThinPass | None  # dS = s·dY·B, and the parts of dB where they cost no pass
+    outer: ThinPass | None  # dB = s·dYᵀ·S in parts, by a pass of their own
+    inner: ThinPass | None  # dA = dSᵀ·X in parts
+    parts_B: tuple[int, int, int, int] | None
+    sums: Launch | None
+
+
+@functools.lru_cache(_KEPT)
+def _thin_gradients(
+    problem: tuple[Any, ...], needs_x: bool, needs_A: bool, needs_B: bool, aligned: bool
+) -> _Thin:
+    p = _Problem(*problem)
+    kind = (p.dtype, aligned, p.chip)
+    over_grad = (p.particles, p.particles, p.rows, p.d_out, p.rank)
+    shrink = outer = inner = parts_B = None
+    sums = []
+    if needs_x or needs_A:
+        together = needs_B and configs.lora_pass_together(*over_grad[1:], p.dtype, p.chip)
+        shrink = thin_pass(*over_grad, p.strides_B, together, p.scaling, *kind)
+    if needs_A:
+        over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
+        inner = thin_pass(*over_x, None, True, 1.0, *kind)
+        sums.append(Sum(inner.parts, (p.rank * p.d_in, 1, p.d_in), 1.0))
+    if needs_B:
+        if shrink is None or shrink.parts is None:
+            outer = thin_pass(*over_grad, None, True, p.scaling, *kind)
+        parts_B = (outer or shrink).parts
+        sums.append(Sum(parts_B, (p.d_out * p.rank, p.rank, 1), p.scaling))
+    return _Thin(shrink, outer, inner, parts_B, reduce(*sums) if sums else None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from multilora.ops.common import accumulator
 from multilora.ops.triton import configs
-from multilora.ops.triton.blocks import describable, descriptor, load_block
-from multilora.ops.triton.common import accumulator_of, cdiv, chip, dot, launch, precision
+from multilora.ops.triton.blocks import describable, load_block
+from multilora.ops.triton.common import Chip, Launch, accumulator_of, cdiv, dot, precision
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def _lora_linear_pass_kernel(
     else:
         valid = column < rank
         f_start, s_start, o_start = member * f_stride_k, member * rows * rank, member * width * rank
-        f_column = (column * f_stride_r)[None, :]
+        f_column = (column.to(tl.int64) * f_stride_r)[None, :]
         s_column = column[None, :]
         o_column = column[None, :]
     valid = valid[None, :]
@@ -90,7 +92,8 @@ def _lora_linear_pass_kernel(
         if SHRINK:
             at = f_ptr + f_start + tl.cast(col, tl.int64) * f_stride_d
             mask = (d < width - col) & valid
-            f = tl.load(at + d * f_stride_d + f_column, mask=mask, other=0.0)
+            at = (at + d.to(tl.int64) * f_stride_d) + f_column
+            f = tl.load(at, mask=mask, other=0.0)
             shrunk = dot(g, (tl.cast(f, ACC) * SCALING).to(dtype), shrunk, PRECISION)
         if OUTER:
             if SHRINK:
@@ -111,9 +114,10 @@ def _lora_linear_pass_kernel(
 
 
 @triton.jit
-def _lora_linear_reduce_kernel(
+def _sum_parts(
     partial_ptr,  # (chunks, K, width, rank)
     out_ptr,  # (K, width, rank), by its strides
+    block,
     chunks,
     width,
     rank,
@@ -125,8 +129,8 @@ def _lora_linear_reduce_kernel(
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """s · the sum over the chunks, always in the same order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """One block of s · the sum over the chunks, always in the same order."""
+    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
     # Several at a time, so that their loads are under way together.
     for first in range(0, chunks, CHUNKS):
@@ -139,51 +143,88 @@ def _lora_linear_reduce_kernel(
     tl.store(out_ptr + offset, (total * SCALING).to(out_ptr.dtype.element_ty), mask=i < elements)
 
 
-def thin_pass(
-    g: Tensor,
-    factor: Tensor | None,
-    out: Tensor | None,
-    shrunk: Tensor | None,
-    particles: int,
-    rank: int,
-    scaling: float,
-) -> Tensor | None:
-    """out = g·(scaling·factor) (K, T, r), where given; -> gᵀ·shrunk in parts (chunks, K, width, r).
+@triton.jit
+def _lora_linear_reduce_kernel(
+    partial_ptr,
+    out_ptr,
+    other_partial_ptr,
+    other_out_ptr,
+    rank,
+    chunks,
+    width,
+    elements,
+    stride_k,
+    stride_d,
+    stride_r,
+    other_chunks,
+    other_width,
+    other_elements,
+    other_stride_k,
+    other_stride_d,
+    other_stride_r,
+    SCALING: tl.constexpr,
+    OTHER_SCALING: tl.constexpr,
+    BOTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The partial sums of one factor's gradient, and behind them, where BOTH, of the other's."""
+    block = tl.program_id(0)
+    first = tl.cdiv(elements, BLOCK)
+    if block < first:
+        _sum_parts(
+            partial_ptr, out_ptr, block, chunks, width, rank, elements,
+            stride_k, stride_d, stride_r, SCALING, CHUNKS, BLOCK,
+        )  # fmt: skip
+    elif BOTH:
+        _sum_parts(
+            other_partial_ptr, other_out_ptr, block - first, other_chunks, other_width, rank,
+            other_elements, other_stride_k, other_stride_d, other_stride_r, OTHER_SCALING,
+            CHUNKS, BLOCK,
+        )  # fmt: skip
 
-    g (K or 1, T, width), factor (K, width, r), shrunk (K, T, r).
+
+class ThinPass(NamedTuple):
+    """launch: to be called with g (K or 1, T, width), factor (K, width, r), out, shrunk (K, T, r)
+    and a tensor of the shape `parts` in the accumulator's dtype; or None for what it has not."""
+
+    launch: Launch
+    parts: tuple[int, int, int, int] | None
+
+
+def thin_pass(
+    particles: int,
+    members: int,
+    rows: int,
+    width: int,
+    rank: int,
+    strides: tuple[int, int, int] | None,
+    outer: bool,
+    scaling: float,
+    dtype: torch.dtype,
+    aligned: bool,
+    chip: Chip,
+) -> ThinPass:
+    """out = g·(scaling·factor) (K, T, r), where there is a factor, of these strides; and, where
+    `outer`, gᵀ·shrunk in parts (chunks, K, width, r).
+
+    aligned: g, contiguous in `dtype` and of `members` particles, starts at a multiple of 16 bytes.
     """
-    members, rows, width = g.shape
-    shared = members != particles
-    shrink, outer = out is not None, shrunk is not None
+    shared, shrink = members != particles, strides is not None
     columns = particles * rank if shared else rank
-    config = configs.lora_pass(
-        members, rows, width, columns, g.dtype, chip(g.device), shrink, outer
-    )
+    config = configs.lora_pass(members, rows, width, columns, dtype, chip, shrink, outer)
     m, n, r = config.block_m, config.block_n, config.block_r
     if shrink:
         chunks = programs = cdiv(rows, m)
     else:
         chunks = cdiv(rows, config.rows_each)
         programs = chunks * cdiv(width, n)
-    partial = None
-    described = describable(g)
-    if outer:
-        partial = g.new_empty(chunks, particles, width, rank, dtype=accumulator(g.dtype))
-    launch(
+    described = aligned and describable(chip, dtype, width)
+    launch = Launch(
         _lora_linear_pass_kernel,
         (programs, cdiv(columns, r), members),
-        descriptor(described, g, m, n),
-        g,
-        factor,
-        out,
-        shrunk,
-        partial,
-        particles,
-        rows,
-        width,
-        rank,
-        config.rows_each,
-        *((0, 0, 0) if factor is None else factor.stride()),
+        (((members, rows, width), (m, n)) if described else None,),
+        (particles, rows, width, rank, config.rows_each, *(strides or (0, 0, 0))),
         SCALING=scaling,
         SHARED=shared,
         SHRINK=shrink,
@@ -192,28 +233,35 @@ def thin_pass(
         BLOCK_M=m,
         BLOCK_N=n,
         BLOCK_R=r,
-        PRECISION=precision(g.dtype),
+        PRECISION=precision(dtype),
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    return partial
+    return ThinPass(launch, (chunks, particles, width, rank) if outer else None)
 
 
-def reduce(partial: Tensor, out: Tensor, scaling: float) -> None:
-    """out (K, width, r), of any strides = scaling · the sum of partial (chunks, K, width, r)."""
-    chunks, _, width, rank = partial.shape
-    elements, block = out.numel(), 256
-    launch(
+class Sum(NamedTuple):
+    """What becomes of the parts (chunks, K, width, r): scaling · their sum, by these strides."""
+
+    parts: tuple[int, int, int, int]
+    strides: tuple[int, int, int]
+    scaling: float
+
+
+def reduce(one: Sum, other: Sum | None = None) -> Launch:
+    """The sums of one or two factors' gradients; to be called with the parts and the
+    sum of each."""
+    parts, block = (one,) if other is None else (one, other), 256
+    elements = [math.prod(part.parts[1:]) for part in parts]
+    numbers = [(p.parts[0], p.parts[2], n, *p.strides) for p, n in zip(parts, elements)]
+    return Launch(
         _lora_linear_reduce_kernel,
-        (cdiv(elements, block),),
-        partial,
-        out,
-        chunks,
-        width,
-        rank,
-        elements,
-        *out.stride(),
-        SCALING=scaling,
+        (sum(cdiv(n, block) for n in elements),),
+        (),
+        (one.parts[-1], *numbers[0], *numbers[-1]),
+        SCALING=one.scaling,
+        OTHER_SCALING=parts[-1].scaling,
+        BOTH=other is not None,
         CHUNKS=16,
         BLOCK=block,
         num_warps=4,

@@ -412,14 +412,15 @@ def _volume_backward_kernel(
         of_example = examples.to(tl.int64) * stride_n + y
         labels = k.to(tl.int64)[:, None] * stride_k + of_example[None, :]
         own = tl.load(logits_ptr + labels, mask=live, other=0.0).to(ACC)
-        weight = tl.load(grad_nll_ptr + k * stride_nll, mask=k < K, other=0.0) / count
+        weight = tl.load(grad_nll_ptr + k.to(tl.int64) * stride_nll, mask=k < K, other=0.0) / count
         # e_y may overflow; p_y is then 1 and the rest of the softmax 0. The softmax is
         # f̃ · ‖e‖/(Σe + e_y) off the target, and p_y − 1 = −Σe/(Σe + e_y) on it.
         share = weight[:, None] / (rest + _exp(own - top))
         offset = share * norm
         on_target = -share * rest
     else:
-        slope = 2.0 * tl.load(grad_ptr + examples * stride_grad, mask=valid, other=0.0)
+        at = grad_ptr + examples.to(tl.int64) * stride_grad
+        slope = 2.0 * tl.load(at, mask=valid, other=0.0)
         offset = tl.zeros([BLOCK_K, BLOCK_N], ACC)
         on_target = tl.zeros([BLOCK_K, BLOCK_N], ACC)
 

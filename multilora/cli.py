@@ -190,15 +190,38 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser(
         "kernels",
-        help="what the machine code of every GPU kernel needs, without a GPU",
+        help="what the machine code of every GPU kernel needs, without a GPU; or --precompile it",
     )
     kernels.add_argument(
-        "--target", choices=("sm_80", "sm_90"), default="sm_90", help="the chip" + default
+        "--target", choices=("sm_80", "sm_90"), help="the chip [sm_90; --precompile: that at hand]"
     )
     kernels.add_argument(
         "--out", type=Path, metavar="FILE", help="write a JSON record; an older one is replaced"
     )
     kernels.add_argument("--only", default="", metavar="TEXT", help="only names with TEXT")
+    kernels.add_argument(
+        "--precompile",
+        action="store_true",
+        help="only fill Triton's cache (TRITON_CACHE_DIR) with the Triton kernels, so that no step "
+        "has to wait for its compiler: those of the same sizes, or of the --model below",
+    )
+    kernels.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that compile [one a core, at most 16]"
+    )
+    kernels.add_argument("--model", metavar="NAME", help="a timm model, for the sizes of its steps")
+    kernels.add_argument(
+        "--targets", nargs="+", default=["qkv"], metavar="NAME", help="its adapted layers [qkv]"
+    )
+    kernels.add_argument("--particles", type=int, default=4, metavar="K", help=default)
+    kernels.add_argument("--rank", type=int, default=8, help=default)
+    kernels.add_argument("--batch-size", type=int, default=16, help="images a step" + default)
+    kernels.add_argument("--classes", type=int, default=1000, metavar="C", help=default)
+    kernels.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the model, or of autocast" + default,
+    )
     kernels.set_defaults(run=_kernels)
 
     info = commands.add_parser("info", help="versions, devices and backends")
@@ -349,11 +372,16 @@ def _kernels(args: argparse.Namespace) -> int:
     from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
     from multilora.ops.triton.problems import problems
 
+    if args.precompile:
+        return _precompile(args)
+    if args.model is not None or args.jobs is not None:
+        raise ValueError("--model and --jobs are options of --precompile")
     if args.out is not None:
         _check_record(args.out)
-    chip, limit = TARGETS[args.target]
+    target = args.target or "sm_90"
+    chip, limit = TARGETS[target]
     try:
-        native = list(native_reports(args.target, knobs.nvidia.cuobjdump.path, args.only))
+        native = list(native_reports(target, knobs.nvidia.cuobjdump.path, args.only))
     except FileNotFoundError as missing:
         native = []
         print(f"no CUDA C++ kernels: {missing}")
@@ -377,12 +405,57 @@ def _kernels(args: argparse.Namespace) -> int:
         reports.append(report)
     print(
         f"{len(native)} CUDA C++ codes and {len(reports) - len(native)} Triton codes for "
-        f"{len(chosen)} problems on {args.target}, {failures} failed"
+        f"{len(chosen)} problems on {target}, {failures} failed"
     )
     if args.out is not None:
         nvcc = _built("_C_cuda") if native else ""
-        files.write_text(args.out, to_json(args.target, nvcc, reports))
+        files.write_text(args.out, to_json(target, nvcc, reports))
     return 1 if failures else 0
+
+
+def _precompile(args: argparse.Namespace) -> int:
+    import time
+
+    import torch
+    from triton import knobs
+
+    from multilora.ops.triton import common
+    from multilora.ops.triton.inspect import TARGETS
+    from multilora.ops.triton.problems import problems
+    from multilora.precompile import fill, model_problem
+
+    if args.out is not None:
+        raise ValueError("--precompile writes no record: leave --out away")
+    jobs = args.jobs or min(16, os.cpu_count() or 1)
+    checks.integer("--jobs", jobs, 1, 256)
+    if args.target is not None:
+        chip = TARGETS[args.target][0]
+    elif torch.cuda.is_available():
+        chip = common.chip(torch.device("cuda"))
+    else:
+        raise ValueError("no GPU is at hand: say which chip is meant, with --target")
+    if args.model is None:
+        chosen = [problem for problem in problems() if args.only in str(problem)]
+    else:
+        sizes = (args.particles, args.rank, args.batch_size)
+        for name, size in zip(("--particles", "--rank", "--batch-size"), sizes):
+            checks.integer(name, size, 1)
+        dtype = getattr(torch, args.dtype)
+        chosen = [model_problem(args.model, args.targets, *sizes, dtype, args.classes)]
+    if not chosen:
+        raise ValueError(f"no problem has {args.only!r} in its name")
+    start = time.perf_counter()
+    filled = fill(chip, chosen, jobs)
+    for failure in filled.failures:
+        print(f"  FAILED: {failure}")
+    print(
+        f"{filled.compiled} Triton codes compiled for sm_{chip.capability}, {filled.present} were "
+        f"there, {len(filled.failures)} failed: {len(chosen)} problems, {jobs} processes, "
+        f"{time.perf_counter() - start:.0f} s, in {knobs.cache.dir}"
+    )
+    if filled.launchers is not None:
+        print(f"their C launchers are left to the first launch of each: {filled.launchers}")
+    return 1 if filled.failures else 0
 
 
 def _check_record(out: Path) -> None:

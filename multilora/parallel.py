@@ -100,7 +100,9 @@ class Ranks:
         return count * (self.data_size / torch.where(total == 0, 1, total))
 
     def all_true(self, flags: Tensor) -> Tensor:
-        """flags (K/P,) -> (K,): true where they are on every process along the data."""
+        """flags (K/P, ...) -> (K, ...): true where they are on every process along the data."""
+        if self.data_size == self.particle_size == 1:
+            return flags
         flags = flags.to(torch.uint8)
         if self.data_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MIN, group=self.data)

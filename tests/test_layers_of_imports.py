@@ -26,7 +26,7 @@ LAYERS = [
     ["model"],
     ["methods", "checkpoint", "metrics"],
     ["integrations"],
-    ["tasks", "settings", "run_state", "training", "plots", "cli", "__main__"],
+    ["tasks", "settings", "run_state", "training", "plots", "precompile", "cli", "__main__"],
 ]
 
 

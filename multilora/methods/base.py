@@ -14,6 +14,9 @@ from multilora.methods.parameters import require_current
 from multilora.methods.passes import Closure, Passes
 from multilora.parallel import Ranks
 
+# How many tensors are looked at together for what is not finite.
+_TOGETHER = 64
+
 
 class Method:
     """A training method over K particles; its `backward(closure)` replaces `loss.backward()`.
@@ -96,7 +99,8 @@ class Method:
         each particle. The parameters are left as they were, also when the closure raises.
 
         Raises RuntimeError where the model's trainable tensors are other ones than when the method
-        was made, or where the loss does not depend on any of them.
+        was made, where the loss does not depend on any of them, or where a CUDA graph is being
+        captured and the settings would have the host wait for the device.
         """
         scale = _checked_scale(scale)
         if not callable(closure):
@@ -105,6 +109,7 @@ class Method:
                 f"got {type(closure).__name__}"
             )
         require_current(self.model, self.params)
+        self._require_capturable()
         compare = self._calls % self.compare_batches == 0
         self._calls += 1
         try:
@@ -122,6 +127,21 @@ class Method:
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def _require_capturable(self) -> None:
+        """Raise where a CUDA graph is captured and this step would look at values on the device."""
+        if not is_captured(self.params[0]):
+            return
+        needed = [] if self.nonfinite == "ignore" else ['nonfinite="ignore"']
+        if self.interacts and self.passes.chunk < self.num_particles:
+            needed.append("particle_chunk=None")
+        if self.interacts and self.passes.ranks.particle_size > 1:
+            needed.append("one process along the particles")
+        if needed:
+            raise RuntimeError(
+                f"a CUDA graph cannot hold this step of {type(self).__name__}, which waits for the "
+                f"device; it needs {' and '.join(needed)}"
+            )
 
     def _skipped(self) -> dict[str, Tensor]:
         """The scalars of a batch that was skipped."""
@@ -159,35 +179,30 @@ class Method:
         """
         if self.nonfinite == "ignore":
             return among
-        by_loss = finite = losses.isfinite()
-        if not isinstance(scale, Tensor):
-            for g in grads:
-                finite = finite & torch.linalg.vector_norm(g.flatten(1), torch.inf, 1).isfinite()
-        by_loss, finite = self.passes.ranks.all_true(torch.stack([by_loss, finite], 1)).unbind(1)
-        considered = torch.full_like(finite, among is None)
-        if among is not None:
-            considered.index_fill_(0, among, True)
+        seen = [losses] if isinstance(scale, Tensor) else [losses, _zero_if_finite(grads)]
+        # The one wait for the device: what follows is lists.
+        finite = self.passes.ranks.all_true(torch.stack(seen, 1).isfinite()).tolist()
+        considered = range(len(finite)) if among is None else among.tolist()
         # The divergence carries one particle's broken predictions into the gradients of all: then
         # only the losses tell who it is.
-        bad_losses = considered & ~by_loss
-        bad = torch.where(bad_losses.any() & self.interacts, bad_losses, considered & ~finite)
-        finite = considered & ~bad
-        bad = bad.nonzero().flatten().tolist()
+        bad = [k for k in considered if not finite[k][0]] if self.interacts else []
+        bad = bad or [k for k in considered if not all(finite[k])]
         if not bad:
             return among
-        values = self.passes.ranks.gather(losses)[bad[:8]].tolist()
+        values = self.passes.ranks.gather(losses).tolist()
         names = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if bad[8:] else "")
         message = (
             f"{type(self).__name__}, call {self.step}: non-finite loss or gradient of particle"
-            f"{'s' if len(bad) > 1 else ''} {names} (losses {values})"
+            f"{'s' if len(bad) > 1 else ''} {names} (losses {[values[k] for k in bad[:8]]})"
         )
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{message}; nothing was changed")
-        if not bool(finite.any()):
+        others = [k for k in considered if k not in set(bad)]
+        if not others:
             self.particle_nll = losses
             raise _NothingIsFinite(message)
         warnings.warn(f"{message}; skipped, the others go on", stacklevel=4)
-        return finite.nonzero().flatten()
+        return torch.tensor(others, device=losses.device)
 
     def _require_finite_parameters(self, message: str) -> None:
         """Another batch helps only where some particle's parameters are finite."""
@@ -228,6 +243,11 @@ def _checked_scale(scale: float | Tensor) -> float | Tensor:
     if scale.device.type == "cpu":
         checks.number("scale", scale.item(), 0)
     return scale.detach()
+
+
+def is_captured(t: Tensor) -> bool:
+    """Whether what is done with this tensor becomes part of a CUDA graph instead of running."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def described(value: Any) -> str:
@@ -276,10 +296,31 @@ def unflatten(flat: Tensor, params: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Detached, contiguous copies."""
+    out = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    torch._foreach_copy_(out, tensors)
+    return out
+
+
+@torch.no_grad()
 def accumulate(params: list[Tensor], grads: list[Tensor]) -> None:
     """p.grad += g, as loss.backward() does it."""
-    for p, g in zip(params, grads):
-        if p.grad is None:
-            p.grad = g.to(p.dtype, copy=True, memory_format=torch.contiguous_format)
-        else:
-            p.grad += g
+    fresh = [(p, g) for p, g in zip(params, grads) if p.grad is None]
+    added = [(p.grad, g) for p, g in zip(params, grads) if p.grad is not None]
+    if added:
+        torch._foreach_add_(*map(list, zip(*added)))
+    for p, _ in fresh:
+        p.grad = torch.empty_like(p, memory_format=torch.contiguous_format)
+    if fresh:
+        torch._foreach_copy_([p.grad for p, _ in fresh], [g for _, g in fresh])
+
+
+def _zero_if_finite(tensors: list[Tensor]) -> Tensor:
+    """(K,): 0 where all numbers of a particle are finite, else NaN; stacked tensors (K, ...).
+
+    Some tensors at a time: one operation for each of them would be most of a small step's, and
+    copies of all of them would take the memory of the gradients once more.
+    """
+    parts = [tensors[i : i + _TOGETHER] for i in range(0, len(tensors), _TOGETHER)]
+    return torch.stack([flatten(part).mul_(0).sum(1) for part in parts]).sum(0)

@@ -14,8 +14,10 @@ from multilora.losses import Loss
 from multilora.methods.base import (
     Method,
     accumulate,
+    copies,
     described,
     flatten,
+    is_captured,
     require_different_particles,
     unflatten,
 )
@@ -28,8 +30,8 @@ _warned_own_batches = False
 
 class _Pass(NamedTuple):
     """One forward and backward: class predictions (K, N, C) of all processes' particles and their
-    targets (None: of no classes), gradients of this one's, the indices of the finite ones (None:
-    all), what to log."""
+    targets (None: of no classes), gradients of this one's (before the climb flat, one (K, P)), the
+    indices of the finite ones (None: all), what to log."""
 
     logits: Tensor | None
     targets: Tensor | None
@@ -183,18 +185,22 @@ class IBDR(Method):
                 f"IBDR was made for parameters on {self.lambda_.device}, and they are on "
                 f"{self.params[0].device} now; make it after moving the model"
             )
-        drawn_from = self.generator.get_state()
-        mu = [p.detach().clone() for p in self.params]
+        # A graph's own record says where its replays draw from, and is not to be read here.
+        draws = bool(self.noisy) and not is_captured(self.params[0])
+        drawn_from = self.generator.get_state() if draws else None
+        mu = copies(self.params)
+        # The optimizer may have stepped inside the same autocast.
+        torch.clear_autocast_cache()
         try:
             noise = self._draw_noise()
-            first, moved, second = self._climb_and_descend(closure, scale, mu, noise, None)
+            first, moved, second = self._climb_and_descend(closure, scale, noise, None)
             while second.finite is not first.finite:
                 # A particle that broke on its climb was in the others' climb too.
-                first, moved, second = self._climb_and_descend(
-                    closure, scale, mu, noise, second.finite
-                )
+                self._put_back(mu)
+                first, moved, second = self._climb_and_descend(closure, scale, noise, second.finite)
         except BaseException:
-            self.generator.set_state(drawn_from)
+            if draws:
+                self.generator.set_state(drawn_from)
             raise
         finally:
             self._put_back(mu)
@@ -217,19 +223,17 @@ class IBDR(Method):
         self,
         closure: Closure,
         scale: float | Tensor,
-        mu: list[Tensor],
         noise: Tensor | None,
         finite: Tensor | None,
     ) -> tuple[_Pass, Tensor, _Pass]:
-        """The pass at θ, ‖θ'_i − θ_i‖² of this process's particles and the pass at θ'."""
-        self._put_back(mu)
+        """From μ: the pass at θ, ‖θ'_i − θ_i‖² of this process's particles and the pass at θ'."""
         if noise is not None:
             self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)
         # Scaled before differentiating, for half precision; unscaled after. A scale of zero, of a
         # micro-batch that counts nothing, must not divide.
         climbing = scale if isinstance(scale, Tensor) or scale > 0 else 1.0
         first = self._pass(closure, climbing, None, finite)
-        climb = self._climb(flatten(first.grads) / climbing)
+        climb = self._climb(first.grads[0] / climbing)
         self._move(climb)
         moved = climb.square().sum(1)
         first = first._replace(grads=[])
@@ -255,6 +259,7 @@ class IBDR(Method):
             total, each, stats = self._objective(logits, targets, classes, before, finite)
             (grad,) = torch.autograd.grad(total * scale, logits)
             grads = self.passes.pull_back(closure, grad)
+            grads = [flatten(grads)] if before is None else grads
             self.particle_nll = self.passes.mean(self.passes.ranks.own(each))
             still = finite
             if before is None or not isinstance(scale, Tensor):

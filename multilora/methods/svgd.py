@@ -176,7 +176,10 @@ class SVGD(Method):
         off = ~torch.eye(particles, dtype=torch.bool, device=k.device)
         # Zero where one particle is left, which has no pair.
         pairs = max(1, len(D) * particles * (particles - 1))
-        return directions, {"kernel": k[:, off].sum() / pairs, "distance": D[:, off].sum() / pairs}
+        return directions, {
+            "kernel": torch.where(off, k, 0).sum() / pairs,
+            "distance": torch.where(off, D, 0).sum() / pairs,
+        }
 
     def _everyone(self, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Every tensor of the particles, with those of all processes that have a finite step."""

@@ -8,6 +8,12 @@ from torch import Tensor
 #: The target that is left out, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
 
+#: What the geometry says where it has to copy its table of sizes while a CUDA graph is captured.
+TABLE_IS_NOT_THERE = (
+    "multilora: call the operator once with these shapes before it is captured in a CUDA graph: "
+    "its table of sizes has to be copied to the device first"
+)
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that losses and geometry are computed and returned in: float32 or better."""

@@ -4,15 +4,23 @@ One function an operator, under the operator's name. Shapes and dtypes have been
 Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora.ops.common import IGNORE_INDEX, accumulator, check_targets, core_dtype
+from multilora.ops.common import (
+    IGNORE_INDEX,
+    TABLE_IS_NOT_THERE,
+    accumulator,
+    check_targets,
+    core_dtype,
+)
 
 # --- lora_linear ---------------------------------------------------------------------------------
 
@@ -148,7 +156,7 @@ def lora_gram_backward(
     grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
 ) -> list[Tensor]:
     """dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), U = s² (grad + gradᵀ)."""
-    grads: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    grads = [*lora_A, *lora_B]
     for i, like, gradient in _gradients64(grad, lora_A, lora_B, scaling):
         grads[i] = gradient.to(like.dtype, memory_format=torch.contiguous_format)
     return grads
@@ -159,12 +167,14 @@ def _gradients64(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Every factor's place among all lora_A and lora_B, the factor and its gradient in float64."""
     layers = len(scaling)
-    scales = grad.new_tensor(scaling, dtype=torch.float64).square()
-    U = (grad + grad.mT).double() * scales[:, None, None]
-    for members in _same_shape(lora_A, lora_B):
+    plan = _plan_of(lora_A, lora_B, scaling)
+    U = (grad + grad.mT).double() * plan.scales
+    if plan.order is not None:
+        U = U.index_select(0, plan.order)
+    for members, u in zip(plan.groups, U.split([len(group) for group in plan.groups])):
         A, B = _stack64(lora_A, lora_B, members)
         rank = lora_A[members[0]].shape[1]
-        u = U[members].repeat_interleave(rank, -1).repeat_interleave(rank, -2)
+        u = u.repeat_interleave(rank, -1).repeat_interleave(rank, -2)
         dA = torch.bmm(torch.bmm(B, B.mT).mul_(u), A)
         dB = torch.bmm(torch.bmm(A, A.mT).mul_(u), B)
         for layer, a, b in zip(members, dA, dB):
@@ -175,22 +185,50 @@ def _gradients64(
 
 
 def _gram64(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
-    particles = lora_A[0].shape[0]
-    T = lora_A[0].new_empty(len(scaling), particles, particles, dtype=torch.float64)
-    for members in _same_shape(lora_A, lora_B):
+    particles, parts = lora_A[0].shape[0], []
+    plan = _plan_of(lora_A, lora_B, scaling)
+    for members in plan.groups:
         A, B = _stack64(lora_A, lora_B, members)
         rank = lora_A[members[0]].shape[1]
         blocks = torch.bmm(A, A.mT).mul_(torch.bmm(B, B.mT))  # (l, K·r, K·r)
-        T[members] = blocks.view(-1, particles, rank, particles, rank).sum((2, 4))
-    return T.mul_(T.new_tensor(scaling).square()[:, None, None])
+        parts.append(blocks.view(-1, particles, rank, particles, rank).sum((2, 4)))
+    T = torch.cat(parts)
+    if plan.places is not None:
+        T = T.index_select(0, plan.places)
+    return T.mul_(plan.scales)
 
 
-def _same_shape(lora_A: list[Tensor], lora_B: list[Tensor]) -> list[list[int]]:
-    """The layers' indices, grouped by shape: one batched product a group."""
+class _Plan(NamedTuple):
+    """The layers' indices, grouped by shape, for one batched product a group: layer order[i] is
+    the i-th in the groups and layer i the places[i]-th (None: as they are). scales: s² (L, 1, 1)"""
+
+    groups: list[list[int]]
+    order: Tensor | None
+    places: Tensor | None
+    scales: Tensor
+
+
+def _plan_of(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> _Plan:
+    shapes = tuple(A.shape + B.shape for A, B in zip(lora_A, lora_B))
+    return _plan(shapes, tuple(scaling), lora_A[0].device)
+
+
+@functools.cache
+def _plan(shapes: tuple[torch.Size, ...], scaling: tuple[float, ...], device: torch.device):
+    """Copied to the device once for the sizes of a model, and kept, as captured graphs read it."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(TABLE_IS_NOT_THERE)
     groups = defaultdict(list)
-    for layer, (A, B) in enumerate(zip(lora_A, lora_B)):
-        groups[A.shape, B.shape].append(layer)
-    return list(groups.values())
+    for layer, shape in enumerate(shapes):
+        groups[shape].append(layer)
+    order = [layer for members in groups.values() for layer in members]
+    scales = torch.tensor(scaling, dtype=torch.float64, device="cpu").square()[:, None, None]
+    if order == sorted(order):
+        return _Plan(list(groups.values()), None, None, scales.to(device))
+    order = torch.tensor(order, device="cpu")
+    return _Plan(
+        list(groups.values()), order.to(device), order.argsort().to(device), scales.to(device)
+    )
 
 
 def _stack64(
@@ -201,14 +239,12 @@ def _stack64(
     Distances of nearly equal particles are small differences of large traces; float64 products
     of float32 factors are exact, so nothing is lost.
     """
-    particles, rank, d_in = lora_A[members[0]].shape
-    d_out = lora_B[members[0]].shape[1]
-    A = lora_A[0].new_empty(len(members), particles, rank, d_in, dtype=torch.float64)
-    B = lora_A[0].new_empty(len(members), particles, rank, d_out, dtype=torch.float64)
-    # Widened and transposed in one pass: products over a contiguous axis are the fastest.
-    for i, layer in enumerate(members):
-        A[i].copy_(lora_A[layer])
-        B[i].copy_(lora_B[layer].mT)
+    # No operation a layer: on a GPU its launch would take longer than it runs.
+    A = lora_A[0].new_empty(len(members), *lora_A[members[0]].shape, dtype=torch.float64)
+    torch._foreach_copy_(A.unbind(), [lora_A[layer] for layer in members])
+    # Products over a contiguous axis are the fastest.
+    B = torch.stack([lora_B[layer] for layer in members]).mT
+    B = B.to(torch.float64, memory_format=torch.contiguous_format)
     return A.flatten(1, 2), B.flatten(1, 2)
 
 
@@ -392,7 +428,7 @@ def svgd_update(
     scaling: list[float],
 ) -> list[Tensor]:
     """Σ_j mix_ij grad_j + the gradient of ⟨upstream, T⟩; mix (L, K) is a diagonal."""
-    out: list[Tensor] = [torch.empty(0)] * (2 * len(scaling))
+    out = [*lora_A, *lora_B]
     grads = [*grad_A, *grad_B]
     mix = mix.double()
     for i, like, gradient in _gradients64(upstream, lora_A, lora_B, scaling):

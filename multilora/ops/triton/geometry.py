@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from multilora.ops.common import accumulator
+from multilora.ops.common import TABLE_IS_NOT_THERE, accumulator
 from multilora.ops.triton.common import cdiv, chip, dot, launch
 from multilora.ops.triton.configs import Geometry, geometry, geometry_trace
 
@@ -561,10 +561,7 @@ def _on_device(plan: _Plan, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     """The plan's tables; copied once for the sizes of a model, and kept, as captured graphs read
     them."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "multilora: call the operator once with these shapes before it is captured in a CUDA "
-            "graph: its table of sizes has to be copied to the device first"
-        )
+        raise RuntimeError(TABLE_IS_NOT_THERE)
     layers = len(plan.scaling)
     scales = torch.tensor(plan.scaling, dtype=torch.float64, device="cpu").view(torch.int64)
     values = torch.cat([torch.tensor(plan.values, device="cpu"), scales]).to(device)

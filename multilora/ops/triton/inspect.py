@@ -6,11 +6,12 @@ compiled is therefore what would run. For a process of its own: Triton's driver 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ TARGETS: dict[str, tuple[Chip, int]] = {
     "sm_80": (A100, 163 * 1024),
     "sm_90": (H200, 227 * 1024),
 }
+
+
+# Where memory may lie: 64 bits, and aligned.
+_ADDRESS = 1 << 40
 
 
 def resident(chip: Chip, registers: int, shared: int, warps: int) -> int:
@@ -67,22 +72,37 @@ def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
     reports: dict[str, Report] = {}
 
     def compile_launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
-        compiled = kernel.warmup(*args, grid=grid, **meta)
+        compiled = kernel.warmup(*as_on_a_gpu(args), grid=grid, **meta)
         if compiled.hash not in reports:
             report = _report(kernel.__name__, str(problem), meta, compiled)
             if kernel.__name__ == "_lora_linear_gemm_kernel":
                 report = _of_persistent(report, chip, grid[0], meta["num_warps"])
             reports[compiled.hash] = report
 
-    driver.set_active(_Driver(chip))
-    common.compile_only(chip, compile_launch)
-    try:
+    with playing(chip, compile_launch):
         for problem in problems:
             known = len(reports)
             problem.run()
             yield from list(reports.values())[known:]
+
+
+@contextlib.contextmanager
+def playing(chip: Chip, launcher: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `launcher` gets every launch, as if for this chip."""
+    driver.set_active(_Driver(chip))
+    common.compile_only(chip, launcher)
+    try:
+        yield
     finally:
         common.compile_only(None, None)
+
+
+def as_on_a_gpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A launch's arguments with addresses, which come in tuples, as a GPU's: those of meta tensors
+    are zero, which Triton compiles as another type."""
+    return tuple(
+        tuple(x or _ADDRESS for x in arg) if isinstance(arg, tuple) else arg for arg in args
+    )
 
 
 def _of_persistent(report: Report, chip: Chip, programs: int, warps: int) -> Report:

@@ -382,9 +382,8 @@ class Block:
                 raise EmulationError(self._deadlock())
             burst = _LIMIT
             if self.mode == "random":
-                burst = int(rng.integers(1, 60))
-                warp = rng.choice(self.warps_of(ready))
-                ready &= self.warp == warp
+                burst = int(2 ** rng.uniform(0, 9))
+                ready = self._some(ready, rng)
                 for _ in range(rng.binomial(burst, 0.02)):
                     self._finish_something(rng)
             counter = int(self.counters[ready].min())
@@ -428,6 +427,14 @@ class Block:
             if counter == stop:
                 break
         self.counters[mask] = counter
+
+    def _some(self, ready: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A warp, and half of the warps that stand where it does: together they cost no more."""
+        places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
+        warp = rng.choice(self.warps_of(ready))
+        chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
+        chosen[warp] = True
+        return ready & chosen[self.warp]
 
     def _finish_something(self, rng: np.random.Generator) -> None:
         """One piece of asynchronous work that was started gets done."""

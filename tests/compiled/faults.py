@@ -86,7 +86,7 @@ FAULTS = {
         _KERNEL, 90, r"cp\.async\.bulk\.wait_group\.read\s+0;", ""
     ),
     "the stores are not committed": Fault(_KERNEL, 90, r"cp\.async\.bulk\.commit_group;", ""),
-    "the tile is staged one place further": Fault(
+    "the tile is staged 16 bytes further": Fault(
         _KERNEL, 90, r"(stmatrix[^;]*\[%r\d+)\]", r"\1+16]"
     ),
     "threads do not wait for each other": Fault(_KERNEL, 90, r"bar\.sync\s+0;", ""),
@@ -100,7 +100,7 @@ FAULTS = {
     "copies do not end with the row": Fault(
         _KERNEL, 80, r"(cp\.async\.cg[^;]*, 0x10), %r\d+;", r"\1;"
     ),
-    "a matrix is loaded one row further": Fault(
+    "a matrix is loaded from 16 bytes further": Fault(
         _KERNEL, 80, r"(ldmatrix[^;]*\[%r\d+)\]", r"\1+16]"
     ),
     "stores have no mask": Fault(_KERNEL, 80, r"@%p\d+ (st\.global)", r"\1"),

@@ -21,7 +21,7 @@ CASES = {
 }
 ON_HOPPER_ONLY = set(list(CASES)[5:])
 # The sums are in float64, from exponentials in float32 or in float64. With ε = 1e-4 the inverse of
-# the Gram matrix makes their roundings some ten times as large.
+# the Gram matrix makes their roundings up to some hundred times as large.
 ROUNDINGS = {"bfloat16": 2.0, "float16": 2.0, "float32": 128.0, "float64": 512.0}
 
 EXECUTED = {

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1" if DEVICE == "cpu" else "0"
 
 from pathlib import Path
 
+import compiled.child
 import emulated
 import numpy as np
 import pytest
@@ -76,3 +77,11 @@ def backend(request, poison):
     """Run the test once on every backend that this machine has, in poisoned memory."""
     with ml.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """Another process, in which Triton compiles: this one has its interpreter."""
+    child = compiled.child.Child()
+    yield child
+    child.close()

@@ -103,7 +103,8 @@ def measure_case(
         _check_all(case, runs, dtype, device, record, attempt)
     else:
         _compare_losses(runs, record, attempt)
-    runs = {name: run for name, run in runs.items() if name not in failures}
+    out = (failures, record["skipped"])
+    runs = {name: run for name, run in runs.items() if not any(name in one for one in out)}
     if case.yardstick is not None:
         name, make = case.yardstick
         run = attempt(name, lambda: make(inputs))
@@ -193,7 +194,8 @@ def _check_all(case, runs, dtype, device, record, attempt) -> None:
     checked = check(case, noted, dtype, device)
     record["errors"] |= {name: max(errors.values()) for name, errors in checked.errors.items()}
     for name, why in checked.failures.items():
-        record["failures"].setdefault(name, why)
+        if name not in record["skipped"]:
+            record["failures"].setdefault(name, why)
 
 
 def _run_noted(name, run, attempt):

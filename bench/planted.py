@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +18,9 @@ from bench.measure import Case, Unavailable
 
 def stages(device: str, tiny: bool, slow: float = 0.0) -> list[Stage]:
     machine = {"failures": {}, "machine": {"device": "none", "date": "", "commit": None}}
-    jobs = {
-        "aborts": _case("aborts", "one", os.abort),
-        # What an illegal access does at the end: the process is gone, without a word.
-        "killed": _case("killed", "one", lambda: os.kill(os.getpid(), signal.SIGKILL)),
-        "hangs": _case("hangs", "two", lambda: time.sleep(1000)),
-    }
+    # What an illegal access comes to: the process is gone, without a word.
+    aborts = _case("aborts", "one", os.abort)
+    hangs = _case("hangs", "two", lambda: time.sleep(1000))
     raising = {
         "out of memory": lambda: _raise(torch.OutOfMemoryError("CUDA out of memory.")),
         "missing package": lambda: _raise(Unavailable("nothing is not installed")),
@@ -32,20 +28,19 @@ def stages(device: str, tiny: bool, slow: float = 0.0) -> list[Stage]:
         "wrong": lambda: 1.5,
     }
     sound = [_job(_case(f"sound {i}", "four")) for i in range(4)]
-    sound.append(Job("too large", lambda context: {}, memory=1e15))
     return [
         Stage("machine", "", [Group("machine", [Job("machine", lambda _: machine, always=True)])]),
         Stage(
             "faults",
             "",
             [
-                Group("ends", [_job(jobs["aborts"]), _job(_case("beside it", "five"))]),
-                Group("hangs", [_job(jobs["hangs"], silence=3.0), _job(_case("behind it", "six"))]),
+                Group("ends", [_job(aborts), _job(_case("beside it", "five"))]),
+                Group("hangs", [_job(hangs, silence=10.0), _job(_case("behind it", "six"))]),
                 Group("raises", [_job(_case(n, "seven", f)) for n, f in raising.items()]),
             ],
             at_once=3,
         ),
-        Stage("sound", "", [Group("sound", [_slow(job, slow) for job in sound[:4]])]),
+        Stage("sound", "", [Group("sound", [_slow(job, slow) for job in sound])]),
     ]
 
 

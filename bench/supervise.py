@@ -6,6 +6,7 @@ takes too much time is ended; its group goes on in a new process without the pee
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections import Counter
@@ -182,8 +183,9 @@ class Supervisor:
         code = child.process.returncode
         if code == 0:
             return ""
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
         lines = [line for line in child.log().splitlines() if line.strip()]
-        return f"the process ended with {code}: {(lines or [''])[-1]}"[:300]
+        return ": ".join([f"the process ended with {how}", *lines[-1:]])[:300]
 
     def finish(self, running: Running, why: str) -> None:
         """Write down how the worker ended; "time" is nobody's fault."""

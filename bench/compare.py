@@ -352,11 +352,11 @@ def free_memory(device: torch.device) -> None:
 
 
 def line(record: dict[str, Any]) -> str:
-    """The case in one line, by kernel time where there is one."""
+    """The case in one line, each peer by kernel time where there is one."""
     parts = [f"{record['group']:<28} {record['name']:<36}"]
-    kind = "kernel" if "kernel" in record else "launched"
-    columns = record.get(f"{kind}_columns", {})
-    for name in (n for n in record.get(kind, {}) if is_ours(n)):
+    for name in (n for n in record.get("launched", {}) if is_ours(n)):
+        kind = "kernel" if name in record.get("kernel", {}) else "launched"
+        columns = record.get(f"{kind}_columns", {})
         text = f"{name}: {record[kind][name][1] * 1e6:.1f} µs {kind}"
         if name in columns.get("x_yardstick", {}):
             text += f", {columns['x_yardstick'][name]:.2f} × yardstick"

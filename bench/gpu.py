@@ -96,23 +96,15 @@ class Run:
             only=self.args.only,
             card=self.supervisor.card.described(),
         )
-        self.forget(earlier.results)
-        first, *rest = self.stages
-        self.supervisor.run_stage(first, lambda *_: True)
-        before, now = (self.device(s) for s in (earlier, state(self.journal.events)))
-        if before is not None and now is not None and before != now:
-            # Times of two cards must not stand side by side.
-            self.journal.add(event="done", job="machine", result=earlier.results["machine"])
-            self.end("another card")
-            print(f"the journal is of {before}, this is {now}: give another --out")
+        commits = {call["commit"] for call in earlier.calls} - {None}
+        if earlier.results and commits != {self.journal.events[-1]["commit"]}:
+            print(f"{len(earlier.results)} results are there, of {', '.join(sorted(commits))}")
+        why = self.supervisor.run(self.again(earlier.results), self.wanted)
+        self.write()
+        if why is not None:
+            print(why)
             return 2
-        for stage in rest:
-            self.supervisor.run_stage(stage, self.wanted)
-        self.end("its time was over" if time.time() > self.until - 5 else "done")
         return self.report()
-
-    def device(self, s: Any) -> str | None:
-        return s.results.get("machine", {}).get("machine", {}).get("device")
 
     def wanted(self, stage: Stage, group: Group, job: Job) -> bool:
         names = (stage.name, group.name, job.name)
@@ -123,23 +115,13 @@ class Run:
             or any(text in name for text in self.args.only for name in names)
         )
 
-    def forget(self, results: dict[str, dict[str, Any]]) -> None:
-        known = self.supervisor.jobs
-        again = [name for name, job in known.items() if job.always]
-        again += [name for name in known if any(text in name for text in self.args.again)]
+    def again(self, results: dict[str, dict[str, Any]]) -> list[str]:
+        """The jobs whose results are not to count. A case whose peer failed its correctness has
+        that as a failure."""
+        names = [n for n in self.supervisor.jobs if any(text in n for text in self.args.again)]
         if self.args.failed:
-            again += [name for name, r in results.items() if r.get("failures")]
-            # What was not timed because of them.
-            again += [
-                name
-                for name, r in results.items()
-                if any("not timed" in why for why in r.get("failures", {}).values())
-            ]
-        self.journal.add(event="forget", jobs=sorted(set(again)))
-
-    def end(self, why: str) -> None:
-        self.journal.add(event="end", why=why)
-        self.write()
+            names += [name for name, result in results.items() if result.get("failures")]
+        return names
 
     def write(self) -> None:
         """The record, and a line for everything that is new."""

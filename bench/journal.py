@@ -79,7 +79,8 @@ def state(events: list[dict[str, Any]]) -> State:
         elif kind == "at":
             s.open[job] = e["peer"]
         elif kind == "done":
-            s.results[job] = e["result"]
+            # The call tells the commit.
+            s.results[job] = {**e["result"], "call": max(0, len(s.calls) - 1)}
             s.open.pop(job, None)
         elif kind == "crash":
             s.crashes.append(e)

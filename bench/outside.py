@@ -1,6 +1,6 @@
 """Jobs that run a command of their own: the build, the operators' tests, a training, the sanitizer.
 
-Their whole output is kept: it goes into the record's folder as NAME.<what>.log.
+Their whole output is kept: it goes into the record's folder, in NAME.commands.log.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,7 @@ def run(
 ) -> tuple[int | None, str]:
     """The exit code, or None where it was stopped after `seconds`, and what it printed. merge:
     whether stderr is a part of that; it is in the log."""
-    file = Path(context.folder) / f"{context.name}.{what}.log"
+    file = Path(context.folder) / f"{context.name}.commands.log"
     begun = time.time()
     with file.open("ab") as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
@@ -64,7 +65,7 @@ def run(
                 time.sleep(2.0)
                 kill(process)
                 break
-            time.sleep(0.1)
+            time.sleep(0.3)
             context.beat(what)
         if not merge:
             text += process.stdout.read() or b""
@@ -200,13 +201,12 @@ def summary(lines: list[str]) -> dict[str, Any]:
 
 def train(context: Context) -> dict[str, Any]:
     """`multilora train` of the embedded task on the device, with its default backend."""
-    out = Path(context.folder) / f"{context.name}.train"
     steps = "2" if context.tiny else "50"
-    arguments = ["train", "--method", "ibdr", "--steps", steps, "--device", context.device.type]
-    arguments += ["--out", str(out)]
-    code = f"from multilora.cli import main; raise SystemExit(main({arguments!r}))"
-    ended, text = run([sys.executable, "-c", code], context, "train", 90)
-    shutil.rmtree(out, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["train", "--method", "ibdr", "--steps", steps, "--out", f"{folder}/run"]
+        arguments += ["--device", context.device.type]
+        code = f"from multilora.cli import main; raise SystemExit(main({arguments!r}))"
+        ended, text = run([sys.executable, "-c", code], context, "train", 90)
     return {"failures": failed(ended, text, 90), "tail": text.strip().splitlines()[-5:]}
 
 

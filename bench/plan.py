@@ -35,7 +35,7 @@ def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
         return timed(name, [case_job(case) for case in cases[name]])
 
     found = [
-        Stage("machine", "which card, driver and versions", [Group("machine", [_machine()])]),
+        machine_stage(),
         Stage(
             "ceilings",
             "what the card reaches, and what users get today",
@@ -109,8 +109,9 @@ def _case(case: Case, context: Context) -> dict[str, Any]:
     )
 
 
-def _machine() -> Job:
-    return Job("machine", about, always=True)
+def machine_stage() -> Stage:
+    job = Job("machine", about, always=True)
+    return Stage("machine", "which card, driver and versions", [Group("machine", [job])])
 
 
 def about(context: Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import floors, memory, tune
+from bench import floors, memory, tune, tuning
 from bench.cases import CASES
 from bench.measure import Case, Run, check, default_device, peak_memory
 
@@ -67,11 +67,11 @@ def test_tuning_changes_an_answer():
 
     rule, asked = configs.lora_gemm, {}
     sizes = (4, 64, 32, 48, 8, torch.bfloat16, common.H200)
-    with tune.answering({}, asked):
+    with tuning.answering({}, asked):
         default = configs.lora_gemm(*sizes)
     changed = replace(default, stages=default.stages + 1)
     (question,) = asked
-    with tune.answering({question: changed}, {}):
+    with tuning.answering({question: changed}, {}):
         assert configs.lora_gemm(*sizes) == changed
     assert configs.lora_gemm is rule
 

@@ -353,7 +353,7 @@ def test_a_command_is_stopped(tmp_path):
     code, text = outside.run(["sh", "-c", "echo begun; sleep 100"], context, "slow", 1.0)
     assert code is None and "begun" in text
     assert "stopped after 1 s: begun" in outside.failed(code, text, 1.0)[""]
-    assert "begun" in (tmp_path / "x.slow.log").read_text()
+    assert "begun" in (tmp_path / "x.commands.log").read_text()
 
 
 def test_summary_of_tests():

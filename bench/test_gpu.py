@@ -216,12 +216,12 @@ def _read(folder):
 
 
 def test_planted_faults_cost_their_own_cases(tmp_path):
-    done = subprocess.run(
-        _command(tmp_path), cwd=ROOT, env=_environment(), capture_output=True, text=True
-    )
+    command = _command(tmp_path, "--only", "faults")
+    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     found = _read(tmp_path)
-    assert found["ended"] == "done" and not found["left_out"] and not found["cut"]
+    assert found["ended"] == "done" and not found["cut"]
+    assert found["left_out"] == [f"four forward, sound {i}" for i in range(4)]
     faulty = "multilora (faulty)"
     whys = {case["name"]: case["failures"] | case["skipped"] for case in found["cases"]}
     # Not the peers beside it, not the cases beside it.
@@ -368,3 +368,49 @@ def test_summary_of_tests():
     assert stopped["failed"] == ["tests/test_volume.py::test_errors[triton]"]
     last = "FAILED tests/test_volume.py::test_errors[triton] - assert nan < 1e-05"
     assert outside.summary([*lines, last])["failed"] == [last]
+
+
+def test_a_broken_context_costs_one_worker(tmp_path):
+    """The tests behind it run in a new process."""
+    (tmp_path / "test_it.py").write_text(
+        """
+import torch
+
+broken = False
+
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+torch.cuda.synchronize = synchronize
+torch.cuda.is_initialized = lambda: True
+
+
+def test_first():
+    pass
+
+
+def test_that_breaks():
+    global broken
+    broken = True
+
+
+def test_behind():
+    assert not broken
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "bench.broken_device", "-n", "1"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+    )
+    found = outside.summary(done.stdout.splitlines())
+    assert done.returncode == 1 and "crashed while running" in done.stdout, done.stdout
+    assert "PASSED test_it.py::test_first" in done.stdout
+    assert "PASSED test_it.py::test_behind" in done.stdout
+    assert found["failed"] and all("test_that_breaks" in line for line in found["failed"])

@@ -70,7 +70,7 @@ class Group:
     @property
     def limit(self) -> float:
         """Seconds after which the process is ended."""
-        return max(90.0, 2.5 * self.seconds)
+        return max(150.0, 2.5 * self.seconds)
 
 
 @dataclass(frozen=True, eq=False)

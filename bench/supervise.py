@@ -6,6 +6,7 @@ takes too much time is ended; its group goes on in a new process without the pee
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 from bench.bans import not_timed
 from bench.card import Card, spread
-from bench.jobs import Group, Job, Stage
+from bench.jobs import SILENCE, Group, Job, Stage
 from bench.journal import Journal, State, state
 from bench.measure import is_ours
 from bench.outside import shorten
@@ -29,6 +30,8 @@ TRIES = 2
 STARTS = 10
 #: Seconds that a worker has to end by itself when the time is over.
 GRACE = 8.0
+#: Seconds until a worker's first word, which comes when PyTorch is imported.
+START = 150.0
 #: Seconds between two readings of the card.
 EVERY = 3.0
 
@@ -36,13 +39,18 @@ EVERY = 3.0
 class Running:
     """A group's worker, and what it was last heard of."""
 
-    def __init__(self, group: Group, child: Child, begun: float):
+    def __init__(self, group: Group, child: Child, spent: float):
         self.group, self.child = group, child
-        # Of the group, over all of its processes.
-        self.begun = begun
+        # By earlier processes of the group, and since when this one speaks.
+        self.spent, self.begun = spent, math.inf
         self.job: Job | None = None
         self.peer = ""
         self.samples: list[dict[str, float]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Of the group, without the starts of its processes."""
+        return self.spent + max(0.0, time.time() - self.begun)
 
 
 class Supervisor:
@@ -75,6 +83,7 @@ class Supervisor:
         self.read_card = 0.0
         self.starts: Counter[str] = Counter()
         self.crashes: Counter[str] = Counter()
+        self.spent: Counter[str] = Counter()
         self.running: list[Running] = []
 
     def run(
@@ -110,7 +119,6 @@ class Supervisor:
 
         waiting = chosen(stage.groups)
         background = chosen(stage.background)
-        begun: dict[str, float] = {}
         beside = {group.name for group, _ in background}
         try:
             while True:
@@ -121,9 +129,8 @@ class Supervisor:
                     if full or (group.name not in beside and len(active) >= stage.at_once):
                         continue
                     (background if group.name in beside else waiting).remove((group, jobs))
-                    begun.setdefault(group.name, time.time())
                     if time.time() < self.until:
-                        self.start(group, jobs, begun[group.name])
+                        self.start(group, jobs)
                 if not self.running and not waiting and not background:
                     return
                 time.sleep(0.05)
@@ -142,7 +149,7 @@ class Supervisor:
 
     # --- one worker ------------------------------------------------------------------------------
 
-    def start(self, group: Group, jobs: list[Job], begun: float) -> None:
+    def start(self, group: Group, jobs: list[Job]) -> None:
         s = self.state()
         left = self.left(jobs)
         task = {
@@ -154,7 +161,7 @@ class Supervisor:
         }
         self.starts[group.name] += 1
         child = Child([sys.executable, "-m", "bench.worker"], task)
-        self.running.append(Running(group, child, begun))
+        self.running.append(Running(group, child, self.spent[group.name]))
 
     def attend(self, running: Running) -> bool:
         """Take what the worker says; whether it still runs."""
@@ -171,13 +178,15 @@ class Supervisor:
             sample = self.card.sample()
             for one in self.running if sample is not None else ():
                 one.samples.append(sample)
-        silence = running.job.silence if running.job is not None else 90.0
+        silence = running.job.silence if running.job is not None else SILENCE
+        if running.begun == math.inf:
+            silence = START
         why = ""
         if now > self.until + GRACE:
             why = "time"
         elif now - child.heard > silence:
             why = f"nothing was heard for {silence:.0f} s"
-        elif now - running.begun > group.limit:
+        elif running.seconds > group.limit:
             why = f"the group's {group.limit:.0f} s were over"
         if not why:
             return True
@@ -189,6 +198,7 @@ class Supervisor:
 
     def take(self, running: Running) -> None:
         for event in running.child.events():
+            running.begun = min(running.begun, time.time())
             kind = event["event"]
             if kind in ("begin", "at", "beat"):
                 running.peer = event.get("peer", "")
@@ -212,6 +222,7 @@ class Supervisor:
 
     def finish(self, running: Running, why: str) -> None:
         """Write down how the worker ended; "time" is nobody's fault."""
+        self.spent[running.group.name] = running.seconds
         group, job = running.group, running.job
         if why and not why.startswith("time"):
             name = "" if job is None else job.name
@@ -240,7 +251,7 @@ class Supervisor:
         name, process = running.group.name, running.child.process
         if process.returncode == 0 or not self.left(jobs) or time.time() > self.until:
             return False
-        if time.time() - running.begun > running.group.limit:
+        if self.spent[name] > running.group.limit:
             return False
         # One that does not come as far as a job would not do so again.
         stillborn = running.job is None and self.crashes[name] >= TRIES

@@ -9,12 +9,14 @@ import functools
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import floors, memory, tune, tuning
 from bench.cases import CASES
+from bench.jobs import Context
 from bench.measure import Case, Run, check, default_device, peak_memory
 
 DEVICE = default_device()
@@ -74,6 +76,48 @@ def test_tuning_changes_an_answer():
     with tuning.answering({question: changed}, {}):
         assert configs.lora_gemm(*sizes) == changed
     assert configs.lora_gemm is rule
+
+
+def test_tuning_keeps_what_is_right_and_fast(monkeypatch):
+    """One configuration is wrong, one does not compile, one ended the process before, one is
+    faster than the rule's; each is written down."""
+    from multilora.ops.triton import common, configs
+
+    def ours(inputs):
+        def run():
+            config = configs.lora_gemm(4, 64, 64, 96, 8, torch.bfloat16, common.H200)
+            if config.block_m == 256:
+                raise RuntimeError("out of shared memory")
+            return {"y": inputs * (1.5 if config.group == 4 else 1.0)}
+
+        return run
+
+    def plain(inputs):
+        return lambda: {"y": inputs.clone()}
+
+    def seconds(self, run, answers, launched=False):
+        return min((1.0 if c.block_k == 32 else 4.0 for c in answers.values()), default=0.5)
+
+    monkeypatch.setattr(tuning.Tuner, "_time", seconds)
+    peers = {"plain": plain, tuning.REFERENCE: plain, tuning.OURS: ours}
+    case = Case("lora_linear forward", "a case", lambda d, _: torch.ones(3, dtype=d), peers)
+    case = replace(case, work=SimpleNamespace(calls=None))
+    context = Context(torch.device("cpu"), True, "", "")
+    noted: list[str] = []
+    context.note = noted.append
+    first = tuning.Tuner(context, 60.0).tune(case)
+    (entry,) = first["entries"]
+    assert entry["config"]["block_k"] == 32 and not entry["ahead"]
+    assert (first["before_us"], first["us"]) == (4e6, 1e6)
+    assert all("block_m=256" in name for name in first["refused"])
+    assert set(first["refused"].values()) == {"RuntimeError: out of shared memory"}
+    assert first["wrong"] and all("group=4" in name for name in first["wrong"])
+    fast = next(name for name in noted if "block_k=32" in name)
+    context.without = {name: "the process ended" for name in noted if "block_k=32" in name}
+    second = tuning.Tuner(context, 60.0).tune(case)
+    assert second["refused"][fast] == "the process ended"
+    assert second["entries"][0]["config"]["block_k"] == 64
+    assert tuning.Tuner(context, 0.0).tune(case)["cut"].endswith("after 0 configurations")
 
 
 def test_tuning_replaces_an_entry():

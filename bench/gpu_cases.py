@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -184,8 +185,8 @@ def _linear_merged(i: Linear) -> Run:
 def _compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: bool) -> list[Case]:
     """The best plain forms under torch.compile; apart, because compiling them takes long."""
     wrap = PASSES["fwd + bwd"]
-    linear = partial(cases.linear_stacked, torch.compile(peers.lora_baddbmm, dynamic=False))
-    loss = partial(cases.loss_problem, torch.compile(peers.particle_loss_masked, dynamic=False))
+    linear = partial(cases.linear_stacked, _compiled(peers.lora_baddbmm))
+    loss = partial(cases.loss_problem, _compiled(peers.particle_loss_masked))
     chosen = [(linear_case(size, "fwd + bwd", backends), linear) for size in sizes[1::3]]
     sizes = _loss_sizes(tiny)[:4:3]
     chosen += [(loss_case(size, "fwd + bwd", backends), loss) for size in sizes]
@@ -198,6 +199,12 @@ def _compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: 
         )
         for case, make in chosen
     ]
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is first called: already asking for it imports the compiler."""
+    compiled = functools.cache(partial(torch.compile, function, dynamic=False))
+    return lambda *args: compiled()(*args)
 
 
 def _third_party_cases(sizes: Sequence[LinearSize], backends: Sequence[str]) -> list[Case]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ class Context:
     """What a job is given in its worker.
 
     without: peers that are left out, and why. note: is told which peer comes next, beat: that the
-    job goes on, and with which peer. folder: where logs may be written.
+    job goes on, and with which peer. folder: where logs may be written. until: when the time of
+    the whole run is over.
     """
 
     device: torch.device
@@ -29,6 +31,7 @@ class Context:
     name: str
     without: dict[str, str] = field(default_factory=dict)
     ceilings: Ceilings | None = None
+    until: float = math.inf
     note: Callable[[str], None] = lambda peer: None
     beat: Callable[[str], None] = lambda peer: None
 

@@ -36,8 +36,9 @@ def run(
     environment: dict[str, str] | None = None,
     merge: bool = True,
 ) -> tuple[int | None, str]:
-    """The exit code, or None where it was stopped after `seconds`, and what it printed. merge:
-    whether stderr is a part of that; it is in the log."""
+    """The exit code, or None where it was stopped after `seconds` or when the run's time was over,
+    and what it printed. merge: whether stderr is a part of that; it is in the log."""
+    seconds = max(1.0, min(seconds, context.until - time.time()))
     file = Path(context.folder) / f"{context.name}.commands.log"
     begun = time.time()
     with file.open("ab") as log:
@@ -131,13 +132,15 @@ def _newest_source() -> float:
 
 def _loads() -> dict[str, Any]:
     """In a process of its own: a module that does not fit may end it."""
-    code = "from multilora import _C_cuda as m; print(m.build_info())"
+    code = "from multilora import _C_cuda as m; from multilora.ops.dispatch import missing_reason; "
+    code += "print(m.build_info()); print(missing_reason('cuda') or 'available')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     if done.returncode:
         return {"failures": {"": (done.stderr.strip().splitlines() or ["it does not load"])[-1]}}
-    return {"about": done.stdout.strip()}
+    about, backend = done.stdout.strip().splitlines()
+    return {"about": about, "backend": backend}
 
 
 # --- the operators' tests ------------------------------------------------------------------------

@@ -189,19 +189,21 @@ def _compile_ahead(device: str) -> list[Group]:
     ]
 
 
-def _probe_groups(backends: Sequence[str]) -> list[Group]:
-    def ask(probe: Any, backend: str, context: Context) -> dict[str, Any]:
-        peer = f"multilora ({backend})"
-        if peer in context.without:
-            return {"failures": {peer: context.without[peer]}}
-        context.note(peer)
-        return probe(backend, context.device, context.tiny)
+def _ask(question: Any, backend: str, context: Context) -> dict[str, Any]:
+    """A probe's or a check's answer for one backend, unless that ended its process before."""
+    peer = f"multilora ({backend})"
+    if peer in context.without:
+        return {"failures": {peer: context.without[peer]}}
+    context.note(peer)
+    return question(backend, context.device, context.tiny)
 
+
+def _probe_groups(backends: Sequence[str]) -> list[Group]:
     return [
         Group(
             f"probes ({backend})",
             [
-                Job(f"probe: {name} ({backend})", partial(ask, probe, backend), seconds=2.0)
+                Job(f"probe: {name} ({backend})", partial(_ask, probe, backend), seconds=2.0)
                 for name, probe in probes.PROBES.items()
             ],
         )
@@ -210,14 +212,10 @@ def _probe_groups(backends: Sequence[str]) -> list[Group]:
 
 
 def _large_jobs(backends: Sequence[str]) -> list[Job]:
-    def ask(check: Any, backend: str, context: Context) -> dict[str, Any]:
-        context.note(f"multilora ({backend})")
-        return check(backend, context.device, context.tiny)
-
     return [
         Job(
             f"check: {name} ({backend})",
-            partial(ask, function, backend),
+            partial(_ask, function, backend),
             seconds=12.0,
             silence=120.0,
             memory=40e9 if name == "large offsets" else 4e9,

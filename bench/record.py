@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.jobs import Job, Stage
+from bench.jobs import Stage
 from bench.journal import state
 from bench.measure import is_ours
 
@@ -33,17 +33,20 @@ def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bo
         "cases": [],
         "others": {},
     }
+    if "backend" in (record["build"] or {}):
+        # It was looked for before it was built.
+        record["backends"] = record["backends"] | {"cuda": record["build"]["backend"]}
     if s.calls:
         record["machine"] = record["machine"] | {"commit": s.calls[-1]["commit"]}
     for name, result in s.results.items():
-        kind, _, rest = name.partition(": ")
+        first, _, rest = name.partition(": ")
         job = jobs.get(name)
-        if kind == "plain":
-            record["plain"].append(_named(rest, job, result))
-        elif kind in ("smoke", "probe", "check"):
-            record[{"probe": "probes", "check": "checks"}.get(kind, kind)][rest] = result
+        if first == "plain":
+            record["plain"].append(_named(rest, result))
+        elif first in ("smoke", "probe", "check"):
+            record[{"probe": "probes", "check": "checks"}.get(first, first)][rest] = result
         elif job is not None and job.case is not None:
-            record["cases"].append(_named(name, job, result))
+            record["cases"].append(_named(name, result))
         elif name not in ("machine", "build", "ceilings", "tests"):
             record["others"][name] = result
     return record | {
@@ -55,7 +58,7 @@ def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bo
     }
 
 
-def _named(name: str, job: Job | None, result: dict[str, Any]) -> dict[str, Any]:
+def _named(name: str, result: dict[str, Any]) -> dict[str, Any]:
     group, _, rest = name.partition(", ")
     return {"group": group, "name": rest, "failures": {}, **result}
 

@@ -98,7 +98,7 @@ class Supervisor:
         """
         earlier = self.state()
         always = [name for name, job in self.jobs.items() if job.always]
-        self.journal.add(event="forget", jobs=sorted({*always, *again}))
+        self.journal.add(event="forget", jobs=sorted(always))
         first, *rest = self.stages
         self.run_stage(first, lambda *_: True)
         before, now = (_device(s) for s in (earlier, self.state()))
@@ -106,6 +106,7 @@ class Supervisor:
             self.journal.add(event="done", job="machine", result=earlier.results["machine"])
             self.journal.add(event="end", why="another card")
             return f"the journal is of {before}, this is {now}: give another name"
+        self.journal.add(event="forget", jobs=sorted(set(again) - set(always)))
         for stage in rest:
             self.run_stage(stage, wanted)
         over = time.time() > self.until - 5

@@ -20,6 +20,7 @@ from bench.jobs import Context, shown
 from bench.measure import Case, Unavailable
 from bench.plan import stages
 from bench.processes import ROOT
+from bench.supervise import Supervisor
 
 OURS = "multilora (reference)"
 CPU = torch.device("cpu")
@@ -414,3 +415,23 @@ def test_behind():
     assert "PASSED test_it.py::test_first" in done.stdout
     assert "PASSED test_it.py::test_behind" in done.stdout
     assert found["failed"] and all("test_that_breaks" in line for line in found["failed"])
+
+
+def test_another_card_is_refused(tmp_path):
+    """Nothing is run or forgotten: times of two cards must not stand side by side."""
+    known = journal.Journal(tmp_path / "journal")
+    for job, result in (("machine", {"machine": {"device": "one"}}), ("a", {"failures": {}})):
+        known.add(event="done", job=job, result=result)
+
+    class Elsewhere(Supervisor):
+        def run_stage(self, stage, wanted):
+            assert stage.name == "machine"
+            result = {"machine": {"device": "another"}}
+            self.journal.add(event="done", job="machine", result=result)
+
+    plan = [stage for stage in stages("cpu", True) if stage.name in ("machine", "ViT-B")]
+    task = {"plan": "", "device": "cpu", "tiny": True, "options": {}, "name": "x"}
+    found = Elsewhere(plan, known, time.time() + 60, folder=tmp_path, **task)
+    assert "of one, this is another" in found.run(["a"])
+    results = journal.state(known.events).results
+    assert results["machine"]["machine"]["device"] == "one" and "a" in results

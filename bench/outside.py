@@ -162,6 +162,9 @@ def tests(context: Context, seconds: float = 150.0) -> dict[str, Any]:
     if context.tiny:
         command += ["-k", "test_errors"]
     environment = {"MULTILORA_TEST_DEVICE": device, "COLUMNS": "300"}
+    # The plugin must be found in every worker.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if device == "cuda":
         environment["TRITON_INTERPRET"] = "0"
     begun = time.time()

@@ -15,7 +15,9 @@ from torch import Tensor
 import multilora as ml
 from bench import cases
 from bench.cases import LinearSize
+from bench.compare import check_device
 from bench.measure import reason
+from multilora.ops.dispatch import missing_reason
 
 #: ‖error‖ / ‖exact‖ of bfloat16 outputs: a few roundings, and far from a wrong offset.
 _BFLOAT16 = 2e-2
@@ -54,7 +56,7 @@ def compiled(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
         return all(torch.equal(a, b) for a, b in zip(eager, found))
 
     computations = {name: partial(same, *problem) for name, problem in functions.items()}
-    return _on(backend, computations, lambda equal: equal)
+    return on_backend(backend, computations, lambda equal: equal, device)
 
 
 def _with_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
@@ -79,7 +81,7 @@ def large_offsets(backend: str, device: torch.device, tiny: bool) -> dict[str, A
     }
     examples, classes = (20, 50) if tiny else (17_000, 32_000)
     computations["particle_loss"] = lambda: _large_loss(examples, classes, device)
-    return _on(backend, computations, lambda error: error < _BFLOAT16)
+    return on_backend(backend, computations, lambda error: error < _BFLOAT16, device)
 
 
 def _large_linear(d_in: int, d_out: int, rows: int, device: torch.device) -> float:
@@ -139,19 +141,30 @@ def _error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def _on(
-    backend: str, computations: dict[str, Callable[[], Any]], right: Callable[[Any], bool]
+def on_backend(
+    backend: str,
+    computations: dict[str, Callable[[], Any]],
+    right: Callable[[Any], bool],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What each computation gave on that backend, and the failures."""
+    """What each computation gave on that backend, and the failures. Raises BrokenDevice where the
+    device works no longer: what comes after would be blamed for it."""
     result: dict[str, Any] = {"failures": {}}
+    missing = missing_reason(backend)
+    if missing is not None:
+        return result | {"skipped": {backend: missing}}
     for name, compute in computations.items():
         try:
             with ml.use_backend(backend):
                 result[name] = compute()
+            if device.type == "cuda":
+                # What went wrong on the device is raised here.
+                torch.cuda.synchronize(device)
             if not right(result[name]):
                 result["failures"][name] = str(result[name])
         except Exception as error:
             result["failures"][name] = reason(error)
+            check_device(error, device)
     return result
 
 

@@ -1,10 +1,11 @@
 """What is compared on a GPU: bfloat16 rows, float32 factors, shapes of ViT-B and 7B decoders.
 
-The most important cases come first: `bench.gpu` leaves out the last ones when its time is over.
+`bench.plan` says in which order they run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import multilora as ml
 from bench import cases, floors, peers
 from bench.cases import PASSES, Geometry, Linear, LinearSize, Network, Tensors
 from bench.measure import OURS, Case, Run, Unavailable, default_device
-from multilora.ops.dispatch import available_backends
+from multilora.ops.dispatch import available_backends, missing_reason
 
 
 def gpu_cases(backends: Sequence[str] | None = None, tiny: bool = False) -> list[Case]:
@@ -31,29 +32,49 @@ def gpu_cases(backends: Sequence[str] | None = None, tiny: bool = False) -> list
     """
     if backends is None:
         backends = available_backends(default_device().type)
-    main = [*_linear_sizes(4, 16, tiny), *_llm_sizes(tiny)]
-    eight = _linear_sizes(8, 8, tiny)
-    shared = [replace(size, shared=True) for size in main[:2]]
+    return [case for cases in families(backends, tiny).values() for case in cases]
+
+
+def families(backends: Sequence[str], tiny: bool = False) -> dict[str, list[Case]]:
+    """The cases by what they belong to, in the order of bench.plan."""
+    vit, llm = linear_sizes(4, 16, tiny), llm_sizes(tiny)
+    eight = linear_sizes(8, 8, tiny)
+    shared = [replace(size, shared=True) for size in [*vit, *llm][:2]]
+    both, forward, backward = "fwd + bwd", "forward", "backward"
     steps = _step_cases(backends, tiny)
-    return [
-        *(_linear_case(size, "fwd + bwd", backends) for size in main),
-        *(_linear_case(size, "forward", backends) for size in main),
-        *_loss_cases("fwd + bwd", backends, tiny),
-        *_geometry_cases(backends, tiny),
-        *steps[:3],
-        *_compiled_cases(main, backends, tiny),
-        *(_linear_case(size, "backward", backends) for size in main),
-        *(_linear_case(size, p, backends) for size in eight for p in ("fwd + bwd", "forward")),
-        *(_linear_case(size, p, backends) for size in shared for p in ("fwd + bwd", "forward")),
-        *_loss_cases("forward", backends, tiny),
-        *steps[3:],
-        *(_linear_case(size, "backward", backends) for size in eight),
-        *_third_party_cases(main, backends),
-    ]
+    return {
+        "ViT-B linears": [
+            linear_case(size, p, backends) for p in (both, forward, backward) for size in vit
+        ],
+        "LLM linears": [
+            linear_case(size, p, backends) for p in (both, forward, backward) for size in llm
+        ],
+        "geometry": _geometry_cases(backends, tiny),
+        "particle loss": [
+            loss_case(size, p, backends) for p in (both, forward) for size in _loss_sizes(tiny)
+        ],
+        "more linears": [
+            *(linear_case(size, p, backends) for size in eight for p in (both, forward)),
+            *(linear_case(size, p, backends) for size in shared for p in (both, forward)),
+            *(linear_case(size, backward, backends) for size in eight),
+        ],
+        "ViT-B steps": [case for case in steps if case.name.startswith("ViT")],
+        "Llama steps": [case for case in steps if not case.name.startswith("ViT")],
+        "torch.compile": _compiled_cases([*vit, *llm], backends, tiny),
+        "other libraries": _third_party_cases([*vit, *llm], backends),
+    }
 
 
 def _ours(backends: Sequence[str], make: Callable[[Any], Run]) -> dict[str, Callable[[Any], Run]]:
-    return {f"{OURS} ({backend})": partial(cases.on_backend, backend, make) for backend in backends}
+    return {f"{OURS} ({backend})": partial(on_backend, backend, make) for backend in backends}
+
+
+def on_backend(backend: str, make: Callable[[Any], Run], inputs: Any) -> Run:
+    """As bench.cases.on_backend; Unavailable where the backend cannot run here."""
+    reason = missing_reason(backend)
+    if reason is not None:
+        raise Unavailable(reason)
+    return cases.on_backend(backend, make, inputs)
 
 
 # --- lora_linear ---------------------------------------------------------------------------------
@@ -70,7 +91,7 @@ _GOALS = {
 }
 
 
-def _linear_sizes(particles: int, rank: int, tiny: bool) -> list[LinearSize]:
+def linear_sizes(particles: int, rank: int, tiny: bool) -> list[LinearSize]:
     """64 images of 224×224 a particle at the widths of ViT-B."""
     if tiny:
         return [LinearSize(64, 96, 33, particles, rank, masters=True)]
@@ -78,14 +99,14 @@ def _linear_sizes(particles: int, rank: int, tiny: bool) -> list[LinearSize]:
     return [LinearSize(*w, 64 * 197, particles, rank, masters=True) for w in widths]
 
 
-def _llm_sizes(tiny: bool) -> list[LinearSize]:
+def llm_sizes(tiny: bool) -> list[LinearSize]:
     if tiny:
         return [LinearSize(128, 64, 32, 4, 16, masters=True)]
     widths = ((4096, 4096), (4096, 11008), (11008, 4096))
     return [LinearSize(*w, 4096, 4, 16, masters=True) for w in widths]
 
 
-def _linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
+def linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
     wrap = PASSES[passes]
     stacked = {"baddbmm": peers.lora_baddbmm, "vmap": peers.lora_vmap}
     if not size.shared:
@@ -117,6 +138,8 @@ def _linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case
         # It is inference only: bfloat16 rounds a small ΔW away.
         asides=frozenset({"merged"}),
         cost=8.0 if size.d_in * size.d_out >= 4096**2 else 4.0,
+        # In float64 the inputs, the outputs and what is between, and all peers' outputs in turn.
+        memory=48.0 * size.particles * size.rows * (size.d_in + size.d_out),
     )
 
 
@@ -162,10 +185,11 @@ def _linear_merged(i: Linear) -> Run:
 def _compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: bool) -> list[Case]:
     """The best plain forms under torch.compile; apart, because compiling them takes long."""
     wrap = PASSES["fwd + bwd"]
-    linear = partial(cases.linear_stacked, torch.compile(peers.lora_baddbmm, dynamic=False))
-    loss = partial(cases.loss_problem, torch.compile(peers.particle_loss_masked, dynamic=False))
-    chosen = [(_linear_case(size, "fwd + bwd", backends), linear) for size in sizes[1::3]]
-    chosen += [(case, loss) for case in _loss_cases("fwd + bwd", backends, tiny)[:4:3]]
+    linear = partial(cases.linear_stacked, _compiled(peers.lora_baddbmm))
+    loss = partial(cases.loss_problem, _compiled(peers.particle_loss_masked))
+    chosen = [(linear_case(size, "fwd + bwd", backends), linear) for size in sizes[1::3]]
+    sizes = _loss_sizes(tiny)[:4:3]
+    chosen += [(loss_case(size, "fwd + bwd", backends), loss) for size in sizes]
     return [
         replace(
             case,
@@ -177,12 +201,18 @@ def _compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: 
     ]
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled when it is first called: already asking for it imports the compiler."""
+    compiled = functools.cache(partial(torch.compile, function, dynamic=False))
+    return lambda *args: compiled()(*args)
+
+
 def _third_party_cases(sizes: Sequence[LinearSize], backends: Sequence[str]) -> list[Case]:
     """Libraries that change PyTorch or transformers when they are imported: after all others."""
     others = {"unsloth matmul_lora": _linear_unsloth, "quack gemm_add": _linear_quack}
     found = []
     for size in sizes[1::3]:
-        case = _linear_case(size, "forward", backends)
+        case = linear_case(size, "forward", backends)
         name = f"{case.name}, other libraries"
         found.append(replace(case, name=name, peers={**case.peers, **others}))
     return found
@@ -224,28 +254,32 @@ def _linear_quack(i: Linear) -> Run:
 # --- particle loss -------------------------------------------------------------------------------
 
 
-def _loss_cases(passes: str, backends: Sequence[str], tiny: bool) -> list[Case]:
-    sizes = ((4, 1024, 100), (8, 256, 10), (4, 64, 32000), (4, 1024, 32000), (4, 64, 152000))
+#: K, N, C
+LossSize = tuple[int, int, int]
+
+
+def _loss_sizes(tiny: bool) -> list[LossSize]:
     if tiny:
-        sizes = ((4, 16, 10), (4, 4, 100))
+        return [(4, 16, 10), (4, 4, 100)]
+    return [(4, 1024, 100), (8, 256, 10), (4, 64, 32000), (4, 1024, 32000), (4, 64, 152000)]
+
+
+def loss_case(size: LossSize, passes: str, backends: Sequence[str]) -> Case:
     wrap = PASSES[passes]
-    found = []
-    for k, rows, classes in sizes:
-        functions = {"softmax, logdet": peers.particle_loss, "mask, Cholesky": _masked}
-        makers = {name: wrap(partial(cases.loss_problem, f)) for name, f in functions.items()}
-        makers |= _ours(backends, wrap(partial(cases.loss_problem, ml.particle_loss)))
-        found.append(
-            Case(
-                f"particle_loss {passes}",
-                f"K{k} N{rows} C{classes}",
-                partial(cases.logits_inputs, k, rows, classes),
-                makers,
-                ("copy of the logits", cases.copy_logits),
-                half_precision=True,
-                work=floors.particle_loss(k, rows, classes, passes),
-            )
-        )
-    return found
+    k, rows, classes = size
+    functions = {"softmax, logdet": peers.particle_loss, "mask, Cholesky": _masked}
+    makers = {name: wrap(partial(cases.loss_problem, f)) for name, f in functions.items()}
+    makers |= _ours(backends, wrap(partial(cases.loss_problem, ml.particle_loss)))
+    return Case(
+        f"particle_loss {passes}",
+        f"K{k} N{rows} C{classes}",
+        partial(cases.logits_inputs, k, rows, classes),
+        makers,
+        ("copy of the logits", cases.copy_logits),
+        half_precision=True,
+        work=floors.particle_loss(k, rows, classes, passes),
+        memory=64.0 * k * rows * classes,
+    )
 
 
 _masked = peers.particle_loss_masked
@@ -275,6 +309,12 @@ class Layers:
             draw(len(self.widths), k, k),
         )
 
+    @property
+    def memory(self) -> float:
+        """Bytes: factors, gradients and directions in both precisions, and one layer's ΔW."""
+        factors = self.particles * self.rank * sum(map(sum, self.widths))
+        return 96.0 * factors + 32.0 * self.particles * max(a * b for a, b in self.widths)
+
 
 def _models(tiny: bool) -> list[Layers]:
     if tiny:
@@ -291,44 +331,44 @@ def _models(tiny: bool) -> list[Layers]:
 def _geometry_cases(backends: Sequence[str], tiny: bool) -> list[Case]:
     found = []
     for layers in _models(tiny):
-        for passes in ("forward", "fwd + bwd"):
-            plain = {"factor products": peers.frobenius_by_factors}
-            # The ΔW of a whole 7B decoder take seconds a call.
-            if len(layers.widths) < 100:
-                plain = {"ΔW Gram GEMM": peers.frobenius_by_gram, **plain}
-            makers = {
-                name: partial(cases.distances_by_layer, function, passes != "forward")
-                for name, function in plain.items()
-            }
-            makers |= _ours(backends, PASSES[passes](cases.distances_ours))
-            found.append(
-                Case(
-                    f"pairwise_frobenius {passes}",
-                    str(layers),
-                    layers.inputs,
-                    makers,
-                    ("copy of the factors", cases.copy_factors),
-                    work=floors.pairwise_frobenius(
-                        layers.widths, layers.particles, layers.rank, passes
-                    ),
-                    cost=10.0,
-                )
-            )
-        found.append(
-            Case(
-                "SVGD update",
-                str(layers),
-                partial(_update_inputs, layers),
-                {
-                    "factor products": _update_plain,
-                    **_ours(backends, _update_ours),
-                },
-                ("copy of the factors", lambda i: cases.copy_factors(i.geometry)),
-                work=floors.svgd_update(layers.widths, layers.particles, layers.rank),
-                cost=10.0,
-            )
-        )
+        found += [geometry_case(layers, passes, backends) for passes in ("forward", "fwd + bwd")]
+        found.append(update_case(layers, backends))
     return found
+
+
+def geometry_case(layers: Layers, passes: str, backends: Sequence[str]) -> Case:
+    plain = {"factor products": peers.frobenius_by_factors}
+    # The ΔW of a whole 7B decoder take seconds a call.
+    if len(layers.widths) < 100:
+        plain = {"ΔW Gram GEMM": peers.frobenius_by_gram, **plain}
+    makers = {
+        name: partial(cases.distances_by_layer, function, passes != "forward")
+        for name, function in plain.items()
+    }
+    makers |= _ours(backends, PASSES[passes](cases.distances_ours))
+    return Case(
+        f"pairwise_frobenius {passes}",
+        str(layers),
+        layers.inputs,
+        makers,
+        ("copy of the factors", cases.copy_factors),
+        work=floors.pairwise_frobenius(layers.widths, layers.particles, layers.rank, passes),
+        cost=6.0,
+        memory=layers.memory,
+    )
+
+
+def update_case(layers: Layers, backends: Sequence[str]) -> Case:
+    return Case(
+        "SVGD update",
+        str(layers),
+        partial(_update_inputs, layers),
+        {"factor products": _update_plain, **_ours(backends, _update_ours)},
+        ("copy of the factors", lambda i: cases.copy_factors(i.geometry)),
+        work=floors.svgd_update(layers.widths, layers.particles, layers.rank),
+        cost=6.0,
+        memory=layers.memory,
+    )
 
 
 @dataclass(frozen=True)
@@ -496,7 +536,13 @@ def _step_case(
     }
     if network.name.startswith("ViT") and particles == 4:
         makers["vmap"] = partial(cases.step_plain, peers.VmappedModels, method, distances=distances)
-    makers |= _ours(backends, partial(cases.step_ours, method))
+    # Also without the look for non-finite values: it waits for the device, so no graph holds it.
+    for backend in backends:
+        unchecked = partial(cases.step_ours, partial(method, nonfinite="ignore"))
+        makers[f"{OURS} ({backend}, ignore)"] = partial(on_backend, backend, unchecked)
+        if backend != "cuda":
+            looks = partial(cases.step_ours, method)
+            makers[f"{OURS} ({backend})"] = partial(on_backend, backend, looks)
     case = Case(
         f"{method.__name__} step",
         f"{network.name} K{particles} B{batch}",
@@ -505,6 +551,7 @@ def _step_case(
         ("frozen model", partial(cases.frozen_model, 2 if method is ml.IBDR else 1)),
         half_precision=True,
         cost=45.0,
+        memory=particles * batch * (0.15e9 if network.name.startswith("ViT") else 2.5e9),
     )
     stand_in = replace(
         case, inputs=partial(cases.training, small, particles, 2), half_precision=False

@@ -3,7 +3,8 @@
 Two questions, of training steps in float32 at random weights:
 - CLIP's ViT-B/32, rank 4 on the MLPs (Bella's set-up), K = 4, 20 and 100, four particles at a time,
   32 images: how do peak memory and time grow with K? Every K in a process of its own, with the C
-  library's own allocator, so that what its heap loses to fragments counts.
+  library's own allocator, so that what its heap loses to fragments counts; on a GPU, what PyTorch's
+  allocator held at the highest point.
 - ViT-B/16, rank 8 on the last four of twelve blocks, on their MLPs or on `qkv`, K = 8: how much
   faster is a step whose trunk runs once for all particles (for IBDR's two passes too, through
   `model.trunk`)? Both ways take turns in one process.
@@ -50,10 +51,11 @@ def bella_model(particles: int) -> ml.ParticleModel:
     return ml.get_particle_model(base, config, particles)
 
 
-def bella(particles: int, images: int) -> dict[str, Any]:
-    """Resident memory and seconds of an SVGD step with AdamW, in this process."""
-    device = default_device()
-    before = status("VmRSS")
+def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
+    """Bytes (`resident` in this process; on a GPU, of the device) and seconds of an SVGD step with
+    AdamW."""
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_gpu else status("VmRSS")
     model = bella_model(particles).to(device).train()
     trainable = sum(p[0].numel() for p in model.particle_parameters())
     if trainable != TRAINABLE:
@@ -67,37 +69,51 @@ def bella(particles: int, images: int) -> dict[str, Any]:
     optimizer.zero_grad()
     x = torch.randn(images, 3, 224, 224, device=device)
     y = torch.randint(100, (images,), device=device)
+
+    def step() -> None:
+        method.backward(lambda: (model(x), y))
+        optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    if on_gpu:
+        # Kernels are loaded in the first step.
+        step()
+        optimizer.zero_grad()
+        torch.cuda.reset_peak_memory_stats(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    method.backward(lambda: (model(x), y))
-    optimizer.step()
+    step()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"resident": status("VmHWM") - before, "seconds": wall, "cpu_seconds": cpu}
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else status("VmHWM")
+    return {"resident": peak - before, "seconds": wall, "cpu_seconds": cpu}
 
 
-def growth(images: int, particles: tuple[int, ...]) -> list[dict[str, Any]]:
+def growth(images: int, particles: tuple[int, ...], device: torch.device) -> list[dict[str, Any]]:
     results = []
     for k in particles:
         command = [sys.executable, "-m", "bench.many_particles", "--particles", str(k)]
         command += ["--images", str(images), "--threads", str(torch.get_num_threads())]
+        command += ["--device", device.type]
         root = Path(__file__).parent.parent
         done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
         results.append({"particles": k, "chunk": CHUNK, "images": images, **measured})
         print(
             f"CLIP ViT-B/32, SVGD, K = {k:3}, {CHUNK} at a time, {images} images: "
-            f"{measured['resident'] / 2**20:.0f} MiB, {measured['cpu_seconds']:.1f} s of CPU, "
-            f"{measured['cpu_seconds'] / k:.2f} s a particle",
+            f"{measured['resident'] / 2**20:.0f} MiB, {measured['seconds']:.1f} s, "
+            f"{measured['cpu_seconds']:.1f} s of CPU, {measured['cpu_seconds'] / k:.2f} a particle",
             flush=True,
         )
     return results
 
 
-def trunk(method: str, targets: str, images: int, seconds: float, rounds: int) -> dict[str, Any]:
+def trunk(
+    method: str, targets: str, images: int, seconds: float, rounds: int, device: torch.device
+) -> dict[str, Any]:
     """A step with the shared trunk and without it, taking turns; the same gradients first."""
     import peft
     import timm
 
-    device = default_device()
     torch.manual_seed(0)
     base = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=10)
     config = peft.LoraConfig(r=8, target_modules=TARGETS[targets], modules_to_save=["head"])
@@ -116,6 +132,8 @@ def trunk(method: str, targets: str, images: int, seconds: float, rounds: int) -
         return torch.cat([p.grad.flatten() for p in model.particle_parameters()])
 
     def step(shared: bool) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         backward(shared)
         optimizer.step()
@@ -162,17 +180,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="of trunk")
     parser.add_argument("--targets", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--threads", type=int, help="PyTorch's threads")
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--out-dir", type=Path, default=RESULTS, metavar="DIR")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.particles:
-        print(json.dumps(bella(args.particles, args.images or 32)))
+        print(json.dumps(bella(args.particles, args.images or 32, args.device)))
         return 0
     wrong = 0
     if args.part != "growth":
         cases = []
         for targets, method in itertools.product(args.targets, METHODS):
-            case = trunk(method, targets, args.images or 1, 0.0, args.rounds)
+            case = trunk(method, targets, args.images or 1, 0.0, args.rounds, args.device)
             cases.append(case)
             wrong += bool(case["failures"])
             if case["failures"]:
@@ -185,27 +205,28 @@ def main() -> int:
                 f"(goal {TRUNK_GOAL}: {'met' if case['met'] else 'missed'})",
                 flush=True,
             )
-        save(f"trunk-{args.out}", {"cases": cases})
+        save(args, "trunk", {"cases": cases})
     if args.part != "trunk":
-        measured = growth(args.images or 32, PARTICLES)
+        measured = growth(args.images or 32, PARTICLES, args.device)
         measured.sort(key=lambda result: result["particles"])
         first, last = measured[0], measured[-1]
         memory = last["resident"] / first["resident"]
-        time_ratio = last["cpu_seconds"] / first["cpu_seconds"]
+        clock = "seconds" if args.device.type == "cuda" else "cpu_seconds"
+        time_ratio = last[clock] / first[clock]
         print(
             f"K = {last['particles']} against {first['particles']}: ×{memory:.3f} memory "
             f"(goal {MEMORY_GOAL}), ×{time_ratio:.1f} time"
         )
         ratios = {"memory_ratio": memory, "memory_goal": MEMORY_GOAL, "time_ratio": time_ratio}
-        save(f"growth-{args.out}", {"growth": measured} | ratios)
+        save(args, "growth", {"growth": measured} | ratios)
     return 1 if wrong else 0
 
 
-def save(name: str, results: dict[str, Any]) -> None:
-    record = {"machine": machine(default_device())} | results
+def save(args: argparse.Namespace, part: str, results: dict[str, Any]) -> None:
+    record = {"machine": machine(args.device)} | results
     short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    file = args.out_dir / f"{part}-{args.out}.json"
     file.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
 
 

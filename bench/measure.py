@@ -60,6 +60,7 @@ class Case:
     asides: peers that are shown and not compared with, because they do another task.
     stand_in: a smaller case that is checked, in float32, in place of this one.
     cost: seconds that the case is expected to take on a GPU.
+    memory: bytes that the case may hold at once, the oracle and its float64 included.
     """
 
     group: str
@@ -76,6 +77,12 @@ class Case:
     asides: frozenset[str] = frozenset()
     stand_in: Case | None = None
     cost: float = 4.0
+    memory: float = 0.0
+
+    @property
+    def ours_is_absent(self) -> bool:
+        """Whether only plain peers take part."""
+        return not any(map(is_ours, self.peers))
 
     def __str__(self) -> str:
         return f"{self.group}, {self.name}"
@@ -216,11 +223,12 @@ def interleave(
     seconds: float,
     rounds: int,
     limit: float = math.inf,
+    beat: Callable[[Any], None] = lambda name: None,
 ) -> dict[Any, Timing]:
     """Take samples in rounds, one of each sampler a round and in an order of its own each round.
 
     Rounds go on for `seconds` and for `rounds` of them at least, but not beyond `limit` seconds
-    once there are three.
+    once there are three. beat: is told the name of every sampler before it is called.
     """
     samples: dict[Any, list[float]] = {name: [] for name in samplers}
     order, shuffle = list(samplers), random.Random(0).shuffle
@@ -231,6 +239,7 @@ def interleave(
         while (done < rounds or spent < seconds) and (done < 3 or spent < limit):
             shuffle(order)
             for name in order:
+                beat(name)
                 samples[name].append(samplers[name]())
             done, spent = done + 1, time.perf_counter() - start
     finally:
@@ -264,14 +273,16 @@ class CudaClock:
         self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
     def sampler(self, run: Run) -> Callable[[], float]:
-        """The call as the host launches it: what it launches late counts. Two calls go before."""
-        for _ in range(2):
+        """The call as the host launches it: what it launches late counts. Three calls go before."""
+        for _ in range(3):
             run()
         return lambda: self._sample(run)
 
     def replay_sampler(self, graph: torch.cuda.CUDAGraph) -> Callable[[], float]:
-        """The kernels alone: the device is kept busy until the host has launched the graph."""
-        graph.replay()
+        """The kernels alone: the device is kept busy until the host has launched the graph. Three
+        replays go before."""
+        for _ in range(2):
+            graph.replay()
         torch.cuda.synchronize()
         launched = time.perf_counter()
         graph.replay()
@@ -361,7 +372,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     names = ("multilora", "torch", "triton", "peft", "timm", "transformers", "numpy")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -386,7 +397,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with "+" behind it where files differ from it; None outside a repository."""
 
     def git(*args: str) -> str:

@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import floors, gpu, memory, tune
+from bench import floors, memory, tune, tuning
 from bench.cases import CASES
-from bench.gpu_cases import gpu_cases
-from bench.measure import Case, Run, Unavailable, check, default_device, peak_memory
+from bench.jobs import Context
+from bench.measure import Case, Run, check, default_device, peak_memory
 
 DEVICE = default_device()
 
@@ -64,103 +64,60 @@ def test_memory_of_particles():
     assert particles <= memory.GOAL * one
 
 
-# --- the GPU's benchmark, at sizes for a CPU -----------------------------------------------------
-
-_OURS = "multilora (reference)"
-
-
-def _measure(case: Case) -> dict:
-    cpu = torch.device("cpu")
-    return gpu.measure_case(case, {}, floors.H200, cpu, 0.0, lambda peer: None, lambda error: None)
-
-
-def _tiny(group: str) -> Case:
-    return next(c for c in gpu_cases(["reference"], tiny=True) if c.group == group)
-
-
-@pytest.mark.parametrize(
-    "group",
-    [
-        "lora_linear fwd + bwd",
-        "lora_linear forward",
-        "lora_linear backward",
-        "particle_loss fwd + bwd",
-        "pairwise_frobenius fwd + bwd",
-        "SVGD update",
-        "IBDR step",
-    ],
-)
-def test_gpu_case(group):
-    record = _measure(_tiny(group))
-    assert not record["failures"]
-    assert record["launched_columns"]["x_best_peer"].keys() == {_OURS}
-    assert record["rounds"] >= 3
-
-
-def test_gpu_case_leaves_out_what_fails():
-    """A peer that is wrong, raises or is missing gets a reason and no time; the others go on."""
-    case = _tiny("particle_loss fwd + bwd")
-    ours = case.peers[_OURS]
-
-    def wrong(inputs):
-        run = ours(inputs)
-        return lambda: {name: t * 1.5 for name, t in run().items()}
-
-    def raising(inputs):
-        raise RuntimeError("out of memory")
-
-    def missing(inputs):
-        raise Unavailable("it is not installed")
-
-    others = {"multilora (wrong)": wrong, "raising": raising, "missing": missing}
-    record = _measure(replace(case, peers={**case.peers, **others}))
-    assert record["failures"].keys() == {"multilora (wrong)", "raising"}
-    assert record["skipped"] == {"missing": "it is not installed"}
-    timed = {*case.peers, case.yardstick[0]}
-    assert record["launched"].keys() == timed
-    assert not timed & others.keys()
-    only_wrong = replace(case, peers={**case.peers, _OURS: wrong})
-    assert "launched" not in _measure(only_wrong)
-
-
-def test_gpu_cases_have_names_of_their_own():
-    for tiny in (False, True):
-        names = [str(case) for case in gpu_cases(["reference"], tiny)]
-        assert len(set(names)) == len(names)
-
-
-def test_half_a_line_of_a_killed_worker(tmp_path):
-    journal = tmp_path / "journal"
-    journal.write_text(json.dumps({"event": "at"}) + '\n{"event": "do')
-    assert list(gpu.read_journal(journal)) == [{"event": "at"}]
-
-
-def test_summary_of_tests():
-    lines = [
-        "[gw0] [ 25%] PASSED tests/test_volume.py::test_values[reference-3 particles] ",
-        "tests/test_volume.py::test_errors[triton] FAILED                          [ 50%]",
-        "[gw1] [ 75%] PASSED tests/test_volume.py::test_empty",
-        "tests/test_volume.py::test_that_was_running",
-    ]
-    stopped = gpu.summary([line.strip() for line in lines])
-    assert stopped["outcomes"] == {"PASSED": 2, "FAILED": 1}
-    assert stopped["failed"] == ["tests/test_volume.py::test_errors[triton]"]
-    last = "FAILED tests/test_volume.py::test_errors[triton] - assert nan < 1e-05"
-    assert gpu.summary([*lines, last])["failed"] == [last]
-
-
 def test_tuning_changes_an_answer():
     from multilora.ops.triton import common, configs
 
     rule, asked = configs.lora_gemm, {}
     sizes = (4, 64, 32, 48, 8, torch.bfloat16, common.H200)
-    with tune.answering({}, asked):
+    with tuning.answering({}, asked):
         default = configs.lora_gemm(*sizes)
     changed = replace(default, stages=default.stages + 1)
     (question,) = asked
-    with tune.answering({question: changed}, {}):
+    with tuning.answering({question: changed}, {}):
         assert configs.lora_gemm(*sizes) == changed
     assert configs.lora_gemm is rule
+
+
+def test_tuning_keeps_what_is_right_and_fast(monkeypatch):
+    """One configuration is wrong, one does not compile, one ended the process before, one is
+    faster than the rule's; each is written down."""
+    from multilora.ops.triton import common, configs
+
+    def ours(inputs):
+        def run():
+            config = configs.lora_gemm(4, 64, 64, 96, 8, torch.bfloat16, common.H200)
+            if config.block_m == 256:
+                raise RuntimeError("out of shared memory")
+            return {"y": inputs * (1.5 if config.group == 4 else 1.0)}
+
+        return run
+
+    def plain(inputs):
+        return lambda: {"y": inputs.clone()}
+
+    def seconds(self, run, answers, launched=False):
+        return min((1.0 if c.block_k == 32 else 4.0 for c in answers.values()), default=0.5)
+
+    monkeypatch.setattr(tuning.Tuner, "_time", seconds)
+    peers = {"plain": plain, tuning.REFERENCE: plain, tuning.OURS: ours}
+    case = Case("lora_linear forward", "a case", lambda d, _: torch.ones(3, dtype=d), peers)
+    case = replace(case, work=SimpleNamespace(calls=None))
+    context = Context(torch.device("cpu"), True, "", "")
+    noted: list[str] = []
+    context.note = noted.append
+    first = tuning.Tuner(context, 60.0).tune(case)
+    (entry,) = first["entries"]
+    assert entry["config"]["block_k"] == 32 and not entry["ahead"]
+    assert (first["before_us"], first["us"]) == (4e6, 1e6)
+    assert all("block_m=256" in name for name in first["refused"])
+    assert set(first["refused"].values()) == {"RuntimeError: out of shared memory"}
+    assert first["wrong"] and all("group=4" in name for name in first["wrong"])
+    fast = next(name for name in noted if "block_k=32" in name)
+    context.without = {name: "the process ended" for name in noted if "block_k=32" in name}
+    second = tuning.Tuner(context, 60.0).tune(case)
+    assert second["refused"][fast] == "the process ended"
+    assert second["entries"][0]["config"]["block_k"] == 64
+    assert tuning.Tuner(context, 0.0).tune(case)["cut"].endswith("after 0 configurations")
 
 
 def test_tuning_replaces_an_entry():

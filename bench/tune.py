@@ -2,7 +2,9 @@
 
 The host functions of the Triton backend ask multilora.ops.triton.configs. For every question that
 a case of bench.gpu_cases makes them ask, the answer is changed one property at a time; what gives
-the same outputs in less time is kept. The table is written after every case.
+the same outputs in less time is kept. Every case has a process of its own, and its configurations
+are compiled beforehand by many; one that ends the process is left out. The table is written after
+every case, and a second call goes on behind the first, as that of bench.gpu.
 
 With --predict, which needs no GPU, the table instead restates the rules for the sizes of
 `multilora kernels`, wherever nothing was measured.
@@ -15,243 +17,63 @@ faster than on the reference backend).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import inspect
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from bench.gpu import RESULTS
-from bench.gpu_cases import gpu_cases
-from bench.measure import (
-    Case,
-    Run,
-    capture,
-    check,
-    clock,
-    default_device,
-    interleave,
-    outputs_of,
-    reason,
-)
+from bench.floors import RESULTS
+from bench.gpu_cases import families
+from bench.jobs import Context, Group, Job, Stage
+from bench.journal import Journal, state
+from bench.measure import Case, Unavailable, default_device
+from bench.plan import machine_stage
+from bench.supervise import Supervisor
+from bench.tuning import Question, Tuner, answering, entry
 from multilora.ops import triton as backend
-from multilora.ops.triton import common, configs
-from multilora.ops.triton.common import A100, H200, cdiv
+from multilora.ops.dispatch import missing_reason
+from multilora.ops.triton import common
+from multilora.ops.triton.common import A100, H200
 from multilora.ops.triton.problems import problems
 
-OURS, REFERENCE = "multilora (triton)", "multilora (reference)"
 TABLE = Path(backend.__file__).with_name("table.json")
-
-#: A change of some of a configuration's properties.
-Change = dict[str, Any]
-#: What configs was asked: the function and its arguments by name.
-Question = tuple[str, tuple[tuple[str, Any], ...]]
-
-
-# --- what to try ---------------------------------------------------------------------------------
+#: Seconds that one case is tuned for.
+SECONDS = 75.0
+#: Tuned first: the widths that a ViT-B has most of.
+FIRST = ("768→768 K4", "768→2304 K4")
 
 
-def _lora_gemm(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
-    # In the loop only the forward can shrink, and only rows of its own particle.
-    own = not asked["shared"]
-    paths = ["shrink first"] + ["accumulate"] * own
-    paths += ["shrink inside"] * (own and not asked["backward"])
-    tiles = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4))
-    return [
-        [{"path": path} for path in paths],
-        [{"block_m": m, "block_n": n, "warps": warps} for m, n, warps in tiles],
-        [{"block_k": k, "stages": s} for k, s in ((64, 2), (64, 3), (64, 4), (32, 4), (32, 5))],
-        [{"group": group} for group in (4, 16)],
-        [{"flatten": True}] if config.path == "shrink inside" else [],
-        # Two smaller programs on a processor: what fits into its shared memory.
-        [{"block_m": 128, "block_n": 128, "warps": 4, "stages": 2, "programs": 2}],
-    ]
+def stages(device: str, tiny: bool, only: str = "") -> list[Stage]:
+    """A group a case, the main shapes first. Both directions at once would only tune the same
+    kernels again."""
+    found = families(["triton", "reference"], tiny)
+    linears = [c for name in ("ViT-B linears", "LLM linears", "more linears") for c in found[name]]
+    linears = [case for case in linears if not case.group.endswith("fwd + bwd")]
+    linears.sort(key=lambda case: not case.name.startswith(FIRST))
+    others = [c for c in found["particle loss"] if c.group.endswith(("forward", "fwd + bwd"))]
+    others += [c for c in found["geometry"] if c.group.startswith("pairwise_frobenius")]
+    groups = []
+    for case in [*linears, *others]:
+        if only in str(case):
+            job = Job(
+                f"tune: {case}",
+                partial(_tune, case),
+                seconds=SECONDS,
+                silence=90.0,
+                memory=case.memory,
+            )
+            groups.append(Group(job.name, [job]))
+    return [machine_stage(), Stage("tuning", "the table", groups)]
 
 
-def _lora_pass(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
-    tiles = ((64, 64, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
-    rows = config.rows_each
-    return [
-        [
-            # A pass that shrinks has one block of rows a program; others have some blocks.
-            {
-                "block_m": m,
-                "block_n": n,
-                "warps": warps,
-                "rows_each": m if asked["shrink"] else cdiv(rows, m) * m,
-            }
-            for m, n, warps in tiles
-        ],
-        [{"stages": stages} for stages in (2, 3, 4)],
-        [] if asked["shrink"] else [{"rows_each": 2 * rows}, {"rows_each": 4 * rows}],
-    ]
-
-
-def _geometry(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
-    return [
-        [{"chunk": chunk} for chunk in (512, 1024, 2048, 4096)],
-        [{"warps": warps} for warps in (2, 4, 8)],
-        [{"block_d": d, "stages": s} for d, s in ((16, 3), (32, 2), (32, 4), (64, 2))],
-        [{"apply_block_d": d, "apply_warps": w} for d, w in ((64, 8), (128, 4), (128, 8))],
-    ]
-
-
-def _volume(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
-    if config.splits < 2:
-        return []
-    return [[{"splits": config.splits * 2}, {"splits": config.splits // 2}]]
-
-
-CHANGES: dict[str, Callable[[Any, dict[str, Any]], list[list[Change]]]] = {
-    "lora_gemm": _lora_gemm,
-    "lora_pass": _lora_pass,
-    "geometry": _geometry,
-    "volume": _volume,
-}
-
-
-# --- asking and answering ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def answering(
-    answers: dict[Question, Any], asked: dict[Question, Any], rules: bool = False
-) -> Iterator[None]:
-    """Let the host functions get `answers`, or else what configs says (with `rules`, without its
-    table); what they asked and got is added to `asked`."""
-    # The package's functions hide its modules of the same names.
-    modules = [
-        sys.modules[f"{backend.__name__}.{n}"] for n in ("geometry", "lora_linear", "volume")
-    ]
-    replaced = []
-    for name in CHANGES:
-        rule = getattr(configs, name)
-        own = inspect.unwrap(rule) if rules else rule
-
-        def answer(*args: Any, _name: str = name, _rule: Callable = own, **kwargs: Any) -> Any:
-            question = _question(_name, _rule, args, kwargs)
-            asked[question] = answers.get(question) or _rule(*args, **kwargs)
-            return asked[question]
-
-        for module in (configs, *modules):
-            if getattr(module, name, None) is rule:
-                setattr(module, name, answer)
-                replaced.append((module, name, rule))
-    try:
-        yield
-    finally:
-        for module, name, rule in replaced:
-            setattr(module, name, rule)
-
-
-def _question(name: str, rule: Callable, args: tuple, kwargs: dict[str, Any]) -> Question:
-    bound = inspect.signature(rule).bind(*args, **kwargs)
-    bound.apply_defaults()
-    fixed = ((k, tuple(v) if isinstance(v, list) else v) for k, v in bound.arguments.items())
-    return name, tuple(fixed)
-
-
-class Tuner:
-    def __init__(self, device: torch.device, until: float, record: str | None):
-        self.device, self.until, self.record = device, until, record
-        self.clock = clock(device)
-
-    def tune(self, case: Case) -> list[dict[str, Any]]:
-        """The entries of all questions of one case."""
-        dtype = torch.bfloat16 if case.half_precision else torch.float32
-        inputs = case.inputs(dtype, self.device)
-        oracle = next(iter(case.peers))
-        runs = {name: case.peers[name](inputs) for name in (oracle, OURS)}
-        best: dict[Question, Any] = {}
-        with answering({}, best):
-            failures = check(case, runs, dtype, self.device).failures
-        if OURS in failures:
-            raise RuntimeError(f"wrong before any change: {failures[OURS]}")
-        right = outputs_of(runs[OURS])
-        # Sums in another order differ by roundings.
-        tolerance = max(torch.finfo(dtype).eps, 1e-5)
-        seconds = self._time(runs[OURS], best)
-        for question in list(best):
-            name, arguments = question
-            for changes in CHANGES[name](best[question], dict(arguments)):
-                for change in changes:
-                    if time.time() > self.until:
-                        break
-                    tried = best | {question: dataclasses.replace(best[question], **change)}
-                    if tried[question] == best[question]:
-                        continue
-                    found = self._try(runs[OURS], tried, right, tolerance)
-                    # Less is noise.
-                    if found < 0.98 * seconds:
-                        seconds, best = found, tried
-        ahead = self._ahead(runs[OURS], best, case.peers[REFERENCE](inputs), seconds)
-        return [self._entry(q, config, seconds, ahead) for q, config in best.items()]
-
-    def _ahead(
-        self, ours: Run, answers: dict[Question, Any], reference: Run, seconds: float
-    ) -> bool:
-        try:
-            return seconds < self._time(reference, {})
-        except Exception:
-            # It waits for the device, so no graph can hold it: both with their launches.
-            seconds = self._time(ours, answers, launched=True)
-            return seconds < self._time(reference, {}, launched=True)
-
-    def _try(
-        self, run: Run, answers: dict[Question, Any], right: dict[str, Tensor], tolerance: float
-    ) -> float:
-        """Seconds, or infinity for a configuration that does not compile or is wrong."""
-        try:
-            with answering(answers, {}):
-                outputs = outputs_of(run)
-            for name, exact in right.items():
-                error = (outputs[name].double() - exact.double()).norm()
-                # Written so that NaN fails.
-                if not error <= tolerance * exact.double().norm():
-                    return float("inf")
-            return self._time(run, answers)
-        except Exception as error:
-            print(f"  {reason(error)}", flush=True)
-            return float("inf")
-
-    def _time(self, run: Run, answers: dict[Question, Any], launched: bool = False) -> float:
-        with answering(answers, {}):
-            sampler = self.clock.sampler(run)
-            if self.device.type == "cuda" and not launched:
-                pool = torch.cuda.graph_pool_handle()
-                graph, _ = capture(run, pool, torch.cuda.current_stream())
-                sampler = self.clock.replay_sampler(graph)
-            return interleave({"": sampler}, 0.0, 20, limit=1.0)[""].median
-
-    def _entry(
-        self, question: Question, config: Any, seconds: float, ahead: bool
-    ) -> dict[str, Any]:
-        us = round(seconds * 1e6, 2)
-        return _entry(question, config) | {"record": self.record, "us": us, "ahead": ahead}
-
-
-def _entry(question: Question, config: Any) -> dict[str, Any]:
-    """What was asked and answered; not measured."""
-    name, arguments = question
-    sizes = dict(arguments)
-    capability, dtype = sizes.pop("chip").capability, sizes.pop("dtype")
-    return {
-        "op": name,
-        "capability": capability,
-        "dtype": str(dtype).removeprefix("torch."),
-        "sizes": {k: list(v) if isinstance(v, tuple) else v for k, v in sizes.items()},
-        "config": dataclasses.asdict(config),
-        "record": None,
-        "us": None,
-        "ahead": False,
-    }
+def _tune(case: Case, context: Context) -> dict[str, Any]:
+    missing = missing_reason("triton")
+    if missing is not None:
+        raise Unavailable(missing)
+    return Tuner(context, 5.0 if context.tiny else SECONDS).tune(case)
 
 
 def predict() -> list[dict[str, Any]]:
@@ -266,7 +88,7 @@ def predict() -> list[dict[str, Any]]:
                     problem.run()
         finally:
             common.compile_only(None, None)
-        entries += [_entry(question, config) for question, config in asked.items()]
+        entries += [entry(question, config) for question, config in asked.items()]
     return entries
 
 
@@ -289,49 +111,81 @@ def write(table: Path, entries: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m bench.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything [9]")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for this call [8.5]")
     parser.add_argument(
-        "--table", type=Path, default=TABLE, help="is read and written [%(default)s]"
+        "--out-dir",
+        type=Path,
+        metavar="DIR",
+        help="of the record, the journal and the table, table.json [results/ and the package's]",
     )
+    parser.add_argument("--table", type=Path, help="is read and written")
     parser.add_argument("--record", help="the name of the record that the table is to cite")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
     parser.add_argument("--predict", action="store_true", help="restate the rules; no GPU")
-    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default_device().type)
     parser.add_argument("--tiny", action="store_true", help="a smoke test: nothing to use")
     args = parser.parse_args()
-    if args.tiny and args.table == TABLE:
-        parser.error("a smoke test must not write the table; give --table")
-    if args.record and not (RESULTS / f"{args.record}.json").exists():
-        parser.error(f"there is no record {args.record}.json in {RESULTS}")
-    entries = json.loads(args.table.read_text()) if args.table.exists() else []
+    table = args.table or (TABLE if args.out_dir is None else args.out_dir / "table.json")
+    folder = args.out_dir or RESULTS
+    if args.tiny and table == TABLE:
+        parser.error("a smoke test must not write the table; give --table or --out-dir")
+    if args.record and not (folder / f"{args.record}.json").exists():
+        parser.error(f"there is no record {args.record}.json in {folder}")
+    if not args.predict and not args.record:
+        parser.error("the table cites a record; give --record, or --predict")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not table.exists():
+        shutil.copyfile(TABLE, table)
+    entries = json.loads(table.read_text())
     if args.predict:
         entries = merge(predict(), [e for e in entries if e["record"] is not None])
-        write(args.table, entries)
+        write(table, entries)
         return 0
-    if args.device.type == "cuda":
-        # A capture needs a stream of its own.
-        torch.cuda.set_stream(torch.cuda.Stream())
-    until = time.time() + 60 * args.minutes
-    tuner = Tuner(args.device, until, args.record)
-    for case in gpu_cases(["triton", "reference"], args.tiny):
-        # Both directions at once would only tune the same kernels again.
-        tuned = case.group.startswith(("lora_linear", "particle_loss", "pairwise_frobenius"))
-        whole = case.group.endswith("fwd + bwd") and not case.group.startswith(
-            ("particle_loss", "pairwise_frobenius")
-        )
-        extra = case.name.endswith(("torch.compile", "other libraries"))
-        if not tuned or whole or extra or args.only not in str(case) or time.time() > until:
-            continue
-        try:
-            found = tuner.tune(case)
-        except Exception as error:
-            print(f"{case}: FAILED {reason(error)}", flush=True)
-            continue
-        entries = merge(entries, found)
-        write(args.table, entries)
-        for entry in found:
-            print(f"{case}: {entry['op']} {entry['config']} {entry['us']} µs", flush=True)
+    plan = stages(args.device, args.tiny, args.only)
+    journal = Journal(folder / f"{args.record}-tune.journal.jsonl")
+    told: set[str] = set()
+
+    def changed() -> None:
+        nonlocal entries
+        for job, result in state(journal.events).results.items():
+            if job in told or not job.startswith("tune: "):
+                continue
+            told.add(job)
+            found = [{**e, "record": args.record} for e in result.get("entries", ())]
+            entries = merge(entries, found)
+            write(table, entries)
+            print(f"{job}: {_summary(result)}", flush=True)
+
+    supervisor = Supervisor(
+        plan,
+        journal,
+        time.time() + 60 * args.minutes,
+        plan="bench.tune",
+        device=args.device,
+        tiny=args.tiny,
+        options={"only": args.only},
+        folder=folder,
+        name=f"{args.record}-tune",
+        changed=changed,
+    )
+    # What is known from an earlier call belongs into the table too.
+    changed()
+    why = supervisor.run([])
+    changed()
+    if why is not None:
+        print(why)
+        return 2
+    left = [name for name in supervisor.jobs if name not in state(journal.events).results]
+    print(f"left out: {len(left)} of {len(supervisor.jobs)} jobs")
     return 0
+
+
+def _summary(result: dict[str, Any]) -> str:
+    if "entries" not in result:
+        return "; ".join(f"FAILED {name}: {why}" for name, why in result["failures"].items())
+    lost = {key: len(result[key]) for key in ("wrong", "refused") if result[key]}
+    text = f"{result['before_us']:.1f} → {result['us']:.1f} µs, {result['tried']} tried, {lost}"
+    return text + (f", cut {result['cut']}" if "cut" in result else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,233 @@
+"""The order of the first GPU hour: what is run, in the order that teaches most.
+
+`python -m bench.gpu --plan` prints it; docs/gpu.md explains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench import checks, compare, outside, probes, smoke
+from bench.gpu_cases import families, linear_sizes, llm_sizes
+from bench.jobs import Context, Group, Job, Stage
+from bench.measure import Case, is_ours, machine
+from multilora.ops.dispatch import available_backends
+
+#: Groups of the smoke stage that run beside each other.
+AT_ONCE = 8
+#: Processes that fill Triton's cache for the sizes that follow.
+COMPILERS = 4
+
+
+def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
+    """device: "cuda" or "cpu". On a GPU all of its backends take part: one that is missing is
+    recorded with its reason, not left out."""
+    backends = ["reference", "triton", "cuda"] if device == "cuda" else available_backends("cpu")
+    cases = families(backends, tiny)
+    timed = partial(Group, ceilings=True)
+
+    def group(name: str) -> Group:
+        return timed(name, [case_job(case) for case in cases[name]])
+
+    found = [
+        machine_stage(),
+        Stage(
+            "ceilings",
+            "what the card reaches, and what users get today",
+            [
+                Group("ceilings", [Job("ceilings", partial(_ceilings, tiny), seconds=12.0)]),
+                timed("plain peers", _plain_jobs(tiny)),
+            ],
+            background=_build(device),
+        ),
+        Stage(
+            "correctness",
+            "which kernels launch, are right, repeat, do not hang",
+            [*smoke.groups(backends, tiny), *_probe_groups(backends)],
+            at_once=AT_ONCE,
+            background=_compile_ahead(device),
+        ),
+        Stage("ViT-B", "ratios to the base GEMM; host or device", [group("ViT-B linears")]),
+        Stage("LLM", "the same at 7B widths", [group("LLM linears")]),
+        Stage(
+            "geometry, volume",
+            "the other operators",
+            [group("geometry"), group("particle loss"), group("more linears")],
+        ),
+        Stage(
+            "whole steps",
+            "what a training gains; memory of many particles",
+            [group("ViT-B steps"), group("Llama steps"), Group("programs", _program_jobs(tiny))],
+        ),
+    ]
+    rest = [group("torch.compile"), Group("large offsets", _large_jobs(backends))]
+    if tests:
+        rest.insert(0, Group("tests", [Job("tests", outside.tests, seconds=150.0)]))
+    found.append(
+        Stage("tests", "every operator test on the device", [*rest, group("other libraries")])
+    )
+    if device == "cuda":
+        tools = [(tool, b) for b in backends[1:] for tool in ("memcheck", "synccheck")]
+        jobs = [
+            Job(f"{tool} ({b})", partial(outside.sanitizer, tool=tool, backend=b), seconds=30.0)
+            for tool, b in tools
+        ]
+        found.append(Stage("sanitizer", "what memcheck says", [Group("sanitizer", jobs)]))
+    return found
+
+
+def case_job(case: Case) -> Job:
+    compiles = case.name.endswith("torch.compile")
+    return Job(
+        str(case),
+        partial(_case, case),
+        group=case.group,
+        operator=case.group.split()[0],
+        seconds=case.cost,
+        # Compiling says nothing for long.
+        silence=150.0 if compiles else 60.0 if case.stand_in is not None else 45.0,
+        memory=case.memory,
+        case=case,
+    )
+
+
+def _case(case: Case, context: Context) -> dict[str, Any]:
+    seconds = 0.0 if context.tiny else case.cost / 2
+    return compare.measure_case(
+        case,
+        context.without,
+        context.ceilings,
+        context.device,
+        seconds,
+        context.note,
+        context.beat,
+    )
+
+
+def machine_stage() -> Stage:
+    job = Job("machine", about, always=True)
+    return Stage("machine", "which card, driver and versions", [Group("machine", [job])])
+
+
+def about(context: Context) -> dict[str, Any]:
+    """The machine, and what backends it lacks."""
+    from multilora.ops.dispatch import BACKENDS, missing_reason
+
+    device = context.device
+    result = {"failures": {}, "machine": machine(device), "backends": {}}
+    for name in BACKENDS:
+        result["backends"][name] = missing_reason(name) or "available"
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties()
+        result["machine"] |= {
+            "capability": 10 * p.major + p.minor,
+            "processors": p.multi_processor_count,
+            "memory_bytes": p.total_memory,
+            "l2_bytes": p.L2_cache_size,
+            "shared_bytes_opt_in": getattr(p, "shared_memory_per_block_optin", None),
+            "devices": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
+    return result
+
+
+def _base_shapes(tiny: bool) -> list[tuple[int, int, int]]:
+    """(rows, d_in, d_out) of every linear that is measured."""
+    sizes = [*linear_sizes(4, 16, tiny), *llm_sizes(tiny)]
+    return [(size.particles * size.rows, size.d_in, size.d_out) for size in sizes]
+
+
+def _ceilings(tiny: bool, context: Context) -> dict[str, Any]:
+    return {"failures": {}} | compare.measure_ceilings(context.device, tiny, _base_shapes(tiny))
+
+
+def _plain_jobs(tiny: bool) -> list[Job]:
+    """The reference backend and the best plain peers, before any kernel of ours has run."""
+    found = families(["reference"], tiny)
+    chosen: Sequence[Case] = [
+        *(c for c in found["ViT-B linears"] if not c.group.endswith("backward")),
+        *(c for c in found["LLM linears"] if c.group.endswith("fwd + bwd")),
+        *(c for c in found["particle loss"] if c.group.endswith("fwd + bwd")),
+        *found["geometry"][:3],
+    ]
+    jobs = []
+    for case in chosen:
+        plain = [name for name in case.peers if not is_ours(name)][:2]
+        names = [*plain, "multilora (reference)"]
+        few = replace(case, peers={n: case.peers[n] for n in names}, cost=case.cost / 2)
+        jobs.append(replace(case_job(few), name=f"plain: {case}"))
+    return jobs
+
+
+def _build(device: str) -> list[Group]:
+    """Beside the ceilings, which need no processor; the correctness waits for it."""
+    build = Job("build", outside.build, seconds=45.0, silence=30.0, always=True)
+    return [Group("build", [build])] if device == "cuda" else []
+
+
+def _compile_ahead(device: str) -> list[Group]:
+    """Beside the correctness. In every call: another machine has an empty cache."""
+    if device != "cuda":
+        return []
+
+    def compile_share(share: int, context: Context) -> dict[str, Any]:
+        from bench.precompile import compile_calls
+
+        found = families(["triton"], context.tiny).values()
+        works = [case.work for cases in found for case in cases if case.work is not None]
+        return compile_calls([w.calls for w in works[share::COMPILERS]], context.beat)
+
+    names = [f"compile ahead, {i + 1} of {COMPILERS}" for i in range(COMPILERS)]
+    return [
+        Group(name, [Job(name, partial(compile_share, i), seconds=40.0, silence=90.0, always=True)])
+        for i, name in enumerate(names)
+    ]
+
+
+def _ask(question: Any, backend: str, context: Context) -> dict[str, Any]:
+    """A probe's or a check's answer for one backend, unless that ended its process before."""
+    peer = f"multilora ({backend})"
+    if peer in context.without:
+        return {"failures": {peer: context.without[peer]}}
+    context.note(peer)
+    return question(backend, context.device, context.tiny)
+
+
+def _probe_groups(backends: Sequence[str]) -> list[Group]:
+    return [
+        Group(
+            f"probes ({backend})",
+            [
+                Job(f"probe: {name} ({backend})", partial(_ask, probe, backend), seconds=2.0)
+                for name, probe in probes.PROBES.items()
+            ],
+        )
+        for backend in sorted(backends, key=lambda name: name != "triton")
+    ]
+
+
+def _large_jobs(backends: Sequence[str]) -> list[Job]:
+    return [
+        Job(
+            f"check: {name} ({backend})",
+            partial(_ask, function, backend),
+            seconds=12.0,
+            silence=120.0,
+            memory=40e9 if name == "large offsets" else 4e9,
+        )
+        for name, function in checks.CHECKS.items()
+        for backend in backends
+    ]
+
+
+def _program_jobs(tiny: bool) -> list[Job]:
+    jobs = [Job("multilora train", outside.train, seconds=25.0)]
+    for k in () if tiny else (3, 100):
+        name = f"CLIP ViT-B/32, K = {k}"
+        jobs.append(Job(name, partial(outside.particles, count=k), seconds=20.0))
+    return jobs

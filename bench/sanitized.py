@@ -1,0 +1,29 @@
+"""python -m bench.sanitized BACKEND: small problems of every kernel, for compute-sanitizer."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from bench import smoke
+from bench.jobs import Context
+from bench.measure import default_device
+
+
+def main(backend: str) -> int:
+    context = Context(default_device(), True, ".", "sanitized")
+    wrong = 0
+    for group in smoke.groups([backend], tiny=True):
+        # One of each kind: everything takes ten times as long.
+        for job in group.jobs[:2]:
+            result = job.run(context)
+            print(job.name, result["failures"], result["skipped"], flush=True)
+            wrong += bool(result["failures"])
+    if context.device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

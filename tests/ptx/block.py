@@ -397,11 +397,8 @@ class Block:
                 raise EmulationError(self._deadlock())
             burst = _LIMIT
             if self.mode in ("random", "threads"):
-                burst = int(rng.integers(1, 60))
-                warp = rng.choice(self.warps_of(ready))
-                ready &= self.warp == warp
-                if self.mode == "threads":
-                    ready = self._some_of(ready, rng)
+                burst = int(2 ** rng.uniform(0, 9))
+                ready = self._some(ready, rng)
                 for _ in range(rng.binomial(burst, 0.02)):
                     self._finish_something(rng)
             counter = int(self.counters[ready].min())
@@ -446,11 +443,20 @@ class Block:
                 break
         self.counters[mask] = counter
 
-    def _some_of(self, ready: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """All of these threads, or those whose lanes have one bit in common."""
-        bit, value = rng.integers(6), rng.integers(2)
-        some = ready & (self.lane >> bit & 1 == value)
-        return some if some.any() else ready
+    def _some(self, ready: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A warp, and half of the warps that stand where it does: together they cost no more.
+
+        In mode "threads" often only the lanes of them that have a bit of their number in common.
+        """
+        places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
+        warp = rng.choice(self.warps_of(ready))
+        chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
+        chosen[warp] = True
+        ready = ready & chosen[self.warp]
+        if self.mode == "threads":
+            some = ready & (self.lane >> rng.integers(6) & 1 == rng.integers(2))
+            return some if some.any() else ready
+        return ready
 
     def _finish_something(self, rng: np.random.Generator) -> None:
         """One piece of asynchronous work that was started gets done."""

@@ -247,14 +247,8 @@ class SharedMemory:
         self._written[at] = now
         self._unfenced = True
 
-    def write_by_copy(self, start: int, data: np.ndarray) -> None:
-        """Bytes that no proxy has to be told of."""
-        self.check(start, start + len(data), "cp.async")
-        self.bytes[start : start + len(data)] = data
-        self._writer[start : start + len(data)] = -1
-
     def write_async(self, at: np.ndarray, data: np.ndarray) -> None:
-        """Bytes written by the asynchronous proxy itself."""
+        """Bytes that no proxy has to be told of, because a copy engine writes them."""
         self.bytes[at] = data
         self._writer[at] = -1
 

@@ -61,8 +61,9 @@ def ld(block: Block, text: Instruction) -> Run:
             index = _local_index(block, at, size * count, text)
             data = block.local[np.nonzero(mask)[0][:, None], index]
         elif where == "param":
-            found = {a: block.parameter_bytes(a, size * count) for a in set(at.tolist())}
-            data = np.stack([np.frombuffer(found[a], np.uint8) for a in at.tolist()])
+            different, which = np.unique(at, return_inverse=True)
+            found = [block.parameter_bytes(a, size * count) for a in different.tolist()]
+            data = np.frombuffer(b"".join(found), np.uint8).reshape(len(found), -1)[which]
         else:
             raise EmulationError(f"no instruction {text.name}")
         return np.ascontiguousarray(data).view(UNSIGNED[size])

@@ -11,7 +11,7 @@ import numpy as np
 from ptx.asynchronous import Load
 from ptx.errors import EmulationError
 from ptx.instructions.registry import Run, instruction, listed
-from ptx.memory import TensorMap, swizzled
+from ptx.memory import TensorMap, check_aligned, swizzled
 from ptx.parse import Instruction
 
 if TYPE_CHECKING:
@@ -59,12 +59,11 @@ def _small(block: Block, text: Instruction) -> Run:
 
 
 def _writer(block: Block, targets: np.ndarray, data: np.ndarray) -> Callable[[], None]:
-    def work():
-        # Triton puts no proxy fence between cp.async and wgmma, and CUTLASS neither.
-        for target, row in zip(targets.tolist(), data):
-            block.shared.write_by_copy(target, row)
-
-    return work
+    places = targets[:, None] + np.arange(data.shape[1])
+    block.shared.check(int(places.min()), int(places.max()) + 1, "cp.async")
+    check_aligned(targets, data.shape[1], "cp.async")
+    # Triton puts no proxy fence between cp.async and wgmma, and CUTLASS neither.
+    return lambda: block.shared.write_async(places, data)
 
 
 def _small_commit(block: Block, text: Instruction) -> Run:

@@ -11,7 +11,7 @@ from ptx.errors import EmulationError
 from ptx.instructions.registry import Run, instruction, listed
 from ptx.instructions.warps import whole_warps
 from ptx.memory import swizzled
-from ptx.numeric import from_half, unpack
+from ptx.numeric import DTYPES, from_half, unpack
 from ptx.parse import Instruction
 
 if TYPE_CHECKING:
@@ -29,61 +29,60 @@ def _shape(text: Instruction) -> tuple[int, int, int]:
 
 @instruction("mma")
 def mma(block: Block, text: Instruction) -> Run:
+    """D = A·B + C of a warp; PTX, "Matrix Fragments for mma"."""
     m, n, k = _shape(text)
     kinds = text.parts[-4:]
-    if kinds == ["f64"] * 4 and (m, n) in ((8, 8), (16, 8)):
-        return _mma_f64(block, text, m, n, k)
-    if kinds[1] in ("bf16", "f16") and kinds[0] == kinds[3] == "f32" and (m, n) == (16, 8):
-        return _mma_half(block, text, k, kinds[1])
-    raise EmulationError(f"no instruction {text.name}")
-
-
-def _mma_f64(block: Block, text: Instruction, m: int, n: int, k: int) -> Run:
+    double = kinds == ["f64"] * 4
+    half = kinds[1] in ("bf16", "f16") and kinds[0] == kinds[3] == "f32"
+    if n != 8 or m not in (8, 16) or not (double or half):
+        raise EmulationError(f"no instruction {text.name}")
     names = [listed(operand) for operand in text.operands]
-    outs = [block.register(name).view(np.float64) for name in names[0]]
-    left, right, start = ([block.read(q, "f64") for q in some] for some in names[1:4])
-    tall = m // 8
+    real = "f64" if double else "f32"
+    outs = [block.register(name).view(DTYPES[real]) for name in names[0]]
+    left, right = ([block.read(q, real if double else "u32") for q in some] for some in names[1:3])
+    start = [block.read(q, real) for q in names[3]]
+    # Where every element that a lane holds lies in its matrix, the matrix seen as a row.
+    tall, each = m // 8, 1 if double else 2
+    a_places = _places(
+        len(left),
+        each,
+        lambda i, e: (_GROUP + i % tall * 8, (i // tall * 4 + _PLACE) * each + e),
+        k,
+    )
+    b_places = _places(len(right), each, lambda i, e: ((4 * i + _PLACE) * each + e, _GROUP), n)
+    c_places = _places(len(start), 1, lambda i, e: (_GROUP + i // 2 * 8, 2 * _PLACE + i % 2), n)
+
+    def matrices(reads: list, own: np.ndarray | slice, places: np.ndarray) -> np.ndarray:
+        """(warps, elements of a matrix), in float64."""
+        held = np.stack([read()[own] for read in reads], 1)
+        if held.dtype == np.uint32:
+            held = from_half(held.view(np.uint16), kinds[1])
+        out = np.empty((len(held) // 32, places.size))
+        out[:, places] = held.reshape(len(out), -1)
+        return out
 
     def run(mask):
-        for warp in whole_warps(block, mask, text.name):
-            own = slice(32 * warp, 32 * warp + 32)
-            a, b, c = np.zeros((m, k)), np.zeros((k, n)), np.zeros((m, n))
-            for i, read in enumerate(left):
-                a[_GROUP + 8 * (i % tall), 4 * (i // tall) + _PLACE] = read()[own]
-            for i, read in enumerate(right):
-                b[4 * i + _PLACE, _GROUP] = read()[own]
-            for i, read in enumerate(start):
-                c[_GROUP + 8 * (i // 2), 2 * _PLACE + i % 2] = read()[own]
-            product = a @ b + c
-            for i, out in enumerate(outs):
-                out[own] = product[_GROUP + 8 * (i // 2), 2 * _PLACE + i % 2]
+        whole_warps(block, mask, text.name)
+        own = slice(None) if mask.all() else np.nonzero(mask)[0]
+        a = matrices(left, own, a_places).reshape(-1, m, k)
+        b = matrices(right, own, b_places).reshape(-1, k, n)
+        c = matrices(start, own, c_places)
+        product = (a @ b).reshape(c.shape) + c
+        held = product[:, c_places].reshape(-1, len(outs))
+        for i, out in enumerate(outs):
+            out[own] = held[:, i]
 
     return run
 
 
-def _mma_half(block: Block, text: Instruction, k: int, kind: str) -> Run:
-    names = [listed(operand) for operand in text.operands]
-    outs = [block.register(name).view(np.float32) for name in names[0]]
-    left, right = ([block.read(q, "u32") for q in some] for some in names[1:3])
-    start = [block.read(q, "f32") for q in names[3]]
-
-    def run(mask):
-        for warp in whole_warps(block, mask, text.name):
-            own = slice(32 * warp, 32 * warp + 32)
-            a, b, c = np.zeros((16, k)), np.zeros((k, 8)), np.zeros((16, 8))
-            for i, read in enumerate(left):
-                row, column = _GROUP + 8 * (i % 2), 8 * (i // 2) + 2 * _PLACE
-                a[row, column], a[row, column + 1] = unpack(read()[own], kind)
-            for i, read in enumerate(right):
-                row = 8 * i + 2 * _PLACE
-                b[row, _GROUP], b[row + 1, _GROUP] = unpack(read()[own], kind)
-            for i, read in enumerate(start):
-                c[_GROUP + 8 * (i // 2), 2 * _PLACE + i % 2] = read()[own]
-            product = a @ b + c
-            for i, out in enumerate(outs):
-                out[own] = product[_GROUP + 8 * (i // 2), 2 * _PLACE + i % 2]
-
-    return run
+def _places(registers: int, each: int, place, columns: int) -> np.ndarray:
+    """The flat index of a matrix's element by lane, register and element of the register."""
+    out = np.empty((32, registers, each), np.int64)
+    for i in range(registers):
+        for e in range(each):
+            row, column = place(i, e)
+            out[:, i, e] = row * columns + column
+    return out.reshape(-1)
 
 
 # --- warp groups
@@ -148,8 +147,7 @@ def _wgmma_product(block: Block, text: Instruction) -> Run:
     place = np.tile(_PLACE, 4)
 
     def read_operand(at: np.ndarray) -> np.ndarray:
-        bits = block.shared.bytes[at].astype(np.uint16)
-        bits |= block.shared.bytes[at + 1].astype(np.uint16) << np.uint16(8)
+        bits = block.shared.bytes.view(np.uint16)[at // 2]
         return from_half(bits, half).astype(np.float64)
 
     def start(group: int) -> None:

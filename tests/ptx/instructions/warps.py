@@ -141,15 +141,15 @@ def ldmatrix(block: Block, text: Instruction) -> Run:
         raise EmulationError(f"no instruction {text.name}")
 
     def run(mask):
-        at = address()
-        for warp in whole_warps(block, mask, text.name):
-            for i, register in enumerate(registers):
-                rows = at[32 * warp + 8 * i : 32 * warp + 8 * i + 8]
-                matrix = block.shared.load(rows, 2, 8, text.name)
-                matrix = matrix.T if turned else matrix
-                low, high = matrix[_ROW, _COLUMN], matrix[_ROW, _COLUMN + 1]
-                word = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
-                register[32 * warp : 32 * warp + 32] = word
+        whole_warps(block, mask, text.name)
+        # The rows of matrix i are where lanes 8·i to 8·i + 7 say.
+        rows = address()[mask].reshape(-1, 32)[:, : 8 * len(registers)].reshape(-1)
+        matrices = block.shared.load(rows, 2, 8, text.name).reshape(-1, len(registers), 8, 8)
+        matrices = matrices.swapaxes(2, 3) if turned else matrices
+        low, high = matrices[..., _ROW, _COLUMN], matrices[..., _ROW, _COLUMN + 1]
+        words = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+        for i, register in enumerate(registers):
+            register[mask] = words[:, i].reshape(-1)
 
     return run
 
@@ -163,17 +163,15 @@ def stmatrix(block: Block, text: Instruction) -> Run:
         raise EmulationError(f"no instruction {text.name}")
 
     def run(mask):
-        at = address()
-        for warp in whole_warps(block, mask, text.name):
-            for i, read in enumerate(reads):
-                word = read()[32 * warp : 32 * warp + 32]
-                matrix = np.empty((8, 8), np.uint16)
-                matrix[_ROW, _COLUMN] = word & np.uint32(0xFFFF)
-                matrix[_ROW, _COLUMN + 1] = word >> np.uint32(16)
-                matrix = np.ascontiguousarray(matrix.T) if turned else matrix
-                # Which lane writes is the hardware's choice: all of them have to fence.
-                writers = np.full(8, 32 * warp)
-                rows = at[32 * warp + 8 * i : 32 * warp + 8 * i + 8]
-                block.shared.store(rows, matrix, writers, block.time, text.name)
+        warps = whole_warps(block, mask, text.name)
+        rows = address()[mask].reshape(-1, 32)[:, : 8 * len(reads)].reshape(-1)
+        words = np.stack([read()[mask].reshape(-1, 32) for read in reads], 1)
+        matrices = np.empty((len(warps), len(reads), 8, 8), np.uint16)
+        matrices[..., _ROW, _COLUMN] = words & np.uint32(0xFFFF)
+        matrices[..., _ROW, _COLUMN + 1] = words >> np.uint32(16)
+        matrices = matrices.swapaxes(2, 3) if turned else matrices
+        # Which lane writes is the hardware's choice: all of them have to fence.
+        writers = np.repeat(32 * warps, 8 * len(reads))
+        block.shared.store(rows, matrices.reshape(-1, 8), writers, block.time, text.name)
 
     return run

@@ -1,14 +1,13 @@
-"""multilora's Triton kernels on CPU tensors: compiled as for a GPU, executed from their PTX.
+"""multilora's Triton launches on CPU tensors: compiled as for a GPU, executed from their PTX.
 
-    with compiled.for_chip(H200, mode="late"):
-        triton.lora_linear(...)
-
-For a process of its own, without TRITON_INTERPRET: Triton's driver is replaced.
+with for_chip(90, mode="late"):
+    triton.lora_linear(...)
 """
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,40 +20,45 @@ from multilora.ops.triton import common
 from multilora.ops.triton.common import Chip
 from multilora.ops.triton.inspect import TARGETS, _Driver
 
-# What the compiler's record of a descriptor means, CUtensorMapSwizzle.
+# With two processors, so that small problems run persistent loops more than once.
+_PROCESSORS = 2
+_SHARED_LIMITS = {chip.capability: limit for chip, limit in TARGETS.values()}
+# What the compiler's record of a descriptor means: CUtensorMapSwizzle.
 _SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 
-#: Every kernel that was executed, by name.
-executed: set[str] = set()
+#: Kernel -> constant argument -> the values that it was executed with.
+executed: dict[str, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
 
 
 @contextmanager
 def for_chip(
-    chip: Chip,
+    capability: int,
     mode: str,
     seed: int = 0,
     change: Callable[[str, str], str] | None = None,
 ) -> Iterator[None]:
-    """Launches inside run from PTX made for `chip`, in one of the emulator's modes.
+    """Launches inside run from PTX made for compute capability 80 or 90, in the emulator's `mode`.
 
-    change: the PTX to run instead, by the kernel's name and its PTX.
+    change: the PTX to run instead, from a kernel's name and its PTX.
     """
+    assert not common.INTERPRETED.value, "Triton's interpreter compiles nothing"
+    chip = Chip(capability, _PROCESSORS)
 
     def launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=grid, **meta)
         text = compiled.asm["ptx"]
         if change is not None:
             text = change(kernel.__name__, text)
-        parameters = _parameters(kernel, compiled, args, meta)
         program = _parsed(text)
-        # Scratch memory and the like, which no kernel of ours uses.
+        parameters = _parameters(kernel, compiled, args, meta)
+        # Scratch memory of the compiler's, which no kernel of ours uses.
         parameters += [0] * (len(program.parameters) - len(parameters))
         shared = compiled.metadata.shared
-        limit = next(limit for known, limit in TARGETS.values() if known == chip)
-        assert shared <= limit, f"{kernel.__name__} asks for {shared} bytes of shared memory"
+        assert shared <= _SHARED_LIMITS[capability], f"{kernel.__name__}: {shared} bytes"
         threads = 32 * compiled.metadata.num_warps
         ptx.execute(program, grid, threads, shared, parameters, mode, seed)
-        executed.add(kernel.__name__)
+        for name, value in meta.items():
+            executed[kernel.__name__][name].add(value)
 
     driver.set_active(_Driver(chip))
     common.compile_only(chip, launch)
@@ -64,7 +68,7 @@ def for_chip(
         common.compile_only(None, None)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _parsed(text: str) -> ptx.Kernel:
     return ptx.Kernel(text)
 
@@ -81,15 +85,12 @@ def _parameters(kernel: Any, compiled: Any, args: Any, meta: dict[str, Any]) -> 
         if isinstance(kind, tuple):
             for inner, part in zip(kind, value):
                 add(inner, part)
-        elif kind == "constexpr":
-            pass
         elif kind.startswith("tensordesc"):
             parameters.append(_tensor_map(value, next(descriptors)))
             parameters.extend(int(size) for size in (*value.shape, *value.strides))
-        elif value is None:
-            parameters.append(0)
-        else:
-            parameters.append(value if isinstance(value, (float, torch.Tensor)) else int(value))
+        elif kind != "constexpr":
+            is_number = not isinstance(value, (float, torch.Tensor))
+            parameters.append(int(value or 0) if is_number else value)
 
     for name, kind in signature.items():
         add(kind, values.get(name))

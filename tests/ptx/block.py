@@ -27,8 +27,8 @@ from ptx.numeric import DTYPES, UNSIGNED, resized
 from ptx.parse import Kernel
 
 #: When asynchronous work is done: "early", as it is started; "late", when a thread waits for it;
-#: "random", at any moment after its start, with warps in a random order too; "threads", as that, and
-#: the threads of a warp go their own ways between the instructions that bring them together.
+#: "random", at any moment after its start, with warps in a random order too; "threads", as that,
+#: and the threads of a warp go their own ways between the instructions that bring them together.
 MODES = ("early", "late", "random", "threads")
 
 #: A parameter's value: its bits as an integer, a number of its type, its bytes, a CPU tensor.

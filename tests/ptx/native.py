@@ -19,8 +19,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections import Counter
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from ptx import EmulationError, Kernel, Struct, TensorMap, entries, execute
 
@@ -106,15 +108,15 @@ class Launches:
     Attributes:
         arch: whose PTX they execute, one of ARCHS.
         mode, seed: of the emulator.
-        change: a function from a kernel's PTX to what is executed in its place, or None.
-        executed: how often each kernel has run, by (arch, name).
+        change: what is executed in the place of a kernel, by its name and its PTX; or None.
+        executed: the PTX of every kernel that has run, without the line that says for what chip.
     """
 
     def __init__(self, folder: Path):
         self.arch, self.mode, self.seed, self.change = ARCHS[0], "late", 0, None
-        self.executed: Counter[tuple[str, str]] = Counter()
+        self.executed: set[str] = set()
         self._folder = folder
-        self._parsed: dict[tuple[str, str], Kernel] = {}
+        self._parsed: dict[str, Kernel] = {}
         self._library = ctypes.CDLL(str(_module(folder)))
         # ctypes keeps no reference to what C holds.
         self._launcher = _LAUNCHER(self._launch)
@@ -154,12 +156,12 @@ class Launches:
         return texts
 
     def _kernel(self, name: str) -> Kernel:
-        at = self.arch, name
+        text = self.texts[self.arch, name]
         if self.change is not None:
-            return Kernel(self.change(self.texts[at]), name)
-        if at not in self._parsed:
-            self._parsed[at] = Kernel(self.texts[at], name)
-        return self._parsed[at]
+            text = self.change(name, text)
+        if text not in self._parsed:
+            self._parsed[text] = Kernel(text, name)
+        return self._parsed[text]
 
     def _launch(self, name, sizes, shared_bytes, arguments, message, room) -> int:
         try:
@@ -186,7 +188,29 @@ class Launches:
             for p, address in zip(kernel.parameters, arguments)
         ]
         execute(kernel, grid, block, shared_bytes, parameters, self.mode, self.seed)
-        self.executed[self.arch, name] += 1
+        if self.change is None:
+            self.executed.add(_of_any_chip(self.texts[self.arch, name]))
+
+    def check_executed(self, pattern: str, config: pytest.Config, archs=ARCHS) -> None:
+        """Assert that this process has executed all kernels whose names the pattern finds.
+
+        For a file's last test. What compute_80 and compute_90a have in common counts for both.
+        """
+        if config.getoption("keyword") or any("::" in arg for arg in config.args):
+            pytest.skip("a part of the file's tests was chosen")
+        names = {name for name in self.kernels() if re.search(pattern, name)}
+        assert names
+        left = [
+            (arch, name)
+            for arch in archs
+            for name in sorted(names)
+            if _of_any_chip(self.texts[arch, name]) not in self.executed
+        ]
+        assert not left, left
+
+
+def _of_any_chip(text: str) -> str:
+    return re.sub(r"^\.target.*$", "", text, flags=re.M)
 
 
 _LAUNCHER = ctypes.CFUNCTYPE(
@@ -212,18 +236,22 @@ def _parameter(data: bytes) -> Struct:
     return Struct(data, maps)
 
 
-#: Of the module that was loaded.
-launches: Launches
+#: Of the module that was loaded, if it was.
+launches: Launches | None = None
+
+
+def load_module(name: str, file: Path) -> ModuleType:
+    """Make a file the native module `name` of this process."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def load() -> None:
     """Make the built module multilora._C_cuda of this process: its kernels take CPU tensors."""
     global launches
     folder = build()
-    spec = importlib.util.spec_from_file_location("multilora._C_cuda", _module(folder))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     # multilora/ops/dispatch.py asks for it.
-    module.emulated = True
-    sys.modules["multilora._C_cuda"] = module
+    load_module("multilora._C_cuda", _module(folder)).emulated = True
     launches = Launches(folder)

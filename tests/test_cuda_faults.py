@@ -84,10 +84,10 @@ INIT = r"(mbarrier\.init\S* \[\S+\], )(%?\w+);"
 HALF = r"{ .reg .b32 half; shr.u32 half, \2, 1; \1half; }"
 STORE_WAIT = r"(cp\.async\.bulk\.wait_group\.read) 1;"
 WARP_SYNC, BARRIER = r"bar\.warp\.sync\s[^;]*;", r"bar\.sync\s[^;]*;"
-# 128 bytes of swizzle, a stride of 64 units, a leading offset of one.
-DESCRIPTOR = str((1 << 62) + (64 << 32) + (1 << 16))
-OTHER_SWIZZLE = str((2 << 62) + (64 << 32) + (1 << 16) - (1 << 64))
-OTHER_STRIDE = str((1 << 62) + (32 << 32) + (1 << 16))
+# The upper half of a descriptor: 128 bytes of swizzle, a stride of 64 units of 16 bytes.
+DESCRIPTOR = str((1 << 62) + (64 << 32))
+OTHER_SWIZZLE = str((2 << 62) + (64 << 32) - (1 << 64))
+OTHER_STRIDE = str((1 << 62) + (32 << 32))
 
 GEMM, SUMS, FINISH = r"lora_gemm_kernel", r"volume_sums_of_many_kernel", r"volume_finish_kernel"
 PARTIAL, APPLY = r"lora_gram_partial_kernel", r"lora_gram_apply_kernel"
@@ -250,12 +250,12 @@ def test_fault_is_found(fault):
         changed.append(change(text) != text)
         return change(text)
 
+    # What the emulator does not allow, or wrong numbers; in a random order not at every attempt.
     with (
         native.launches.running(mode=mode, change=planted),
-        # What the emulator does not allow, or wrong numbers.
-        pytest.raises(
-            (RuntimeError, AssertionError), match=r"EmulationError|relative_error|assert"
-        ),
+        pytest.raises((RuntimeError, AssertionError), match=r"EmulationError|relative_error"),
     ):
-        problem()
+        for seed in range(1 if mode == "late" else 6):
+            with native.launches.running(seed=seed):
+                problem()
     assert changed and all(changed)

@@ -146,6 +146,8 @@ class Block:
         self.wgmma_fenced: set[int] = set()
         self._barriers: dict[int, _Barrier] = {}
         self._held: dict[tuple[int, int], np.ndarray] = {}
+        #: The threads that the random modes favour.
+        self._ahead = self.none
 
     # --- memories and parameters
 
@@ -444,19 +446,21 @@ class Block:
         self.counters[mask] = counter
 
     def _some(self, ready: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A warp, and half of the warps that stand where it does: together they cost no more.
+        """The threads that run for a while: often the same ones again, so that they get far ahead.
 
-        In mode "threads" often only the lanes of them that have a bit of their number in common.
+        They are a warp, and half of the warps that stand where it does: together they cost no
+        more. In mode "threads" often only the lanes of them that have a bit in common.
         """
-        places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
-        warp = rng.choice(self.warps_of(ready))
-        chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
-        chosen[warp] = True
-        ready = ready & chosen[self.warp]
-        if self.mode == "threads":
-            some = ready & (self.lane >> rng.integers(6) & 1 == rng.integers(2))
-            return some if some.any() else ready
-        return ready
+        if rng.random() < 0.2 or not (ready & self._ahead).any():
+            places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
+            warp = rng.choice(self.warps_of(ready))
+            chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
+            chosen[warp] = True
+            self._ahead = chosen[self.warp]
+            if self.mode == "threads":
+                some = self._ahead & (self.lane >> rng.integers(6) & 1 == rng.integers(2))
+                self._ahead = some if (ready & some).any() else self._ahead
+        return ready & self._ahead
 
     def _finish_something(self, rng: np.random.Generator) -> None:
         """One piece of asynchronous work that was started gets done."""

@@ -237,13 +237,16 @@ class SharedMemory:
     def store(
         self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray, now: int, what: str
     ) -> None:
-        """data (addresses, count), unsigned, by the threads (addresses,) at the time `now`."""
+        """data (addresses, count), unsigned, at the time `now`.
+
+        threads: who writes: (addresses,), or of every byte (addresses, bytes).
+        """
         size, count = data.itemsize, data.shape[1]
         self._views[size][self._index(addresses, size, count, what)] = data
         at = addresses[:, None] + np.arange(size * count)
         if self._users:
             self._check_free(at, True, what)
-        self._writer[at] = threads[:, None]
+        self._writer[at] = threads if threads.ndim == 2 else threads[:, None]
         self._written[at] = now
         self._unfenced = True
 

@@ -29,6 +29,8 @@ from ptx import EmulationError, Kernel, Struct, TensorMap, entries, execute
 CSRC = Path(__file__).parent.parent.parent / "csrc"
 RUNTIME = Path(__file__).parent / "runtime.cpp"
 NVCC, CXX = os.environ.get("NVCC", "nvcc"), os.environ.get("CXX", "c++")
+# As in setup.py.
+OLDEST_NVCC = (12, 5)
 ARCHS = ("compute_90a", "compute_80")
 FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 FLAGS += "".join(f" -gencode=arch={arch},code={arch}" for arch in ARCHS)
@@ -43,14 +45,21 @@ def missing() -> str | None:
     for tool in (CXX, NVCC):
         if not shutil.which(tool.split()[0]):
             return f"{tool} is not on the PATH"
+    release = re.search(r"V([\d.]+)", _nvcc_version())[1]
+    if tuple(map(int, release.split("."))) < OLDEST_NVCC:
+        return f"nvcc {release} is older than {'.'.join(map(str, OLDEST_NVCC))}"
     return None
+
+
+@functools.cache
+def _nvcc_version() -> str:
+    return subprocess.run([*NVCC.split(), "--version"], capture_output=True, text=True).stdout
 
 
 def build() -> Path:
     """The folder with the module and the PTX of its kernels, built if it is not there."""
     files = sorted(f for f in CSRC.rglob("*") if f.suffix in (".h", ".cpp", ".cu"))
-    release = subprocess.run([*NVCC.split(), "--version"], capture_output=True, check=True).stdout
-    state = hashlib.sha256(FLAGS.encode() + release + sys.version.encode())
+    state = hashlib.sha256(f"{FLAGS} {NVCC} {CXX} {_nvcc_version()} {sys.version}".encode())
     for file in (*files, RUNTIME):
         state.update(file.name.encode() + file.read_bytes())
     name = f"multilora-ptx-{os.getuid()}-{state.hexdigest()[:16]}"

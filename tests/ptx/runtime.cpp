@@ -81,24 +81,27 @@ struct Map {
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
-// The rules are those in the driver's documentation, for what the kernels use: three dimensions, two
-// bytes an element, a swizzle.
+// The rules are those in the driver's documentation, for what the kernels use: three dimensions,
+// two bytes an element, a swizzle.
 CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address,
                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  Map map{{'t', 'e', 'n', 's', 'o', 'r', 'm', 'p'}, reinterpret_cast<uintptr_t>(address), {}, {}, {},
-          swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128u
-          : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64u
-          : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32u
-                                                 : 0u,
-          2};
+                const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  Map map{};
+  memcpy(map.magic, "tensormp", sizeof(map.magic));
+  map.address = reinterpret_cast<uintptr_t>(address);
+  map.swizzle_bytes = swizzle == CU_TENSOR_MAP_SWIZZLE_128B  ? 128
+                      : swizzle == CU_TENSOR_MAP_SWIZZLE_64B ? 64
+                      : swizzle == CU_TENSOR_MAP_SWIZZLE_32B ? 32
+                                                             : 0;
+  map.element_bytes = 2;
   bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   bool good = half && rank == 3 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
               fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE && map.address % 16 == 0 &&
               reinterpret_cast<uintptr_t>(out) % 64 == 0;
   for (int i = 0; good && i < 3; ++i) {
-    good = sizes[i] > 0 && sizes[i] <= uint64_t(1) << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
+    good = sizes[i] > 0 && sizes[i] <= uint64_t(1) << 32 && box[i] > 0 && box[i] <= 256 &&
+           steps[i] == 1;
     map.sizes[i] = sizes[i];
     map.box[i] = box[i];
   }
@@ -151,7 +154,8 @@ unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes,
   return 0;
 }
 
-cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void* stream) {
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes,
+                                       void* stream) {
   *grid = configuration.grid;
   *block = configuration.block;
   *shared_bytes = configuration.shared_bytes;

@@ -169,10 +169,6 @@ FAULTS = {
         (GEMM, product, "threads"),
         replaced(WARP_SYNC, "", slice(1, None, 2)),
     ),
-    "staging written before the warp has waited": (
-        (GEMM, product, "threads"),
-        replaced(WARP_SYNC, "", slice(2, None, 2)),
-    ),
     "classes read before they are there": (
         (SUMS, many, "threads"),
         replaced(WARP_SYNC, "", nth(0)),

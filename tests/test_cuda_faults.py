@@ -222,7 +222,6 @@ FAULTS = {
         replaced(BARRIER, ""),
     ),
     "weights not waited for": ((APPLY, update, "random"), replaced(BARRIER, "", nth(1))),
-    "result over panels in use": ((APPLY, update, "random"), replaced(BARRIER, "", nth(2))),
     "result not waited for": ((APPLY, update, "random"), replaced(BARRIER, "", nth(3))),
 }
 

@@ -451,7 +451,7 @@ class Block:
         They are a warp, and half of the warps that stand where it does: together they cost no
         more. In mode "threads" often only the lanes of them that have a bit in common.
         """
-        if rng.random() < 0.2 or not (ready & self._ahead).any():
+        if rng.random() < 0.05 or not (ready & self._ahead).any():
             places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
             warp = rng.choice(self.warps_of(ready))
             chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)

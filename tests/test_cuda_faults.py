@@ -250,7 +250,7 @@ def test_fault_is_found(fault):
         native.launches.running(mode=mode, change=planted),
         pytest.raises((RuntimeError, AssertionError), match=r"EmulationError|relative_error"),
     ):
-        for seed in range(1 if mode == "late" else 6):
+        for seed in range(1 if mode == "late" else 12):
             with native.launches.running(seed=seed):
                 problem()
     assert changed and all(changed)

@@ -162,6 +162,8 @@ class Block:
             at = -(-at // 128) * 128
         for name in self.kernel.extern_shared:
             symbols[name] = at
+        # The kernels only hand these on, to a failed assertion.
+        symbols |= dict.fromkeys(self.kernel.globals, 0)
         self.shared = SharedMemory(at + shared_bytes - SHARED_BASE)
         at = 0
         for name, (size, align) in self.kernel.local.items():

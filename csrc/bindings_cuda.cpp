@@ -6,16 +6,10 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C_cuda, m) {
   using namespace multilora;
   m.doc() = "multilora's kernels for NVIDIA GPUs";
-#ifdef MULTILORA_EMULATE
-  m.attr("emulated") = true;
-  m.def("build_info", [] { return py::dict(py::arg("compiler") = "emulated on the CPU"); });
-#else
-  m.attr("emulated") = false;
   m.def("build_info", [] {
     return py::dict(py::arg("compiler") = "nvcc " MULTILORA_NVCC,
                     py::arg("targets") = MULTILORA_TARGETS);
   });
-#endif
   bind_volume(m);
   bind_geometry(m);
   bind_gemm(m);

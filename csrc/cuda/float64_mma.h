@@ -7,7 +7,7 @@ namespace multilora {
 
 // c (kMmaRows, 8) += a (kMmaRows, kMmaDepth) b (kMmaDepth, 8) by a warp. Hopper has an instruction of
 // twice the rows and twice the depth.
-#if defined(MULTILORA_EMULATE) || __CUDA_ARCH__ >= 900
+#if __CUDA_ARCH__ >= 900
 #define MULTILORA_LARGE_FLOAT64_MMA 1
 constexpr int kMmaRows = 16, kMmaDepth = 8;
 #else
@@ -29,22 +29,6 @@ struct Mma {
   __device__ static int c_col(int lane, int i) { return lane % 4 * 2 + i % 2; }
 };
 
-#ifdef MULTILORA_EMULATE
-inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma::kA],
-                         const double (&b)[Mma::kB]) {
-  static double left[32][kMmaRows][kMmaDepth], right[32][kMmaDepth][8];
-  int warp = emulate::warp(), lane = emulate::lane();
-  for (int i = 0; i < Mma::kA; ++i) left[warp][Mma::a_row(lane, i)][Mma::a_depth(lane, i)] = a[i];
-  for (int i = 0; i < Mma::kB; ++i) right[warp][Mma::b_depth(lane, i)][Mma::b_col(lane)] = b[i];
-  __syncwarp();
-  for (int i = 0; i < Mma::kC; ++i) {
-    for (int k = 0; k < kMmaDepth; ++k) {
-      c[i] += left[warp][Mma::c_row(lane, i)][k] * right[warp][k][Mma::c_col(lane, i)];
-    }
-  }
-  __syncwarp();
-}
-#else
 __device__ inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma::kA],
                                     const double (&b)[Mma::kB]) {
   // Volatile, so that it stays where all of the warp comes by.
@@ -60,6 +44,5 @@ __device__ inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma:
                : "d"(a[0]), "d"(b[0]));
 #endif
 }
-#endif
 
 }  // namespace multilora

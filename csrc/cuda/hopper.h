@@ -1,6 +1,5 @@
 // Hopper's instructions: mbarriers, copies of tensor tiles between global and shared memory (TMA),
-// and the products of warp groups (wgmma). PTX under nvcc, for sm_90a; emulate_hopper.h in the
-// tests.
+// and the products of warp groups (wgmma), as PTX for sm_90a.
 //
 // Elements are two bytes wide throughout: float16 and bfloat16.
 #pragma once
@@ -8,13 +7,9 @@
 #include "platform.h"
 
 // Whether the code being compiled may use them. Other targets get kernels with empty bodies.
-#if defined(MULTILORA_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define MULTILORA_HOPPER 1
 #endif
-
-#ifdef MULTILORA_EMULATE
-#include "emulate_hopper.h"
-#else
 
 #include <cuda.h>
 
@@ -252,12 +247,6 @@ __device__ __forceinline__ void wgmma(float (&d)[HALF_N], uint64_t a, uint64_t b
 #undef MULTILORA_FLOATS_4
 #undef MULTILORA_NUMBERS_128
 #undef MULTILORA_NUMBERS_64
-
-}  // namespace multilora::hopper
-
-#endif
-
-namespace multilora::hopper {
 
 // --- the descriptors of wgmma's operands in shared memory ---
 //

@@ -1,16 +1,8 @@
-// What the kernels need of CUDA: the language itself under nvcc, or an emulation on the CPU (emulate.h),
-// with which the tests run the kernels, as they are, on machines without a GPU.
-//
-// Kernels are launched by launch() only, declare shared memory by MULTILORA_SHARED or
-// MULTILORA_DYNAMIC_SHARED, and otherwise use CUDA's own names.
+// What the kernels and their launches need of CUDA. Kernels are launched by launch() only.
 #pragma once
 
 #include "../common.h"
 #include "stream.h"
-
-#ifdef MULTILORA_EMULATE
-#include "emulate.h"
-#else
 
 #include <cuda_runtime.h>
 
@@ -68,5 +60,3 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 }
 
 }  // namespace multilora
-
-#endif

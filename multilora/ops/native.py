@@ -22,7 +22,7 @@ def dense_classes(logits: torch.Tensor) -> torch.Tensor:
 
 
 def stream(t: torch.Tensor) -> tuple[int, int]:
-    """The device and the current stream that a kernel on `t` runs on; of the emulation, zeros."""
+    """The device and the current stream that a kernel on `t` runs on; in the tests, zeros."""
     if not t.is_cuda:
         return 0, 0
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream

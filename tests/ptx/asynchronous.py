@@ -40,12 +40,10 @@ class Groups:
         """The oldest group of every owner, where something of it is left to do."""
         return [groups[0] for groups in self._closed.values() if groups and groups[0]]
 
-    def finish(self) -> None:
-        """Do all that was committed. Raises where something never was."""
-        for owner in list(self._closed):
-            self.wait(owner, 0)
-        if any(self._open.values()):
-            raise EmulationError("the kernel ends with asynchronous work that was not committed")
+    def check_waited_for(self) -> None:
+        """Raise where something is left: what it reads does not outlive the block."""
+        if any(self._closed.values()) or any(self._open.values()):
+            raise EmulationError("the kernel ends with copies that nobody has waited for")
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from ptx import instructions
 from ptx.asynchronous import Copies, Groups
 from ptx.errors import EmulationError
+from ptx.instructions.registry import Step
 from ptx.memory import (
     PARAMETER_BASE,
     PARAMETER_STRIDE,
@@ -26,14 +27,16 @@ from ptx.numeric import DTYPES, UNSIGNED, resized
 from ptx.parse import Kernel
 
 #: When asynchronous work is done: "early", as it is started; "late", when a thread waits for it;
-#: "random", at any moment after its start, with warps in a random order too.
-MODES = ("early", "late", "random")
+#: "random", at any moment after its start, with warps in a random order too; "threads", as that,
+#: and the threads of a warp go their own ways between the instructions that bring them together.
+MODES = ("early", "late", "random", "threads")
 
 #: A parameter's value: its bits as an integer, a number of its type, its bytes, a CPU tensor.
 Value = int | float | bytes | torch.Tensor | TensorMap | Struct
 
 _INTEGER = re.compile(r"-?(?:0x[0-9A-Fa-f]+|\d+)U?")
 _ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
+_LANES = np.arange(32, dtype=np.uint32)
 _FAMILY = re.compile(r"(.*?)\d+")
 # More than any kernel of a test needs: a loop that does not end.
 _LIMIT = 2_000_000
@@ -139,8 +142,12 @@ class Block:
         self.shared.reset()
         self.copies = Copies(self.threads, self._wake)
         self.cp_groups, self.store_groups, self.wgmma_groups = Groups(), Groups(), Groups()
+        #: The warp groups whose registers wgmma may use.
+        self.wgmma_fenced: set[int] = set()
         self._barriers: dict[int, _Barrier] = {}
         self._held: dict[tuple[int, int], np.ndarray] = {}
+        #: The threads that the random modes favour.
+        self._ahead = self.none
 
     # --- memories and parameters
 
@@ -155,6 +162,8 @@ class Block:
             at = -(-at // 128) * 128
         for name in self.kernel.extern_shared:
             symbols[name] = at
+        # The kernels only hand these on, to a failed assertion.
+        symbols |= dict.fromkeys(self.kernel.globals, 0)
         self.shared = SharedMemory(at + shared_bytes - SHARED_BASE)
         at = 0
         for name, (size, align) in self.kernel.local.items():
@@ -339,11 +348,15 @@ class Block:
         """The warps that have a thread in the mask."""
         return np.nonzero(mask.reshape(-1, 32).any(1))[0]
 
-    def _gather(self, mask: np.ndarray, counter: int, width: int) -> np.ndarray:
-        """The threads whose `width` neighbours have all come to this instruction too.
+    def _gather(self, mask: np.ndarray, counter: int, step: Step) -> np.ndarray:
+        """The threads whose neighbours have all come to this instruction too.
 
         The others wait: a warp that went several ways comes together where it must.
         """
+        width = step.together
+        members = step.members() if step.members else None
+        if members is not None and not (members[mask] >> self.lane[mask] & 1).all():
+            raise EmulationError("a thread that its own mask of members leaves out")
         here = mask.reshape(-1, width)
         if not self._held and (here.any(1) == here.all(1)).all():
             return mask
@@ -354,12 +367,18 @@ class Block:
             arrived[group] = mask[group]
             if (i, counter) in self._held:
                 arrived |= self._held.pop((i, counter))
-            if (arrived | self.exited)[group].all():
-                complete |= arrived
-                self.blocked &= ~arrived
+            missing = ~(arrived | self.exited)[group]
+            if members is not None:
+                lacks = (members[group, None] >> _LANES & 1).astype(bool) & missing
+                waits = np.zeros(self.threads, bool)
+                waits[group] = arrived[group] & lacks.any(1)
             else:
-                self._held[i, counter] = arrived
-                self.blocked |= arrived
+                waits = arrived if missing.any() else self.none
+            complete |= arrived & ~waits
+            self.blocked &= ~arrived
+            if waits.any():
+                self._held[i, counter] = waits
+                self.blocked |= waits
         return complete
 
     # --- running
@@ -383,7 +402,7 @@ class Block:
                     continue
                 raise EmulationError(self._deadlock())
             burst = _LIMIT
-            if self.mode == "random":
+            if self.mode in ("random", "threads"):
                 burst = int(2 ** rng.uniform(0, 9))
                 ready = self._some(ready, rng)
                 self._finish_something(burst, rng)
@@ -394,7 +413,7 @@ class Block:
             self._run_straight(mask, counter, stop, burst)
             if self.time > limit:
                 raise EmulationError("the kernel does not end")
-        self.store_groups.finish()
+        self.store_groups.check_waited_for()
 
     def _run_straight(self, mask: np.ndarray, counter: int, stop: int, burst: int) -> None:
         """Run threads that are together until they may part or meet others, at `stop`."""
@@ -404,7 +423,7 @@ class Block:
                 return
             step = self._program[counter]
             if step.together:
-                gathered = self._gather(mask, counter, step.together)
+                gathered = self._gather(mask, counter, step)
                 if gathered is not mask:
                     self.counters[mask] = counter
                     mask = gathered
@@ -430,12 +449,21 @@ class Block:
         self.counters[mask] = counter
 
     def _some(self, ready: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A warp, and half of the warps that stand where it does: together they cost no more."""
-        places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
-        warp = rng.choice(self.warps_of(ready))
-        chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
-        chosen[warp] = True
-        return ready & chosen[self.warp]
+        """The threads that run for a while: often the same ones again, so that they get far ahead.
+
+        They are a warp, and half of the warps that stand where it does: together they cost no
+        more. In mode "threads" often only the lanes of them that have a bit in common.
+        """
+        if rng.random() < 0.05 or not (ready & self._ahead).any():
+            places = np.where(ready, self.counters, np.iinfo(np.int64).max).reshape(-1, 32).min(1)
+            warp = rng.choice(self.warps_of(ready))
+            chosen = (places == places[warp]) & (rng.random(self.warps) < 0.5)
+            chosen[warp] = True
+            self._ahead = chosen[self.warp]
+            if self.mode == "threads":
+                some = self._ahead & (self.lane >> rng.integers(6) & 1 == rng.integers(2))
+                self._ahead = some if (ready & some).any() else self._ahead
+        return ready & self._ahead
 
     def _finish_something(self, burst: int, rng: np.random.Generator) -> None:
         """Some of the asynchronous work that was started gets done, each kind at its own rate."""

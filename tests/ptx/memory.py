@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import functools
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,25 +166,32 @@ class GlobalMemory:
         return EmulationError(f"illegal access of {size} bytes at {address:#x}: {what}{beside}")
 
     def _found(self, address: int) -> bool:
-        for thing in gc.get_objects():
-            # Of a proxy, isinstance would ask what it stands for.
-            if not issubclass(type(thing), torch.Tensor):
-                continue
-            if thing.device.type != "cpu" or thing.layout != torch.strided:
-                continue
-            storage = thing.untyped_storage()
+        for tensor in self._alive:
+            storage = tensor.untyped_storage()
             start = storage.data_ptr()
             if start and start <= address < start + storage.nbytes():
-                self.add_tensor(thing)
+                self.add_tensor(tensor)
                 return True
         return False
+
+    @functools.cached_property
+    def _alive(self) -> list[torch.Tensor]:
+        """All CPU tensors of this process, as of the first time that one was looked for."""
+        kinds = {torch.Tensor}
+        for kind in (new := [torch.Tensor]):
+            new += (more := set(kind.__subclasses__()) - kinds)
+            kinds |= more
+        # By its type: of a proxy, isinstance would ask what it stands for.
+        found = [thing for thing in gc.get_objects() if type(thing) in kinds]
+        return [t for t in found if t.device.type == "cpu" and t.layout == torch.strided]
 
 
 class SharedMemory:
     """A block's shared memory, and which bytes the asynchronous proxy cannot see yet.
 
     What a thread writes is seen by bulk copies and wgmma only after that thread, or one that a
-    barrier has shown the write to, has executed fence.proxy.async.
+    barrier has shown the write to, has executed fence.proxy.async. What they read must not be
+    written, nor what they write be touched, until somebody has waited for them.
     """
 
     def __init__(self, size: int):
@@ -194,12 +202,17 @@ class SharedMemory:
         self._writer = np.empty(len(self.bytes), np.int32)
         self._written = np.empty(len(self.bytes), np.int64)
         self._unfenced = False
+        #: How many asynchronous operations that nobody has waited for read and write a byte.
+        self._readers = np.empty(len(self.bytes), np.int16)
+        self._writers = np.empty(len(self.bytes), np.int16)
         self.reset()
 
     def reset(self) -> None:
-        self.bytes[:] = 0xCD
+        # NaN, whatever the type.
+        self.bytes[:] = 0xFF
         self._writer[:] = -1
         self._unfenced = False
+        self._readers[:] = self._writers[:] = self._users = 0
 
     def check(self, low: int, high: int, what: str) -> None:
         """Raise unless the bytes from `low` to `high` are inside."""
@@ -216,16 +229,24 @@ class SharedMemory:
 
     def load(self, addresses: np.ndarray, size: int, count: int, what: str) -> np.ndarray:
         """`count` elements of `size` bytes from each address: (addresses, count), unsigned."""
-        return self._views[size][self._index(addresses, size, count, what)]
+        index = self._index(addresses, size, count, what)
+        if self._users:
+            self._check_free(addresses[:, None] + np.arange(size * count), False, what)
+        return self._views[size][index]
 
     def store(
         self, addresses: np.ndarray, data: np.ndarray, threads: np.ndarray, now: int, what: str
     ) -> None:
-        """data (addresses, count), unsigned, by the threads (addresses,) at the time `now`."""
+        """data (addresses, count), unsigned, at the time `now`.
+
+        threads: who writes: (addresses,), or of every byte (addresses, bytes).
+        """
         size, count = data.itemsize, data.shape[1]
         self._views[size][self._index(addresses, size, count, what)] = data
         at = addresses[:, None] + np.arange(size * count)
-        self._writer[at] = threads[:, None]
+        if self._users:
+            self._check_free(at, True, what)
+        self._writer[at] = threads if threads.ndim == 2 else threads[:, None]
         self._written[at] = now
         self._unfenced = True
 
@@ -233,6 +254,25 @@ class SharedMemory:
         """Bytes that no proxy has to be told of, because a copy engine writes them."""
         self.bytes[at] = data
         self._writer[at] = -1
+
+    def use(self, at: np.ndarray, writes: bool, what: str) -> Callable[[], None]:
+        """An asynchronous operation on the bytes `at` begins; the function says that it is over."""
+        self._check_free(at, writes, what)
+        users = self._writers if writes else self._readers
+        users[at] += 1
+        self._users += 1
+
+        def over() -> None:
+            users[at] -= 1
+            self._users -= 1
+
+        return over
+
+    def _check_free(self, at: np.ndarray, writes: bool, what: str) -> None:
+        if self._writers[at].any():
+            raise EmulationError(f"{what} uses shared memory that a copy under way will write")
+        if writes and self._readers[at].any():
+            raise EmulationError(f"{what} writes shared memory that is still read asynchronously")
 
     def fence(self, threads: np.ndarray, shown: int) -> None:
         """fence.proxy.async by the threads (a mask), which a barrier at time `shown` preceded."""

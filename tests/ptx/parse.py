@@ -9,6 +9,7 @@ from ptx.errors import EmulationError
 
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*$", re.S | re.M)
 _ENTRY = r"\.entry\s+({name})\s*\((.*?)\)\s*((?:\.\w+[^\n{{]*\s*)*)\{{"
+_GLOBAL = re.compile(r"^\s*(?:\.\w+\s+)*\.global\b[^;=\[]*?([\w$]+)\s*(?:\[\d*\])?\s*[=;]", re.M)
 # What can stand where a statement begins.
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([A-Za-z_$%][\w$]*)\s*:(?!:)|([^;]*);)")
 _NAME = re.compile(r"[\w$%]+")
@@ -84,6 +85,7 @@ class Kernel:
         registers: declared register, or the prefix of a numbered family -> PTX type.
         static_shared: name -> (bytes, alignment) of what it declares in shared memory.
         extern_shared: the names of shared memory whose size comes with the launch.
+        globals: the names of data in the file, such as the messages of assertions.
         local: name -> (bytes, alignment) of each thread's own memory.
     """
 
@@ -98,6 +100,7 @@ class Kernel:
         threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", head[3])
         self.threads = int(threads[1]) if threads else None
         self.extern_shared = re.findall(r"\.extern\s+\.shared\s[^;]*?([\w$]+)\s*\[\s*\]", ptx)
+        self.globals = _GLOBAL.findall(ptx)
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self.registers: dict[str, str] = {}

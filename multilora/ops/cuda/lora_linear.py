@@ -147,7 +147,7 @@ def _is_ours(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
 def _processors(device: torch.device) -> int:
     """How many blocks of the kernel run at a time; none on chips that are not its own."""
     if device.type != "cuda":
-        # The emulation: two blocks are enough to have tiles divided, and more than one for each.
+        # The tests: two blocks are enough to have tiles divided, and more than one for each.
         return 2
     if torch.cuda.get_device_capability(device) != (9, 0):
         return 0

@@ -138,6 +138,9 @@ def cvt(block: Block, text: Instruction) -> Run:
             write(to_half(values.astype(np.float32), to).view(DTYPES[to]), mask)
             return
         target = DTYPES[to]
+        if "sat" in text.parts and target.kind == "f":
+            # NaN too becomes 0.
+            values = np.fmin(np.fmax(values, 0), 1)
         if values.dtype.kind == "f" and roundings:
             values = roundings[0](values)
         if values.dtype.kind == "f" and target.kind in "iu":
@@ -236,7 +239,18 @@ def fma(block: Block, text: Instruction) -> Run:
     # One rounding: the product is exact in the wider type, and the sum nearly always is.
     wide = np.longdouble if text.parts[-1] == "f64" else np.float64
     narrow = np.float64 if text.parts[-1] == "f64" else np.float32
-    return _apply(block, text, lambda a, b, c: (a.astype(wide) * b + c).astype(narrow))
+    if "rz" in text.parts or "rp" in text.parts:
+        raise EmulationError(f"no instruction {text.name}")
+
+    def once(a, b, c):
+        exact = a.astype(wide) * b + c
+        rounded = exact.astype(narrow)
+        if "rm" in text.parts:
+            lower = np.nextafter(rounded, narrow(-np.inf))
+            rounded = np.where(rounded > exact, lower, rounded)
+        return rounded
+
+    return _apply(block, text, once)
 
 
 @instruction("div")

@@ -173,7 +173,10 @@ def _bulk_load(block: Block, text: Instruction) -> Run:
         size = tensor_map.element_bytes
         places, at, inside = _box(block, tensor_map, coordinates, target, text.name)
 
+        over = block.shared.use(places, True, text.name)
+
         def work():
+            over()
             data = np.zeros((len(at), size), np.uint8)
             loaded = block.memory.load(at[inside], size, 1, text.name)
             data[inside] = loaded.view(np.uint8).reshape(-1, size)
@@ -198,7 +201,10 @@ def _bulk_store(block: Block, text: Instruction) -> Run:
         places, at, inside = _box(block, tensor_map, coordinates, first, text.name)
         block.shared.check_async_read(places, text.name)
 
+        over = block.shared.use(places, False, text.name)
+
         def work():
+            over()
             data = np.ascontiguousarray(block.shared.bytes[places[inside]])
             elements = data.view(f"u{tensor_map.element_bytes}")
             block.memory.store(at[inside], elements, text.name)

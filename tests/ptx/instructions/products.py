@@ -92,7 +92,11 @@ def _places(registers: int, each: int, place, columns: int) -> np.ndarray:
 def wgmma(block: Block, text: Instruction) -> Run:
     kind = text.parts[1]
     if kind == "fence":
-        return lambda mask: None
+
+        def fence(mask):
+            block.wgmma_fenced.update(_warp_groups(mask))
+
+        return fence
     if kind == "commit_group":
 
         def commit(mask):
@@ -106,6 +110,9 @@ def wgmma(block: Block, text: Instruction) -> Run:
         def wait(mask):
             for group in _warp_groups(mask):
                 block.wgmma_groups.wait(group, left)
+                if left == 0:
+                    # Its registers are again anybody's.
+                    block.wgmma_fenced.discard(group)
 
         return wait
     return _wgmma_product(block, text)
@@ -144,17 +151,24 @@ def _wgmma_product(block: Block, text: Instruction) -> Run:
         return from_half(bits, half).astype(np.float64)
 
     def start(group: int) -> None:
+        if group not in block.wgmma_fenced:
+            raise EmulationError("a wgmma without wgmma.fence after other uses of its registers")
         own = slice(128 * group, 128 * group + 128)
         held = [read()[own].copy() for read in words]
         at_a = _operand(left.of(own), 64, k, turned[0]) if left else None
         at_b = _operand(right.of(own), n, k, turned[-1])
         adds = bool(accumulates.of(own))
+        over = []
         for at in (at_a, at_b):
             if at is not None:
-                block.shared.check_async_read(at, text.name)
                 block.shared.check(int(at.min()), int(at.max()) + 2, text.name)
+                both = np.concatenate([at, at + 1])
+                block.shared.check_async_read(both, text.name)
+                over.append(block.shared.use(both, False, text.name))
 
         def work():
+            for use in over:
+                use()
             if left:
                 a = read_operand(at_a)
             else:

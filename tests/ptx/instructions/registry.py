@@ -30,12 +30,14 @@ class Step:
     """A decoded instruction.
 
     run: does it for a mask of threads. guard: the predicate, or None. together: how many
-    neighbours must have come. moves: whether `run` may change where threads go on.
+    neighbours must have come, and members: of a warp those only that each thread names, or None.
+    moves: whether `run` may change where threads go on.
     """
 
     run: Run
     guard: Callable[[], np.ndarray] | None
     together: int
+    members: Callable[[], np.ndarray] | None
     moves: bool
 
 
@@ -55,6 +57,9 @@ def decode(block: Block, text: Instruction) -> Step:
     together = 128 if opcode == "wgmma" else 32 if opcode in _OF_WARPS else 0
     if text.name.startswith("bar.warp"):
         together = 32
+    members = None
+    if together == 32 and "sync" in text.parts and opcode in ("bar", "shfl", "vote", "redux"):
+        members = block.read(text.operands[-1], "u32")
     guard = None
     if text.guard is not None:
         name, negated = text.guard
@@ -66,7 +71,7 @@ def decode(block: Block, text: Instruction) -> Step:
     except EmulationError as error:
         # It may stand where no thread comes.
         run = _raise(str(error))
-    return Step(run, guard, together, opcode in _MOVING)
+    return Step(run, guard, together, members, opcode in _MOVING)
 
 
 def _raise(message: str) -> Run:

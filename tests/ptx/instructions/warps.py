@@ -161,6 +161,9 @@ def stmatrix(block: Block, text: Instruction) -> Run:
     address = block.address(text.operands[0])
     if len(reads) != _matrices(text) or "b16" not in text.parts:
         raise EmulationError(f"no instruction {text.name}")
+    # Of the bytes of a matrix.
+    lane = 4 * np.arange(8)[:, None] + np.arange(8) // 2
+    lane = np.repeat(lane.T if turned else lane, 2, axis=1)
 
     def run(mask):
         warps = whole_warps(block, mask, text.name)
@@ -170,8 +173,9 @@ def stmatrix(block: Block, text: Instruction) -> Run:
         matrices[..., _ROW, _COLUMN] = words & np.uint32(0xFFFF)
         matrices[..., _ROW, _COLUMN + 1] = words >> np.uint32(16)
         matrices = matrices.swapaxes(2, 3) if turned else matrices
-        # Which lane writes is the hardware's choice: all of them have to fence.
-        writers = np.repeat(32 * warps, 8 * len(reads))
+        # Taken as written by the lane that had the element: all lanes have to fence.
+        lanes = np.broadcast_to(lane, (len(warps), len(reads), 8, 16))
+        writers = (32 * warps[:, None, None, None] + lanes).reshape(-1, 16)
         block.shared.store(rows, matrices.reshape(-1, 8), writers, block.time, text.name)
 
     return run

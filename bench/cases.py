@@ -200,7 +200,7 @@ def linear_loop(i: Linear) -> Problem:
 
 def linear_ours(x: Tensor, weight: Tensor, lora_A: Tensor, *rest: Any) -> Tensor:
     if x.ndim == 2:
-        x = x.expand(lora_A.shape[0], -1, -1)
+        x = x.unsqueeze(0)
     return ml.lora_linear(x, weight, lora_A, *rest)
 
 

@@ -41,7 +41,7 @@ def lora_linear(
     if not _is_ours(x, weight, lora_A):
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
     rank = lora_A.shape[1]
-    x = x.contiguous()
+    x = _aligned(x)
     shrunk = _shrink(x, lora_A, lora_B)
     y = x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
     _gemm(y, x, weight, shrunk, _expander(lora_B, 2, scaling, x.dtype), bias, w_depth_first=False)
@@ -64,7 +64,7 @@ def lora_linear_backward(
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad = _aligned(x), _aligned(grad)
     thin = _pytorchs if passes_of(x.device.type) is None else _passes
     d_shrunk, dA, dB = thin(grad, x, lora_A, lora_B, shrunk, scaling, needs_A, needs_B)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from multilora.ops.triton.common import Chip
 
@@ -40,6 +41,13 @@ def store_block(
         ptr += (tl.cast(k, tl.int64) * rows + row) * cols + col
         i, j = tl.arange(0, HEIGHT)[:, None], tl.arange(0, WIDTH)[None, :]
         tl.store(ptr + i * cols + j, block, mask=(i < rows - row) & (j < cols - col))
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, contiguous and from a multiple of 16 bytes on, as the copy engine and wide loads need it:
+    a tensor that is not costs one copy."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def describable(chip: Chip, dtype: torch.dtype, *widths: int) -> bool:

@@ -216,7 +216,6 @@ def gemm(
     strides: tuple[int, int, int],
     scaling: float,
     dtype: torch.dtype,
-    aligned: bool,
     chip: Chip,
     config: LoraGemm,
 ) -> Launch:
@@ -224,12 +223,12 @@ def gemm(
     cols), S (K, T, r), expander (K, cols, r) and bias, all but the expander contiguous.
 
     strides: the expander's. The shrinker (K, r, depth), in `dtype`, is None but where the path is
-    "shrink inside". aligned: x, weight, shrinker and y start at multiples of 16 bytes.
+    "shrink inside". All but the expander and S start at multiples of 16 bytes.
     """
     shrink = config.path == "shrink inside"
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
     strips = (1 if shared else particles) * cdiv(rows, m)
-    described = aligned and describable(chip, dtype, depth, cols)
+    described = describable(chip, dtype, depth, cols)
     blocks = (
         ((1 if shared else particles, rows, depth), (m, k)),
         ((1, depth, cols), (k, n)) if w_depth_first else ((1, cols, depth), (n, k)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from multilora.ops import reference
 from multilora.ops.common import accumulator
 from multilora.ops.triton import configs
+from multilora.ops.triton.blocks import aligned
 from multilora.ops.triton.common import Chip, Launch, chip, precision
 from multilora.ops.triton.lora_gemm import expand, gemm
 from multilora.ops.triton.lora_pass import Sum, ThinPass, reduce, thin_pass
@@ -76,17 +77,16 @@ def lora_linear(
     rows, d_out = x.shape[1], weight.shape[0]
     if 0 in (rows, d_in, d_out):
         return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = aligned(x), aligned(weight)
     if bias is not None:
-        bias = bias.contiguous()
-    aligned = (x.data_ptr() | weight.data_ptr()) % 16 == 0
-    plan = _forward(_problem(x, lora_A, lora_B, scaling), bias is not None, aligned)
+        bias = aligned(bias)
+    plan = _forward(_problem(x, lora_A, lora_B, scaling), bias is not None)
     y, shrunk = x.new_empty((particles, rows, d_out)), x.new_empty((particles, rows, rank))
     shrinker = None
     if plan.shrink is not None:
         plan.shrink(x, lora_A, shrunk, None, None)
     else:
-        shrinker = lora_A.to(x.dtype).contiguous()
+        shrinker = aligned(lora_A.to(x.dtype))
     if plan.gemm is not None:
         plan.gemm(x, weight, shrinker, y, shrunk, lora_B, bias)
     else:
@@ -102,26 +102,26 @@ class _Forward(NamedTuple):
 
 
 @functools.lru_cache(_KEPT)
-def _forward(problem: tuple[Any, ...], has_bias: bool, aligned: bool) -> _Forward:
+def _forward(problem: tuple[Any, ...], has_bias: bool) -> _Forward:
     p = _Problem(*problem)
     shared = "" if p.members == p.particles else "out"
     sizes = (p.particles, p.rows, p.d_in, p.d_out, p.rank)
     config = configs.lora_gemm(*sizes, p.dtype, p.chip, shared)
-    shrink = None if config.path == "shrink inside" else _shrinking(problem, aligned)
+    shrink = None if config.path == "shrink inside" else _shrinking(problem)
     if config.path == "accumulate":
         return _Forward(shrink, None, _expanding(p, p.d_out, has_bias, p.strides_B, p.scaling))
     of_B = (p.strides_B, p.scaling)
-    product = gemm(*sizes, shared, False, has_bias, *of_B, p.dtype, aligned, p.chip, config)
+    product = gemm(*sizes, shared, False, has_bias, *of_B, p.dtype, p.chip, config)
     return _Forward(shrink, product, None)
 
 
 @functools.lru_cache(_KEPT)
-def _shrinking(problem: tuple[Any, ...], aligned: bool) -> Launch:
+def _shrinking(problem: tuple[Any, ...]) -> Launch:
     """S = x Aᵀ by a pass of its own."""
     p = _Problem(*problem)
     over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
     strides = _turned(p.strides_A)
-    return thin_pass(*over_x, strides, False, 1.0, p.dtype, aligned, p.chip).launch
+    return thin_pass(*over_x, strides, False, 1.0, p.dtype, p.chip).launch
 
 
 def _expanding(
@@ -144,11 +144,11 @@ def _add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """S = x Aᵀ (K, T, r) of a contiguous x (K or 1, T, d_in)."""
+    """S = x Aᵀ (K, T, r) of an aligned x (K or 1, T, d_in)."""
     particles, rank, _ = lora_A.shape
     shrunk = x.new_empty((particles, x.shape[1], rank))
     problem = _problem(x, lora_A, lora_B, 1.0)
-    _shrinking(problem, x.data_ptr() % 16 == 0)(x, lora_A, shrunk, None, None)
+    _shrinking(problem)(x, lora_A, shrunk, None, None)
     return shrunk
 
 
@@ -158,7 +158,7 @@ def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     rows = x.shape[1]
     if 0 in (rows, x.shape[2], d_out):
         return reference.lora_add_(y, x, lora_A, lora_B, scaling)
-    shrunk = shrink(x.contiguous(), lora_A, lora_B)
+    shrunk = shrink(aligned(x), lora_A, lora_B)
     # A product as thin as this is y's one read and one write: the vendor's does no more.
     y = y.view(particles, rows, d_out)
     y.baddbmm_(shrunk, lora_B.to(y.dtype).mT, alpha=scaling)
@@ -183,7 +183,7 @@ def lora_linear_backward(
         return reference.lora_linear_backward(
             grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
         )
-    x, grad = x.contiguous(), grad.contiguous()
+    x, grad = aligned(x), aligned(grad)
     problem = _problem(x, lora_A, lora_B, scaling)
     d_shrunk, dA, dB = _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
     if not needs[0]:
@@ -191,11 +191,10 @@ def lora_linear_backward(
     shared = x.shape[0] != lora_A.shape[0]
     if weight is None:
         return reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared), dA, dB
-    weight = weight.contiguous()
+    weight = aligned(weight)
     # The rows are the same for all particles, so dY is summed before the large product.
     rest = grad.sum(0, keepdim=True) if shared else grad
-    aligned = (rest.data_ptr() | weight.data_ptr()) % 16 == 0
-    product, expand = _input_gradient(problem, aligned)
+    product, expand = _input_gradient(problem)
     dx = x.new_empty(x.shape)
     if product is not None:
         product(rest, weight, None, dx, d_shrunk, lora_A, None)
@@ -206,7 +205,7 @@ def lora_linear_backward(
 
 
 @functools.lru_cache(_KEPT)
-def _input_gradient(problem: tuple[Any, ...], aligned: bool) -> tuple[Launch | None, Launch | None]:
+def _input_gradient(problem: tuple[Any, ...]) -> tuple[Launch | None, Launch | None]:
     """dX = dY·W + dS·A; or None, and dS·A, to which the vendor's GEMM adds."""
     p = _Problem(*problem)
     shared = "" if p.members == p.particles else "in"
@@ -215,7 +214,7 @@ def _input_gradient(problem: tuple[Any, ...], aligned: bool) -> tuple[Launch | N
     of_A = (_turned(p.strides_A), 1.0)
     if config.path == "accumulate":
         return None, _expanding(p, p.d_in, False, *of_A)
-    return gemm(*sizes, shared, True, False, *of_A, p.dtype, aligned, p.chip, config), None
+    return gemm(*sizes, shared, True, False, *of_A, p.dtype, p.chip, config), None
 
 
 def thin_gradients(
@@ -229,7 +228,7 @@ def thin_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """dS = s·dY·B (K, T, r), or None where nobody needs it; dA and dB, or empty.
 
-    grad and x are contiguous.
+    grad and x are aligned.
     """
     problem = _problem(x, lora_A, lora_B, scaling)
     return _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
@@ -245,8 +244,7 @@ def _thin_products(
     needs: list[bool],
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     _, needs_A, needs_B = needs
-    aligned = (x.data_ptr() | grad.data_ptr()) % 16 == 0
-    plan = _thin_gradients(problem, *needs, aligned)
+    plan = _thin_gradients(problem, *needs)
     d_shrunk = None
     dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
     dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
@@ -283,11 +281,9 @@ class _Thin(NamedTuple):
 
 
 @functools.lru_cache(_KEPT)
-def _thin_gradients(
-    problem: tuple[Any, ...], needs_x: bool, needs_A: bool, needs_B: bool, aligned: bool
-) -> _Thin:
+def _thin_gradients(problem: tuple[Any, ...], needs_x: bool, needs_A: bool, needs_B: bool) -> _Thin:
     p = _Problem(*problem)
-    kind = (p.dtype, aligned, p.chip)
+    kind = (p.dtype, p.chip)
     over_grad = (p.particles, p.particles, p.rows, p.d_out, p.rank)
     shrink = outer = inner = parts_B = None
     sums = []

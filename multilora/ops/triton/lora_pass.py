@@ -202,13 +202,12 @@ def thin_pass(
     outer: bool,
     scaling: float,
     dtype: torch.dtype,
-    aligned: bool,
     chip: Chip,
 ) -> ThinPass:
     """out = g·(scaling·factor) (K, T, r), where there is a factor, of these strides; and, where
     `outer`, gᵀ·shrunk in parts (chunks, K, width, r).
 
-    aligned: g, contiguous in `dtype` and of `members` particles, starts at a multiple of 16 bytes.
+    g, in `dtype` and of `members` particles, is contiguous and starts at a multiple of 16 bytes.
     """
     shared, shrink = members != particles, strides is not None
     columns = particles * rank if shared else rank
@@ -219,7 +218,7 @@ def thin_pass(
     else:
         chunks = cdiv(rows, config.rows_each)
         programs = chunks * cdiv(width, n)
-    described = aligned and describable(chip, dtype, width)
+    described = describable(chip, dtype, width)
     launch = Launch(
         _lora_linear_pass_kernel,
         (programs, cdiv(columns, r), members),

@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1" if DEVICE == "cpu" else "0"
 
 from pathlib import Path
 
+import compiled.child
 import numpy as np
 import pytest
 import torch
@@ -93,3 +94,11 @@ def backend(request, poison):
     """Run the test once on every backend that this machine has, in poisoned memory."""
     with ml.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """Another process, in which Triton compiles: this one has its interpreter."""
+    child = compiled.child.Child()
+    yield child
+    child.close()

@@ -59,12 +59,13 @@ def linear(
     shared: bool,
     capability: int,
     mode: str,
+    seed: int = 0,
     change=None,
 ) -> dict[str, float]:
     """lora_linear and its gradients; sizes: K, T, d_in, d_out, r."""
     x, weight, lora_A, lora_B, bias, upstream = _linear_tensors(sizes, dtype_name, shared)
     # Half-precision layers have float32 masters.
-    with for_chip(capability, mode, change=change), _poisoned():
+    with for_chip(capability, mode, seed, change), _poisoned():
         y, shrunk = triton.lora_linear(x, weight, lora_A, lora_B, bias, SCALING)
         dx, dA, dB = triton.lora_linear_backward(
             upstream, x, weight, lora_A, lora_B, shrunk, SCALING, [True, True, True]
@@ -79,6 +80,22 @@ def linear(
     results = {"y": (y, exact(*leaves)), "S": (shrunk, shrunk_exact)}
     results |= dict(zip(("dx", "dA", "dB"), zip(_as(x.dtype, dx, dA, dB), grads)))
     return errors(results)
+
+
+def forward(
+    sizes: tuple[int, int, int, int, int],
+    dtype_name: str,
+    capability: int,
+    mode: str,
+    seed: int = 0,
+    change=None,
+) -> dict[str, float]:
+    """lora_linear without its gradients."""
+    x, weight, lora_A, lora_B, bias, _ = _linear_tensors(sizes, dtype_name, False)
+    with for_chip(capability, mode, seed, change), _poisoned():
+        y, shrunk = triton.lora_linear(x, weight, lora_A, lora_B, bias, SCALING)
+    exact = oracles.lora_linear(x, weight, lora_A, lora_B, bias, SCALING)
+    return errors({"y": (y, exact), "S": (shrunk, x.double() @ lora_A.double().mT)})
 
 
 def linear_add(
@@ -129,6 +146,7 @@ def geometry(
     dtype_name: str,
     capability: int,
     mode: str,
+    seed: int = 0,
     change=None,
 ) -> dict[str, float]:
     """Gram matrices, distances, their gradients, SVGD's update; layers: d_in, d_out, r."""
@@ -141,7 +159,7 @@ def geometry(
     double = torch.promote_types(dtype, torch.float32)
     upstream = torch.randn(len(layers), particles, particles, dtype=double)
     mixes = torch.rand(len(layers), particles, dtype=double), torch.rand_like(upstream)
-    with for_chip(capability, mode, change=change), _poisoned():
+    with for_chip(capability, mode, seed, change), _poisoned():
         gram = triton.lora_gram(lora_A, lora_B, scaling)
         distances = triton.pairwise_frobenius(lora_A, lora_B, scaling)
         grads = triton.lora_gram_backward(upstream, lora_A, lora_B, scaling)
@@ -178,6 +196,7 @@ def loss(
     scale: float,
     capability: int,
     mode: str,
+    seed: int = 0,
     change=None,
 ) -> dict[str, float]:
     """particle_loss, gram_volume and their gradients; sizes: K, N, C."""
@@ -187,7 +206,7 @@ def loss(
     targets = torch.randint(classes, (examples,))
     # One example that does not take part.
     targets[examples // 2] = -100
-    with for_chip(capability, mode, change=change), _poisoned():
+    with for_chip(capability, mode, seed, change), _poisoned():
         nll, divergence, *saved = triton.particle_loss(logits, targets, 1e-4, kind)
         grad_nll, grad_divergence = torch.rand_like(nll), torch.full_like(divergence, 0.3)
         dz = triton.particle_loss_backward(grad_nll, grad_divergence, logits, targets, *saved)

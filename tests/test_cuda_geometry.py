@@ -35,13 +35,17 @@ UPDATES = [(dtype, dtype in (F32, F16), "late") for dtype in (F32, F64, F16, BF1
 UPDATES += [(F32, False, "random"), (BF16, True, "threads")]
 
 
+archs = pytest.mark.parametrize("arch", native.ARCHS)
+
+
+@archs
 @pytest.mark.parametrize("functions, size, dtype, mode", TRACES)
-def test_traces(functions, size, dtype, mode):
+def test_traces(functions, size, dtype, mode, arch):
     K, d_in, d_out, rank = size
     factors = [torch.randn(K, rank, d_in, dtype=dtype), torch.randn(K, d_out, rank, dtype=dtype)]
     upstream = torch.randn(K, K, dtype=dtype)
     run, oracle = (lambda A, B, f=f: f(A, B, 0.5) for f in functions)
-    with native.launches.running(mode=mode):
+    with native.launches.running(mode=mode, arch=arch):
         value, got = run(*factors), gradients(run, factors, upstream)
     assert relative_error(value, oracle(*factors)) < TOLERANCE[dtype]
     for g, expected in zip(got, double_gradients(oracle, factors, upstream)):
@@ -49,11 +53,12 @@ def test_traces(functions, size, dtype, mode):
         assert relative_error(g, expected) < TOLERANCE[dtype]
 
 
+@archs
 @pytest.mark.parametrize("dtype, full, mode", UPDATES, ids=str)
-def test_updates(dtype, full, mode):
+def test_updates(dtype, full, mode, arch):
     layers = LAYERS[1:] if mode == "threads" else LAYERS
     args = svgd.problem(2, layers, dtype, full)
-    with native.launches.running(mode=mode):
+    with native.launches.running(mode=mode, arch=arch):
         got = svgd.flat(svgd.svgd_update(*args))
     for g, expected in zip(got, svgd.flat(svgd.oracle(*args))):
         assert relative_error(g, expected) < svgd.TOLERANCE[dtype]

@@ -19,7 +19,8 @@ from multilora.ops import dispatch
 from multilora.ops.native import DTYPES, stream
 
 if dispatch.missing_reason("cuda"):
-    pytest.skip(f"backend cuda: {dispatch.missing_reason('cuda')}", allow_module_level=True)
+    reason = native.missing() or dispatch.missing_reason("cuda")
+    pytest.skip(f"backend cuda: {reason}", allow_module_level=True)
 
 from multilora import _C_cuda
 from multilora.ops.cuda.lora_linear import _tile_cols

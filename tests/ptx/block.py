@@ -444,7 +444,8 @@ class Block:
                 ) from None
             if step.moves:
                 return
-            if counter == stop:
+            # What a warp did together is where its threads may part.
+            if counter == stop or (step.together and self.mode == "threads"):
                 break
         self.counters[mask] = counter
 

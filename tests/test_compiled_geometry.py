@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import test_compiled_linear
 import test_compiled_volume
+import torch
 from compiled.child import check, cover, cross
+
+from multilora.ops.triton import configs
+from multilora.ops.triton.common import Chip
 
 # (d_in, d_out, r) of the layers; K; dtype.
 CASES = {
     "mixed ranks": (((48, 36, 2), (33, 17, 8)), 3, "float32"),
-    "in parts, several tiles": (((520, 24, 22),), 3, "float32"),
+    "several tiles": (((40, 24, 22),), 3, "float32"),
     "bfloat16": (((32, 48, 4),), 3, "bfloat16"),
-    "float64": (((40, 24, 3),), 2, "float64"),
+    "float64, in parts": (((272, 24, 3),), 2, "float64"),
 }
 # The sums are in float64; in float64 they are of some hundred terms.
 ROUNDINGS = {"bfloat16": 1.0, "float32": 2.0, "float64": 64.0}
@@ -59,6 +63,12 @@ FAULTS = [
 def test_geometry(case, chip, mode, compiling):
     errors = compiling.call("problems.geometry", *CASES[case], chip, mode)
     check(errors, ROUNDINGS[CASES[case][2]])
+
+
+def test_there_are_sums_in_parts():
+    (((d_in, d_out, rank),), particles, dtype) = CASES["float64, in parts"]
+    sizes = particles, (rank,), (d_in, d_out), getattr(torch, dtype)
+    assert all(configs.geometry(*sizes, Chip(chip, 2)).chunk < d_in for chip in (80, 90))
 
 
 def test_every_kernel_was_executed(compiling):

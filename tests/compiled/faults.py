@@ -29,8 +29,8 @@ class Problem:
 
 # The depth is several times that of the pipeline.
 _GEMM = Problem("forward", ((1, 140, 320, 264, 16), "bfloat16"), 4)
-_GRAM = Problem("geometry", (((48, 40, 4),), 3, "float32"), 4)
-_LOSS = Problem("loss", ((4, 9, 100), "float32", "logdet", 2.0), 200)
+_GRAM = Problem("gram", ((48, 40, 4), 3, "float32"), 4)
+_LOSS = Problem("loss", ((4, 3, 100), "float32", "logdet", 2.0), 200)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,25 @@ def geometry(
     return errors(results)
 
 
+def gram(
+    layer: tuple[int, int, int],
+    particles: int,
+    dtype_name: str,
+    capability: int,
+    mode: str,
+    seed: int = 0,
+    change=None,
+) -> dict[str, float]:
+    """lora_gram of one layer (d_in, d_out, r), without its gradients."""
+    torch.manual_seed(0)
+    dtype, (d_in, d_out, rank) = getattr(torch, dtype_name), layer
+    lora_A = torch.randn(particles, rank, d_in).to(dtype)
+    lora_B = torch.randn(particles, d_out, rank).to(dtype)
+    with for_chip(capability, mode, seed, change), _poisoned():
+        value = triton.lora_gram([lora_A], [lora_B], [SCALING])
+    return errors({"gram": (value[0], oracles.lora_gram(lora_A, lora_B, SCALING))})
+
+
 def loss(
     sizes: tuple[int, int, int],
     dtype_name: str,

@@ -97,6 +97,8 @@ class GlobalMemory:
     def __init__(self):
         self._regions: list[_Region] = []
         self._starts: list[int] = []
+        # The process's tensors; a launch makes none.
+        self._alive: list[torch.Tensor] | None = None
 
     def add(self, start: int, size: int, name: str) -> None:
         """Make `size` bytes from the address `start` accessible."""
@@ -165,16 +167,20 @@ class GlobalMemory:
         return EmulationError(f"illegal access of {size} bytes at {address:#x}: {what}{beside}")
 
     def _found(self, address: int) -> bool:
-        for thing in gc.get_objects():
-            # Of a proxy, isinstance would ask what it stands for.
-            if not issubclass(type(thing), torch.Tensor):
-                continue
-            if thing.device.type != "cpu" or thing.layout != torch.strided:
-                continue
-            storage = thing.untyped_storage()
-            start = storage.data_ptr()
-            if start and start <= address < start + storage.nbytes():
-                self.add_tensor(thing)
+        if self._alive is None:
+            # Of a subclass, the storage may be no memory at all.
+            kinds = (torch.Tensor, torch.nn.Parameter)
+            self._alive = [
+                thing
+                for thing in gc.get_objects()
+                if type(thing) in kinds
+                and thing.device.type == "cpu"
+                and thing.layout == torch.strided
+            ]
+        for tensor in self._alive:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() <= address < storage.data_ptr() + storage.nbytes():
+                self.add_tensor(tensor)
                 return True
         return False
 

@@ -36,7 +36,8 @@ EXECUTED = {
         "OUTER": {False, True},
         "DESCRIBED": {False, True},
     },
-    "_lora_linear_reduce_kernel": {},
+    "_lora_linear_reduce_kernel": {"BOTH": {True}},
+    "_lora_linear_expand_kernel": {"HAS_BIAS": {False, True}},
 }
 
 

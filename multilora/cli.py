@@ -363,6 +363,10 @@ def _check_export(out: Path) -> None:
         )
 
 
+#: The largest numbers that `kernels` takes.
+_MOST = {"particles": 2**10, "rank": 2**14, "batch_size": 2**20, "classes": 2**24, "jobs": 256}
+
+
 def _kernels(args: argparse.Namespace) -> int:
     from itertools import chain
 
@@ -372,6 +376,10 @@ def _kernels(args: argparse.Namespace) -> int:
     from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
     from multilora.ops.triton.problems import problems
 
+    for name in ("particles", "rank", "batch_size", "classes", "jobs"):
+        value = getattr(args, name)
+        if value is not None:
+            checks.integer(f"--{name.replace('_', '-')}", value, 1, _MOST[name])
     if args.precompile:
         return _precompile(args)
     if args.model is not None or args.jobs is not None:
@@ -426,8 +434,7 @@ def _precompile(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         raise ValueError("--precompile writes no record: leave --out away")
-    jobs = args.jobs or min(16, os.cpu_count() or 1)
-    checks.integer("--jobs", jobs, 1, 256)
+    jobs = min(16, os.cpu_count() or 1) if args.jobs is None else args.jobs
     if args.target is not None:
         chip = TARGETS[args.target][0]
     elif torch.cuda.is_available():
@@ -438,8 +445,6 @@ def _precompile(args: argparse.Namespace) -> int:
         chosen = [problem for problem in problems() if args.only in str(problem)]
     else:
         sizes = (args.particles, args.rank, args.batch_size)
-        for name, size in zip(("--particles", "--rank", "--batch-size"), sizes):
-            checks.integer(name, size, 1)
         dtype = getattr(torch, args.dtype)
         chosen = [model_problem(args.model, args.targets, *sizes, dtype, args.classes)]
     if not chosen:

@@ -33,7 +33,7 @@ class Operator:
     In plain eager mode the backend's function is called directly, with an autograd.Function around
     it where somebody asks for gradients: torch's dispatcher takes longer over an operator that is
     defined in Python than a small one takes to compute. The compiler, tracers, dispatch modes,
-    functorch and tensor subclasses see `overload`, the operator itself.
+    functorch, tensor subclasses and meta tensors get `overload`, the operator itself.
     """
 
     def __init__(self, overload: Any, function: Callable[..., Any]):
@@ -53,7 +53,7 @@ class Operator:
         ):
             return self.overload(*args)
         flat = self._flat(args)
-        if not _PLAIN.issuperset(map(type, flat)):
+        if not _PLAIN.issuperset(map(type, flat)) or flat[0].is_meta:
             return self.overload(*args)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
             # Without a gradient of its own, the operator is what refuses one.

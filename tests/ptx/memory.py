@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import functools
 import gc
@@ -168,20 +169,20 @@ class GlobalMemory:
     def _found(self, address: int) -> bool:
         for tensor in self._alive:
             storage = tensor.untyped_storage()
-            start = storage.data_ptr()
-            if start and start <= address < start + storage.nbytes():
-                self.add_tensor(tensor)
-                return True
+            # functorch's wrappers are of no type of their own, and have no memory.
+            with contextlib.suppress(RuntimeError):
+                start = storage.data_ptr()
+                if start and start <= address < start + storage.nbytes():
+                    self.add_tensor(tensor)
+                    return True
         return False
 
     @functools.cached_property
     def _alive(self) -> list[torch.Tensor]:
         """All CPU tensors of this process, as of the first time that one was looked for."""
-        kinds = {torch.Tensor}
-        for kind in (new := [torch.Tensor]):
-            new += (more := set(kind.__subclasses__()) - kinds)
-            kinds |= more
-        # By its type: of a proxy, isinstance would ask what it stands for.
+        # By its type: a subclass may have no memory, and of a proxy isinstance would ask what it
+        # stands for.
+        kinds = (torch.Tensor, torch.nn.Parameter)
         found = [thing for thing in gc.get_objects() if type(thing) in kinds]
         return [t for t in found if t.device.type == "cpu" and t.layout == torch.strided]
 

@@ -188,8 +188,9 @@ NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
 MEANT = {"seed": [0], "weight_decay": [0]}
 NUMBERS = [f.name for f in fields(training.Settings) if f.type in ("int", "float", "float | None")]
-#: The options of `train` that are no fields of Settings.
+#: The options of `train` that are no fields of Settings, and those of `kernels`.
 OTHERS = ["save_every", "seeds"]
+OF_KERNELS = ["particles", "rank", "batch_size", "classes", "jobs"]
 
 
 def of_settings():
@@ -222,7 +223,7 @@ def test_other_fields_are_refused_by_name_too():
 
 
 def options():
-    """Every option of `train` that takes a number."""
+    """Every option that takes a number, with its command."""
     parser = cli._parser()
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return [
@@ -235,8 +236,10 @@ def options():
 
 def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
     numeric = options()
-    assert {dest for _, _, dest in numeric} == {*NUMBERS, *OTHERS}
-    assert {command for command, _, _ in numeric} == {"train"}
+    by_command = {"train": {*NUMBERS, *OTHERS}, "kernels": {*OF_KERNELS}}
+    assert {(c, dest) for c, _, dest in numeric} == {
+        (c, dest) for c, dests in by_command.items() for dest in dests
+    }
     for command, option, dest in numeric:
         for value in NONSENSE:
             if value in MEANT.get(dest, ()):
@@ -244,7 +247,9 @@ def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
             task = ["--compare"] if dest == "seeds" else []
             if dest == "max_length":
                 task = ["--task", "boolq", "--model", "m", "--data", "d"]
-            arguments = [command, *task, option, str(value), "--out", str(tmp_path / "run")]
+            arguments = [command, *task, option, str(value)]
+            if command == "train":
+                arguments += ["--out", str(tmp_path / "run")]
             try:
                 code = cli.main(arguments)
             except SystemExit as exit:  # argparse's own check of int and float

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multilora import _C_cuda
-from multilora.ops import dispatch, reference
+from multilora.ops import reference
 from multilora.ops.native import DTYPES, stream
 
 
@@ -75,6 +75,8 @@ def lora_linear_backward(
 def passes_of(device: str) -> ModuleType | None:
     """The Triton backend's linear, which has the thin passes, where Triton runs on this kind of
     device; else None."""
+    from multilora.ops import dispatch
+
     if dispatch.missing_reason("triton") is not None or not dispatch._runs_on("triton", device):
         return None
     return importlib.import_module("multilora.ops.triton.lora_linear")

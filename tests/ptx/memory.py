@@ -168,9 +168,9 @@ class GlobalMemory:
 
     def _found(self, address: int) -> bool:
         for tensor in self._alive:
-            storage = tensor.untyped_storage()
             # functorch's wrappers are of no type of their own, and have no memory.
             with contextlib.suppress(RuntimeError):
+                storage = tensor.untyped_storage()
                 start = storage.data_ptr()
                 if start and start <= address < start + storage.nbytes():
                     self.add_tensor(tensor)

@@ -211,8 +211,10 @@ class SVGD(Method):
         if particles == 1:
             return D.new_ones(D.shape[0], 1, 1)
         i, j = torch.triu_indices(particles, particles, 1, device=D.device)
-        # quantile, not median: of an even number of pairs it takes the middle, not the lower one.
-        median = D[:, i, j].quantile(0.5, dim=-1)
+        pairs = D[:, i, j].sort(dim=-1).values
+        # Not Tensor.median: of an even number of pairs that takes the lower one.
+        middle = pairs[:, (pairs.shape[-1] - 1) // 2 : pairs.shape[-1] // 2 + 1]
+        median = middle.mean(dim=-1)
         return (median / math.log(particles + 1)).clamp_min(_FLOOR)[:, None, None]
 
 

@@ -23,6 +23,7 @@ def compile_calls(
     if missing is not None:
         return {"failures": {}, "skipped": {"triton": missing}}
     from multilora.ops.triton import common
+    from multilora.ops.triton.inspect import as_on_a_gpu
 
     if common.INTERPRETED.value:
         raise Unavailable("Triton's interpreter compiles nothing")
@@ -34,7 +35,7 @@ def compile_calls(
         beat(kernel.__name__)
         result["launches"] += 1
         try:
-            codes.add(kernel.warmup(*args, grid=grid, **meta).hash)
+            codes.add(kernel.warmup(*as_on_a_gpu(args), grid=grid, **meta).hash)
         except Exception as error:
             result["failures"].setdefault(kernel.__name__, reason(error))
 

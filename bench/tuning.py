@@ -77,6 +77,8 @@ def _lora_pass(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
             for m, n, warps in tiles
         ],
         [{"stages": stages} for stages in (2, 3, 4)],
+        # The same tile by fewer warps: how both thin products at once are read differs.
+        [{"warps": 4}],
         [] if asked["shrink"] else [{"rows_each": 2 * rows}, {"rows_each": 4 * rows}],
     ]
 

@@ -199,7 +199,7 @@ class LoraLinear(LoraLayer):
 
     def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
-        rows = flat(rows)  # (k, T, d_in)
+        rows = flat(x, len(lora_A))
         if self.training and self.dropout > 0:
             # The mask lies before A only, so the two products read different inputs.
             delta = _low_rank(F.dropout(rows, self.dropout), lora_A, lora_B, self.scaling)
@@ -234,7 +234,7 @@ class LoraForeignLinear(LoraLayer):
     def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = self.base_layer(x)
         self._check_output(x, y)
-        rows = flat(rows)  # (k, T, d_in)
+        rows = flat(x, len(lora_A))
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
         if not torch.compiler.is_compiling() and self._is_held(x, y):
@@ -409,7 +409,8 @@ class StackedModule(ParticleLayer):
     def _linear(
         self, x: Tensor, call: Call | None, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        rows = flat(self.split(x, call, len(weight)))
+        self.split(x, call, len(weight))
+        rows = flat(x, len(weight))
         weight = weight.to(x.dtype)
         if bias is None:
             y = torch.bmm(rows, weight.mT)
@@ -455,9 +456,10 @@ def is_foreign_linear(module: nn.Module) -> bool:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def flat(rows: Tensor) -> Tensor:
-    """(k, B, *, d) -> (k, T, d), with T the product of B and *."""
-    return rows.reshape(len(rows), math.prod(rows.shape[1:-1]), rows.shape[-1])
+def flat(x: Tensor, particles: int) -> Tensor:
+    """(k·B, *, d) -> (k, T, d), with T the product of B and *: one view, as each costs autograd."""
+    length, *axes, d = x.shape
+    return x.reshape(particles, length // particles * math.prod(axes), d)
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

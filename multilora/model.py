@@ -219,7 +219,20 @@ class ParticleModel(nn.Module):
             from multilora.optim import separate_parameters
 
             return separate_parameters(self)
-        return [p for p in self.parameters() if p.requires_grad]
+        # As parameters() finds them; but every step asks, and that opens a generator a module.
+        found: dict[int, nn.Parameter] = {}
+        seen: set[nn.Module] = set()
+        waiting: list[nn.Module | None] = [self]
+        while waiting:
+            module = waiting.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            for p in module._parameters.values():
+                if p is not None and p.requires_grad:
+                    found[id(p)] = p
+            waiting += reversed(module._modules.values())
+        return list(found.values())
 
     def adapters(self) -> list[Adapter]:
         """The adapted layers in module order, by their names in the base model."""

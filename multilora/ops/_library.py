@@ -14,9 +14,10 @@ from multilora.ops import dispatch
 # The operators die with this object, so the module keeps it.
 _lib = torch.library.Library("multilora", "DEF")
 
-#: The types of arguments that have no way of their own to see an operator, as subclasses of Tensor
-#: may have.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, list, type(None)})
+#: Types of arguments that have no way of their own to see an operator, as subclasses of Tensor may
+#: have.
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_OTHERS = frozenset({float, int, bool, str, list, type(None)})
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -40,8 +41,7 @@ class Operator:
         self.overload = overload
         self._function = function
         self._with_gradient: Callable[..., Any] | None = None
-        lists = any(str(arg.type) == "List[Tensor]" for arg in overload._schema.arguments)
-        self._flat = _flat if lists else tuple
+        self._has_lists = any(str(a.type) == "List[Tensor]" for a in overload._schema.arguments)
 
     def __call__(self, *args):
         # Few calls: a small layer takes little more time than they do.
@@ -52,10 +52,17 @@ class Operator:
             or torch._C._get_tracing_state() is not None
         ):
             return self.overload(*args)
-        flat = self._flat(args)
-        if not _PLAIN.issuperset(map(type, flat)) or flat[0].is_meta:
+        flat = _flat(args) if self._has_lists else args
+        wanted = False
+        for arg in flat:
+            kind = type(arg)
+            if kind in _TENSORS:
+                wanted = wanted or arg.requires_grad
+            elif kind not in _OTHERS:
+                return self.overload(*args)
+        if flat[0].is_meta:
             return self.overload(*args)
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in flat):
+        if wanted and torch.is_grad_enabled():
             # Without a gradient of its own, the operator is what refuses one.
             return (self._with_gradient or self.overload)(*args)
         return self._function(*args)
@@ -71,7 +78,7 @@ class Operator:
 
         run = on_kept_backend(backward)
         torch.library.register_autograd(self.overload, run, setup_context=save, lib=_lib)
-        differentiable = _differentiable if self._flat is tuple else _differentiable_by_lists
+        differentiable = _differentiable_by_lists if self._has_lists else _differentiable
         self._with_gradient = differentiable(self._function, run, save)
 
     def refuse_gradient(self) -> None:

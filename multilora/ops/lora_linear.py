@@ -53,10 +53,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     if grad is None:
         return (None,) * 6
-    needs = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-    grads = backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scaling, needs)
-    dx, dA, dB = (g if need else None for g, need in zip(grads, needs))
-    return dx, None, dA, dB, None, None
+    x, _, A, B, _, _ = ctx.needs_input_grad
+    dx, dA, dB = backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.scaling, [x, A, B])
+    return dx if x else None, None, dA if A else None, dB if B else None, None, None
 
 
 _forward_op.register_autograd(_backward, _setup_context)
@@ -90,26 +89,35 @@ def lora_linear(
     Source: Hu et al. 2022 (LoRA), eq. 3, for each of the K particles.
     """
     refuse_forward_mode("lora_linear", x, weight, lora_A, lora_B, bias)
-    if torch.is_grad_enabled():
-        for name, frozen in (("weight", weight), ("bias", bias)):
-            if frozen is not None and frozen.requires_grad:
-                raise FrozenTensorError(
-                    f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
-                    f"{tuple(frozen.shape)} with requires_grad=True: pass {name}.detach(), or call "
-                    "requires_grad_(False) on it"
-                )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        _refuse_gradient(weight=weight, bias=bias)
     if torch._C._is_any_autocast_enabled():
         dtype = autocast_dtype(x.device.type)
         if dtype is not None and x.dtype != torch.float64:
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     # What the compiler looks at may be sizes that stand for many.
     require_fit = _require_fit.__wrapped__ if torch.compiler.is_compiling() else _require_fit
-    require_fit(scaling, *[(t.shape, t.dtype, t.device) for t in tensors])
+    of_bias = (None, None, None) if bias is None else (bias.shape, bias.dtype, bias.device)
+    require_fit(
+        scaling,
+        (x.shape, weight.shape, lora_A.shape, lora_B.shape, of_bias[0]),
+        (x.dtype, weight.dtype, lora_A.dtype, lora_B.dtype, of_bias[1]),
+        (x.device, weight.device, lora_A.device, lora_B.device, of_bias[2]),
+    )
     rows = x if x.ndim == 3 and x.stride(0) else rows_of(x)
     y, _ = _forward_op(rows, weight, lora_A, lora_B, bias, float(scaling))
     return y if x.ndim == 3 else y.view(len(lora_A), *x.shape[1:-1], len(weight))
+
+
+def _refuse_gradient(**frozen: Tensor | None) -> None:
+    for name, t in frozen.items():
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise FrozenTensorError(
+                f"lora_linear computes no gradient for {name}, which is frozen; got {name} "
+                f"{tuple(t.shape)} with requires_grad=True: pass {name}.detach(), or call "
+                "requires_grad_(False) on it"
+            )
 
 
 def rows_of(x: Tensor) -> Tensor:
@@ -152,10 +160,9 @@ class _OneOfEquals(torch.autograd.Function):
 
 # Every layer asks the same in every step.
 @functools.lru_cache(maxsize=4096)
-def _require_fit(scaling, x, weight, lora_A, lora_B, bias=(None, None, None)) -> None:
-    """Raise where the scaling and the tensors of these (shape, dtype, device) do not fit."""
+def _require_fit(scaling, shapes, dtypes, devices) -> None:
+    """Raise where the scaling, or x, weight, lora_A, lora_B and bias, do not fit."""
     finite(scaling)
-    shapes, dtypes, devices = zip(x, weight, lora_A, lora_B, bias)
     x, weight, lora_A, lora_B, bias = shapes
     got = (
         f"x {tuple(x)}, weight {tuple(weight)}, lora_A {tuple(lora_A)}, lora_B {tuple(lora_B)}, "

@@ -37,8 +37,7 @@ def lora_linear(
     particles, rows = lora_A.shape[0], x.shape[1]
     # One GEMM over all rows of all particles, in two dimensions: an expanded x would make three
     # a broadcast product.
-    flat = x.flatten(0, 1)
-    base = flat.mm(weight.T) if bias is None else torch.addmm(bias, flat, weight.T)
+    base = F.linear(x.flatten(0, 1), weight, bias)
     shrunk = _shrink(x, lora_A)
     expander = _cast(lora_B, x.dtype).mT
     if x.shape[0] == particles:
@@ -91,33 +90,33 @@ def lora_linear_backward(
     rows = x.shape[1]
     shared = x.shape[0] != particles
     dx = dA = dB = None
+    # beta=0: it gives the products a factor, and is not read.
+    unread = grad.new_empty(())
     # Products with a rank on one side are several times faster on a CPU where it is not the last
-    # axis in memory: B is turned before, dB after its product.
+    # axis in memory: dSᵀ (K, r, T) and dBᵀ (K, r, d_out).
     if needs_x or needs_A:
-        turned = grad.new_empty(particles, rank, lora_B.shape[1])
-        torch.mul(lora_B.mT, scaling, out=turned)
-        d_shrunk = torch.bmm(grad, turned.mT)  # (K, T, r)
+        B = _cast(lora_B, grad.dtype)
+        turned = torch.baddbmm(unread, B.mT, grad.mT, beta=0, alpha=scaling)
     if needs_x:
         A = _cast(lora_A, grad.dtype)
         if weight is None:
-            dx = expand_gradient(d_shrunk, A, shared)
+            dx = expand_gradient(turned.mT, A, shared)
         elif shared:
             # The rows are the same for all particles, so dY is summed before the large product.
             dx = torch.mm(grad.sum(0), weight)
-            dx = dx.addmm_(_by_row(d_shrunk), A.flatten(0, 1)).unsqueeze(0)
+            dx = dx.addmm_(_by_row(turned.mT), A.flatten(0, 1)).unsqueeze(0)
         else:
             dx = torch.mm(grad.flatten(0, 1), weight).view(particles, rows, d_in)
-            dx = dx.baddbmm_(d_shrunk, A)
+            dx = dx.baddbmm_(turned.mT, A)
     if needs_A:
         if shared:
-            dA = torch.matmul(d_shrunk.mT.reshape(particles * rank, rows), x[0])
-            dA = dA.view(particles, rank, d_in)
+            dA = torch.mm(turned.flatten(0, 1), x[0]).view(particles, rank, d_in)
         else:
-            dA = torch.bmm(d_shrunk.mT, x)
+            dA = torch.bmm(turned, x)
         dA = _cast(dA, lora_A.dtype)
     if needs_B:
-        dB = lora_B.new_empty(lora_B.shape)
-        torch.mul(torch.bmm(shrunk.mT, grad).mT, scaling, out=dB)
+        dB = torch.baddbmm(unread, shrunk.mT, grad, beta=0, alpha=scaling).mT
+        dB = _cast(dB.contiguous(), lora_B.dtype)
     if dx is None:
         dx = x.new_empty(0)
     return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB
@@ -132,7 +131,7 @@ def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:
 
 def _by_row(d_shrunk: Tensor) -> Tensor:
     """(K, T, r) -> (T, K·r)."""
-    return d_shrunk.transpose(0, 1).flatten(1, 2)
+    return d_shrunk.mT.flatten(0, 1).T
 
 
 # --- adapter geometry ----------------------------------------------------------------------------

@@ -115,8 +115,9 @@ def lora_linear_backward(
             dA = torch.bmm(turned, x)
         dA = _cast(dA, lora_A.dtype)
     if needs_B:
-        dB = torch.baddbmm(unread, shrunk.mT, grad, beta=0, alpha=scaling).mT
-        dB = _cast(dB.contiguous(), lora_B.dtype)
+        # Scaled in the factors' dtype, which may reach further than a float16.
+        dB = torch.bmm(shrunk.mT, grad).mT.contiguous()
+        dB = _cast(dB, lora_B.dtype).mul_(scaling)
     if dx is None:
         dx = x.new_empty(0)
     return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB

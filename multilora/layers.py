@@ -52,12 +52,9 @@ class ParticleLayer(nn.Module):
             )
         return call
 
-    def split(self, x: Tensor, call: Call | None, particles: int) -> Tensor:
-        """(k·B, ...) -> (k, B, ...).
-
-        Raises ValueError where the leading axis of x cannot be particles times batch. Lengths can
-        fit by accident: that is for the isolation check to find.
-        """
+    def require_rows(self, x: Tensor, call: Call | None, particles: int) -> None:
+        """Raise ValueError where the leading axis of x cannot be particles times batch. Lengths can
+        fit by accident: that is for the isolation check to find."""
         unit = particles if call is None or call.rows is None else call.rows
         if call is not None and particles != call.particles:
             raise RuntimeError("another thread chose other particles in the middle of a forward")
@@ -67,7 +64,6 @@ class ParticleLayer(nn.Module):
                 f"a multiple of {unit} (K = {particles}); got {tuple(x.shape)}. Where layers put "
                 'another axis first, use fold="loop".'
             )
-        return x.view(particles, x.shape[0] // particles, *x.shape[1:])
 
 
 def is_same_for_all(x: Tensor, call: Call | None) -> bool:
@@ -165,14 +161,14 @@ class LoraLayer(ParticleLayer):
             return self.base_layer(x)
         lora_A, lora_B = own(self.lora_A, call), own(self.lora_B, call)
         if not is_same_for_all(x, call):
-            return self.adapted(x, self.split(x, call, len(lora_A)), lora_A, lora_B)
+            self.require_rows(x, call, len(lora_A))
+            return self.adapted(x, lora_A, lora_B)
         # Once for every particle, and its result for each of its examples.
-        rows = x.expand(len(lora_A), *x.shape)
-        y = self.adapted(rows.flatten(0, 1), rows, lora_A, lora_B)
+        y = self.adapted(x.repeat_interleave(len(lora_A), 0), lora_A, lora_B)
         return y.repeat_interleave(call.rows // len(lora_A), 0).as_subclass(_ForEveryExample)
 
-    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """The layer of x (k·B, ...), which is also rows (k, B, ...), with k particles' factors."""
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """The layer of x (k·B, ...) with the factors of k particles."""
         raise NotImplementedError
 
     def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
@@ -197,8 +193,9 @@ class LoraLinear(LoraLayer):
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
         return tuple(_linear_weight(base_layer).shape)
 
-    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        base = self.base_layer
+        weight, bias = _linear_weight(base), base.bias
         rows = flat(x, len(lora_A))
         if self.training and self.dropout > 0:
             # The mask lies before A only, so the two products read different inputs.
@@ -231,7 +228,7 @@ class LoraForeignLinear(LoraLayer):
             "device": tensors[0].device,
         }
 
-    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = self.base_layer(x)
         self._check_output(x, y)
         rows = flat(x, len(lora_A))
@@ -276,8 +273,9 @@ class LoraConv2d(LoraLayer):
     def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
         return base_layer.weight.shape[0], base_layer.weight[0].numel()
 
-    def adapted(self, x: Tensor, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        base, particles = self.base_layer, len(lora_A)  # rows (k, B, C, H, W)
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        base, particles = self.base_layer, len(lora_A)
+        rows = split(x, particles)  # (k, B, C, H, W)
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
         rows = rows.transpose(0, 1).flatten(1, 2)  # (B, k·C, H, W)
@@ -381,7 +379,10 @@ class StackedModule(ParticleLayer):
         shared = len(tensors) > 0 and all(is_same_for_all(t, call) for t in tensors)
         unit = particles if call is None or call.rows is None else call.rows
         mapped = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] % unit == 0 for t in leaves]
-        rows = [self.split(t, call, particles) for t, is_mapped in zip(leaves, mapped) if is_mapped]
+        rows = [t for t, is_mapped in zip(leaves, mapped) if is_mapped]
+        for t in rows:
+            self.require_rows(t, call, particles)
+        rows = [split(t, particles) for t in rows]
         if not rows and not shared:
             shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
             raise ValueError(f"a stacked module needs an input of particles × batch; got {shapes}")
@@ -409,7 +410,7 @@ class StackedModule(ParticleLayer):
     def _linear(
         self, x: Tensor, call: Call | None, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        self.split(x, call, len(weight))
+        self.require_rows(x, call, len(weight))
         rows = flat(x, len(weight))
         weight = weight.to(x.dtype)
         if bias is None:
@@ -419,7 +420,8 @@ class StackedModule(ParticleLayer):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _embedding(self, ids: Tensor, call: Call | None, weight: Tensor) -> Tensor:
-        rows = self.split(ids, call, len(weight))  # (k, B, *)
+        self.require_rows(ids, call, len(weight))
+        rows = split(ids, len(weight))  # (k, B, *)
         weight = weight.to(self.original_0.dtype)  # (k, V, d)
         first = torch.arange(len(weight), device=ids.device) * weight.shape[1]
         first = first.view(-1, *[1] * (rows.ndim - 1))
@@ -454,6 +456,11 @@ def is_foreign_linear(module: nn.Module) -> bool:
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def split(x: Tensor, particles: int) -> Tensor:
+    """(k·B, ...) -> (k, B, ...)."""
+    return x.view(particles, x.shape[0] // particles, *x.shape[1:])
 
 
 def flat(x: Tensor, particles: int) -> Tensor:

@@ -116,8 +116,8 @@ def lora_linear_backward(
         dA = _cast(dA, lora_A.dtype)
     if needs_B:
         # Scaled in the factors' dtype, which may reach further than a float16.
-        dB = torch.bmm(shrunk.mT, grad).mT.contiguous()
-        dB = _cast(dB, lora_B.dtype).mul_(scaling)
+        dB = _cast(torch.bmm(shrunk.mT, grad), lora_B.dtype).mT
+        dB = torch.mul(dB, scaling, out=lora_B.new_empty(lora_B.shape))
     if dx is None:
         dx = x.new_empty(0)
     return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB

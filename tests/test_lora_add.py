@@ -1,5 +1,8 @@
 """multilora.ops.lora_add: values, gradients, whose memory it takes, dtypes, errors."""
 
+import contextlib
+from functools import partial
+
 import oracles
 import pytest
 import torch
@@ -13,6 +16,7 @@ from oracles import (
     relative_error,
 )
 from test_lora_linear import FP32, SHAPES
+from torch.utils.flop_counter import FlopCounterMode
 
 import multilora as ml
 from multilora.ops import lora_add
@@ -144,13 +148,27 @@ class TestMemory:
         assert not {"clone", "copy_", "new_empty_strided"} & set(made)
 
     @pytest.mark.parametrize("view", [True, False])
-    def test_a_saved_y_raises_in_its_backward(self, view):
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize(
+        "mode", [contextlib.nullcontext, partial(FlopCounterMode, display=False)]
+    )
+    def test_a_saved_y_raises_in_its_backward(self, mode, grad, view):
         y, x, lora_A, lora_B = problem()
-        # exp keeps its output for its gradient.
-        saved = y.requires_grad_().exp()
-        value = lora_add(saved.view(15, 11) if view else saved, x, lora_A, lora_B)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            value.sum().backward()
+        with mode():
+            # exp keeps its output for its gradient.
+            saved = y.requires_grad_().exp()
+            given = saved.view(15, 11) if view else saved
+            with torch.set_grad_enabled(grad):
+                value = lora_add(given, x, lora_A, lora_B)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                (value if grad else saved).sum().backward()
+
+    def test_inference_tensors_count_no_changes(self):
+        with torch.inference_mode():
+            y, x, lora_A, lora_B = problem()
+            expected = oracle(y, x, lora_A, lora_B)
+            value = lora_add(y, x, lora_A, lora_B)
+        assert relative_error(value, expected) < FP32
 
     def test_the_result_is_an_ordinary_tensor(self):
         # A layer may add to it in place, and then it counts for its gradient.

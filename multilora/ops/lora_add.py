@@ -67,13 +67,21 @@ def _backward(ctx, grad, *_):
 _copying_op.register_autograd(_backward, _setup_context)
 
 
+def _add_in_place(y, x, lora_A, lora_B, scaling):
+    shrunk = _in_place_op(y, x, lora_A, lora_B, scaling)
+    # A layer that keeps y for its own backward is to hear of it there: autograd does not see what
+    # a kernel writes, nor, under a dispatch mode, what PyTorch's operators inside ours do.
+    if not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return shrunk
+
+
 class _AddInPlace(torch.autograd.Function):
     """The same in y's memory. Eager mode only: an operator that mutates has no gradient."""
 
     @staticmethod
     def forward(ctx, y, x, lora_A, lora_B, scaling):
-        # Its last step is PyTorch's: a layer that keeps y for its own backward hears of it there.
-        shrunk = _in_place_op(y, x, lora_A, lora_B, scaling)
+        shrunk = _add_in_place(y, x, lora_A, lora_B, scaling)
         ctx.backend = dispatch.requested()
         _save(ctx, x, lora_A, lora_B, shrunk, scaling)
         # The memory under a new tensor. As y itself, marked dirty, autograd would copy the whole
@@ -109,7 +117,7 @@ def lora_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: floa
         return _copying_op(y, *arguments)[0]
     y = y.contiguous()
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (y, x, lora_A, lora_B)):
-        _in_place_op(y, *arguments)
+        _add_in_place(y, *arguments)
         return y
     if y.is_leaf and y.requires_grad:
         raise RuntimeError(

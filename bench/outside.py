@@ -23,7 +23,7 @@ from typing import Any
 from bench.jobs import Context
 from bench.processes import ROOT, kill, start
 
-TESTS = ("lora_linear", "geometry", "volume", "svgd_update")
+TESTS = ("lora_linear", "lora_add", "geometry", "volume", "svgd_update")
 #: Bytes of a log that are kept: of a longer one the beginning and the end.
 LOG = 6 * 2**20
 

@@ -4,9 +4,15 @@ their alignment, drivers, and what machine code must have.
 Memory that nobody has touched costs nothing, so views may lie as far apart as on a large GPU.
 """
 
+import ast
 import dataclasses
 import mmap
+import os
+import pkgutil
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +207,62 @@ def test_drivers_that_are_too_old_are_named():
     assert dispatch._old_driver("nvcc 12.9.1", 13000) is None
     reason = dispatch._old_driver("nvcc 13.0.88", 12080)
     assert "nvcc 13.0.88" in reason and "CUDA 12.8" in reason and "driver" in reason
+
+
+_ASKED_ON_A_GPU = """
+import sys, types
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+module = types.ModuleType("multilora._C_cuda")
+module.build_info = lambda: {"compiler": "nvcc 13.0.88"}
+sys.modules["multilora._C_cuda"] = module
+from multilora.ops import dispatch
+print(dispatch.missing_reason("cuda"))
+"""
+
+
+@pytest.mark.parametrize(
+    "driver, reason", [(13000, "None"), (12080, "driver is one for CUDA 12.8")]
+)
+def test_the_driver_is_asked_for_its_version(tmp_path, driver, reason):
+    source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}'
+    (tmp_path / "driver.cpp").write_text(source)
+    library = tmp_path / "libcuda.so.1"
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.cpp"]
+    subprocess.run(command, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _ASKED_ON_A_GPU],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout
+
+
+def test_pytorch_has_every_name_that_is_read_of_it():
+    # Also where only a GPU's code reads it.
+    root = Path(__file__).parent.parent
+    names = {
+        ast.unparse(node)
+        for folder in ("multilora", "bench")
+        for path in (root / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    names = {name for name in names if re.fullmatch(r"torch(\.\w+)+", name)}
+    assert "torch.cuda.get_device_capability" in names
+    assert [name for name in sorted(names) if not _is_there(name)] == []
+
+
+def _is_there(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
 
 
 # --- machine code --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -92,7 +93,16 @@ def _missing_cuda() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     nvcc = importlib.import_module("multilora._C_cuda").build_info()["compiler"]
-    return _old_driver(nvcc, torch._C._cuda_getDriverVersion()) or _too_old()
+    return _old_driver(nvcc, _driver_version()) or _too_old()
+
+
+def _driver_version() -> int:
+    """The newest CUDA that the NVIDIA driver, which PyTorch has loaded, is for: 12040 is 12.4."""
+    version = ctypes.c_int()
+    error = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    if error:
+        raise RuntimeError(f"cuDriverGetVersion returned the error {error}")
+    return version.value
 
 
 def _old_driver(nvcc: str, driver: int) -> str | None:

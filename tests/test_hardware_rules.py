@@ -10,6 +10,7 @@ import mmap
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -229,12 +230,12 @@ def test_the_driver_is_asked_for_its_version(tmp_path, driver, reason):
     source = f'extern "C" int cuDriverGetVersion(int* version) {{ *version = {driver}; return 0; }}'
     (tmp_path / "driver.cpp").write_text(source)
     library = tmp_path / "libcuda.so.1"
-    compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "driver.cpp"]
-    subprocess.run(command, check=True)
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    subprocess.run([*compiler, "-shared", "-o", library, tmp_path / "driver.cpp"], check=True)
+    folders = filter(None, [str(tmp_path), os.environ.get("LD_LIBRARY_PATH")])
     done = subprocess.run(
         [sys.executable, "-c", _ASKED_ON_A_GPU],
-        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        env=os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
     )

@@ -248,7 +248,7 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _write(model: ParticleModel, path: str | Path, write: Callable[[Path], object]) -> None:
     device = next(iter(model.parameters())).device
-    model.ranks.write(lambda: files.replace_files(Path(path), write), device)
+    model.processes.write(lambda: files.replace_files(Path(path), write), device)
 
 
 def _stacked(model: ParticleModel) -> list[Tensor]:
@@ -259,7 +259,7 @@ def _stacked(model: ParticleModel) -> list[Tensor]:
 def _whole(model: ParticleModel) -> dict[Tensor, Tensor]:
     """Every stacked tensor with the particles of all processes."""
     stacked = _stacked(model)
-    return dict(zip(stacked, model.ranks.gather_all(stacked)))
+    return dict(zip(stacked, model.processes.gather_all(stacked)))
 
 
 def _particle(
@@ -472,7 +472,7 @@ def _fill(model: ParticleModel, saved: _Saved) -> None:
     for name, stacked in model.stacked_modules():
         shared |= _buffers(name, stacked.module)
     with torch.no_grad():
-        for particle, loaded in enumerate(model.ranks.own(saved.tensors)):
+        for particle, loaded in enumerate(model.processes.own(saved.tensors)):
             for key, tensor in loaded.items():
                 slot = shared[key] if key in shared else slots[key][particle]
                 slot.copy_(tensor.reshape(slot.shape))

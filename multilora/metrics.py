@@ -55,7 +55,7 @@ def predict(
     def predicted(inputs: Any) -> Tensor:
         chunked = particle_chunk is not None
         z = model.in_chunks(particle_chunk, lambda: run(inputs)) if chunked else run(inputs)
-        z = model.ranks.gather(z) if hasattr(model, "ranks") else z
+        z = model.processes.gather(z) if hasattr(model, "processes") else z
         axis = -1 if class_axis is None else class_axis + (class_axis >= 0)
         return z.log_softmax(axis) if log else _probabilities(z, axis)
 

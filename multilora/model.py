@@ -25,7 +25,7 @@ from multilora.layers import (
     StackedModule,
     is_foreign_linear,
 )
-from multilora.parallel import Ranks
+from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
 from multilora.targets import (
     check_base,
@@ -64,7 +64,7 @@ class ParticleModel(nn.Module):
         num_particles: int,
         seeds: Sequence[int],
         share_trunk: bool | str = False,
-        ranks: Ranks | None = None,
+        processes: Processes | None = None,
         fold: str = "batch",
         batch_axes: Axes | None = None,
         output_axes: Mapping[str, int | None] | int | None = None,
@@ -75,7 +75,7 @@ class ParticleModel(nn.Module):
         self.peft_config = config
         self.num_particles = num_particles
         self.seeds = tuple(seeds)  # of all processes' particles
-        self.ranks = ranks or Ranks()
+        self.processes = processes or Processes()
         self.fold, self.check_isolation = fold, check_isolation
         self.batch_axes, self.output_axes = dict(batch_axes or {}), output_axes
         self.training = base.training
@@ -101,6 +101,11 @@ class ParticleModel(nn.Module):
             self._cut.remove()
         self._cut = Cut(self.base, where) if where else None
         self._share_trunk = where
+
+    @property
+    def ranks(self) -> Processes:
+        """The old name of `processes`, kept for one release."""
+        return self.processes
 
     @property
     def has_cut(self) -> bool:
@@ -367,9 +372,9 @@ def get_particle_model(
     if share_trunk and fold == "loop":
         raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
     check_base(base)
-    ranks = Ranks.of_mesh(mesh)
+    processes = Processes.of_mesh(mesh)
     seeds = _seeds(seed, num_particles)
-    num_particles = len(ranks.own(seeds))
+    num_particles = len(processes.own(seeds))
     config, targets, saved = resolve(base, config)
     check_targets(targets, saved)
     if isinstance(share_trunk, str):
@@ -401,7 +406,7 @@ def get_particle_model(
             "this is meant",
             stacklevel=2,
         )
-    for particle, particle_seed in enumerate(ranks.own(seeds)):
+    for particle, particle_seed in enumerate(processes.own(seeds)):
         generator = torch.Generator().manual_seed(particle_seed)
         for layer, how in redrawn:
             layer.reset_particle(particle, generator, *how)
@@ -415,7 +420,7 @@ def get_particle_model(
         num_particles,
         seeds,
         share_trunk,
-        ranks,
+        processes,
         fold,
         batch_axes,
         output_axes,

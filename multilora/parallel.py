@@ -20,7 +20,7 @@ _SCATTER = 0x9E3779B97F4A7C15 - 2**64
 _Items = TypeVar("_Items", Sequence[Any], Tensor)
 
 
-class Ranks:
+class Processes:
     """This process's place among those along the data and those along the particles.
 
     Without groups it is alone, and every operation is the identity.
@@ -34,14 +34,14 @@ class Ranks:
         self.particle_size = 1 if particle is None else particle.size()
         self.particle_rank = 0 if particle is None else particle.rank()
 
-    def __deepcopy__(self, memo: dict) -> Ranks:
+    def __deepcopy__(self, memo: dict) -> Processes:
         return self
 
     @staticmethod
-    def of_mesh(mesh: DeviceMesh | None) -> Ranks:
+    def of_mesh(mesh: DeviceMesh | None) -> Processes:
         """Raises ValueError for a mesh with other axes than "data" and "particle"."""
         if mesh is None:
-            return Ranks()
+            return Processes()
         names = getattr(mesh, "mesh_dim_names", None) or ()
         if not names or set(names) - set(AXES):
             raise ValueError(
@@ -49,7 +49,7 @@ class Ranks:
                 f"mesh_dim_names=...)); got {names or 'no names'}"
             )
         groups = {name: mesh[name].get_group() for name in names}
-        return Ranks(groups.get("data"), groups.get("particle"))
+        return Processes(groups.get("data"), groups.get("particle"))
 
     def own(self, items: _Items) -> _Items:
         """This process's share of what has one entry, or row, a particle."""

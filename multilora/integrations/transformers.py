@@ -91,7 +91,7 @@ class ParticleTrainer(Trainer):
             raise TypeError(f"model must be a ParticleModel; got {type(model).__name__}")
         if not callable(method):
             raise TypeError(f"method must be a callable, model -> Method; got {method!r}")
-        if model.ranks.data is not None or model.ranks.particle is not None:
+        if model.processes.data is not None or model.processes.particle is not None:
             raise ValueError("make the model without a mesh: Trainer shares the data by itself")
         _check_options(args, options)
         self._check_compute_loss()

@@ -12,7 +12,7 @@ from torch import Tensor
 from multilora import checks
 from multilora.methods.parameters import require_current
 from multilora.methods.passes import Closure, Passes
-from multilora.parallel import Ranks
+from multilora.parallel import Processes
 
 # How many tensors are looked at together for what is not finite.
 _TOGETHER = 64
@@ -135,7 +135,7 @@ class Method:
         needed = [] if self.nonfinite == "ignore" else ['nonfinite="ignore"']
         if self.interacts and self.passes.chunk < self.num_particles:
             needed.append("particle_chunk=None")
-        if self.interacts and self.passes.ranks.particle_size > 1:
+        if self.interacts and self.passes.processes.particle_size > 1:
             needed.append("one process along the particles")
         if needed:
             raise RuntimeError(
@@ -181,7 +181,7 @@ class Method:
             return among
         seen = [losses] if isinstance(scale, Tensor) else [losses, _zero_if_finite(grads)]
         # The one wait for the device: what follows is lists.
-        finite = self.passes.ranks.all_true(torch.stack(seen, 1).isfinite()).tolist()
+        finite = self.passes.processes.all_true(torch.stack(seen, 1).isfinite()).tolist()
         considered = range(len(finite)) if among is None else among.tolist()
         # The divergence carries one particle's broken predictions into the gradients of all: then
         # only the losses tell who it is.
@@ -189,7 +189,7 @@ class Method:
         bad = bad or [k for k in considered if not all(finite[k])]
         if not bad:
             return among
-        values = self.passes.ranks.gather(losses).tolist()
+        values = self.passes.processes.gather(losses).tolist()
         names = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if bad[8:] else "")
         message = (
             f"{type(self).__name__}, call {self.step}: non-finite loss or gradient of particle"
@@ -207,7 +207,7 @@ class Method:
     def _require_finite_parameters(self, message: str) -> None:
         """Another batch helps only where some particle's parameters are finite."""
         finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in self.params]).all(0)
-        if not bool(self.passes.ranks.all_true(finite).any()):
+        if not bool(self.passes.processes.all_true(finite).any()):
             raise FloatingPointError(
                 f"{message}: the parameters of all particles are not finite; nothing was changed"
             )
@@ -217,13 +217,13 @@ class Method:
         if finite is None:
             return grads
         skipped = torch.ones(self.passes.total, dtype=torch.bool, device=finite.device)
-        skipped = self.passes.ranks.own(skipped.index_fill(0, finite, False))
+        skipped = self.passes.processes.own(skipped.index_fill(0, finite, False))
         return [g.masked_fill(skipped.view(-1, *[1] * (g.ndim - 1)), 0) for g in grads]
 
     def mean_loss(self, losses: Tensor, finite: Tensor | None) -> Tensor:
         """The mean over all processes' particles, of (K,) of this one's, which are kept."""
         self.particle_nll = losses
-        losses = self.passes.ranks.gather(losses)
+        losses = self.passes.processes.gather(losses)
         return losses.mean() if finite is None else losses[finite].mean()
 
 
@@ -270,13 +270,13 @@ def require_different_particles(model: Any, params: list[Tensor], why: str) -> N
         # Frozen factors tell particles apart too.
         tensors += [adapter.lora_A, adapter.lora_B]
     same = torch.stack([(t == t[:1]).all() for t in tensors]).all()
-    ranks = getattr(model, "ranks", None) or Ranks()
-    if ranks.particle_size > 1:
+    processes = getattr(model, "processes", None) or Processes()
+    if processes.particle_size > 1:
         # Of the first of every process, a sum that tells them apart.
         first = sum(t[:1].detach().double().abs().sqrt().sum() for t in tensors).reshape(1)
-        first = ranks.gather(first)
-        same = ranks.all_true(same.expand(len(params[0]))).all() & (first == first[0]).all()
-    particles = len(params[0]) * ranks.particle_size
+        first = processes.gather(first)
+        same = processes.all_true(same.expand(len(params[0]))).all() & (first == first[0]).all()
+    particles = len(params[0]) * processes.particle_size
     if particles > 1 and bool(same):
         raise ValueError(
             f"all {particles} particles are identical, so {why} has zero gradient and "

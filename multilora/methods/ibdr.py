@@ -260,7 +260,7 @@ class IBDR(Method):
             (grad,) = torch.autograd.grad(total * scale, logits)
             grads = self.passes.pull_back(closure, grad)
             grads = [flatten(grads)] if before is None else grads
-            self.particle_nll = self.passes.mean(self.passes.ranks.own(each))
+            self.particle_nll = self.passes.mean(self.passes.processes.own(each))
             still = finite
             if before is None or not isinstance(scale, Tensor):
                 still = self.finite_particles(self.particle_nll, grads, scale, finite)
@@ -344,7 +344,7 @@ class IBDR(Method):
             _warn_own_batches(*classes)
         elif classes is not None:
             predicted, of = classes[0][everybody], classes[1]
-            weight = passes.ranks.share_of_mean((of != IGNORE_INDEX).sum())
+            weight = passes.processes.share_of_mean((of != IGNORE_INDEX).sum())
             if self._plain and not targets.is_floating_point():
                 fused, divergence = particle_loss(predicted, of, self.eps, self.kind)
             if self.divergence == "cross" and before is not None:
@@ -390,11 +390,11 @@ class IBDR(Method):
         """ε (K, P), zero where a tensor has no noise; None where σ = 0."""
         if not self.noisy:
             return None
-        total, ranks = self.passes.total, self.passes.ranks
+        total, processes = self.passes.total, self.passes.processes
         return flatten(
             [
                 # Those of all processes' particles are drawn: the particles that one process has.
-                ranks.own(p.new_empty(total, *p.shape[1:]).normal_(generator=self.generator))
+                processes.own(p.new_empty(total, *p.shape[1:]).normal_(generator=self.generator))
                 if i in self.noisy
                 else torch.zeros_like(p)
                 for i, p in enumerate(self.params)
@@ -420,13 +420,15 @@ class IBDR(Method):
     def _update_lambda(self, moved: Tensor, before: Tensor, second: _Pass) -> Tensor:
         """moved: ‖θ'_i − θ_i‖² of this process's particles. -> c̄"""
         if self.cost == "parameter":
-            distance = self.passes.ranks.gather(moved)
+            distance = self.passes.processes.gather(moved)
         else:
             dtype = accumulator(before.dtype)
             change = second.logits.to(dtype).softmax(-1) - before.to(dtype).softmax(-1)
             valid = second.targets != IGNORE_INDEX
             distance = (change.square().sum(-1) * valid).sum(-1) / valid.sum(-1).clamp_min(1)
-            distance = self.passes.mean(distance * self.passes.ranks.share_of_mean(valid.sum(-1)))
+            distance = self.passes.mean(
+                distance * self.passes.processes.share_of_mean(valid.sum(-1))
+            )
         distance = (distance if second.finite is None else distance[second.finite]).mean()
         moved = self.lambda_ - self.lambda_lr * (self.rho - distance)
         moved = moved.clamp(*self.lambda_bounds)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from multilora.parallel import Ranks
+from multilora.parallel import Processes
 
 
 def unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:
@@ -24,12 +24,12 @@ def unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:
             return model, wrapper
 
 
-def check_wrapper(wrapper: DistributedDataParallel | None, ranks: Ranks) -> None:
+def check_wrapper(wrapper: DistributedDataParallel | None, processes: Processes) -> None:
     """DistributedDataParallel makes its processes equal: they must not hold other particles."""
-    if wrapper is None or ranks.particle_size == 1:
+    if wrapper is None or processes.particle_size == 1:
         return
     copies = dist.get_process_group_ranks(wrapper.process_group)
-    others = dist.get_process_group_ranks(ranks.particle)
+    others = dist.get_process_group_ranks(processes.particle)
     if len(set(copies) & set(others)) > 1:
         raise ValueError(
             f"DistributedDataParallel over the processes {copies} has given them all the "

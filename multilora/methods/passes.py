@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from multilora import checks
 from multilora.losses import NAMES, Loss, RowLoss, own_targets
 from multilora.methods.parameters import check_wrapper, stacked_parameters, unwrap
-from multilora.parallel import Ranks
+from multilora.parallel import Processes
 from multilora.randomness import RandomState
 
 Closure = Callable[[], tuple[Tensor, Any]]
@@ -34,11 +34,11 @@ class Passes:
         self.model, self._wrapper = unwrap(model)
         self.params = stacked_parameters(self.model)
         self.num_particles = self.params[0].shape[0]
-        self.ranks = getattr(self.model, "ranks", None) or Ranks()
-        if self._wrapper is not None and self.ranks.data is None:
-            self.ranks = Ranks(self._wrapper.process_group, self.ranks.particle)
-        check_wrapper(self._wrapper, self.ranks)
-        self.total = self.num_particles * self.ranks.particle_size
+        self.processes = getattr(self.model, "processes", None) or Processes()
+        if self._wrapper is not None and self.processes.data is None:
+            self.processes = Processes(self._wrapper.process_group, self.processes.particle)
+        check_wrapper(self._wrapper, self.processes)
+        self.total = self.num_particles * self.processes.particle_size
         self.chunk = chunk = self.num_particles if particle_chunk is None else particle_chunk
         checks.integer("particle_chunk", chunk, 1)
         if chunk < self.num_particles and not hasattr(self.model, "particles"):
@@ -64,9 +64,9 @@ class Passes:
             "tensors": str([(tuple(p.shape), p.dtype) for p in self.params]),
         }
         seeds = {"seeds of the particles": str(getattr(self.model, "seeds", None))}
-        self.ranks.require_same(settings, "data", device)
-        self.ranks.require_same(settings | seeds, "particle", device)
-        self.ranks.require_equal(
+        self.processes.require_same(settings, "data", device)
+        self.processes.require_same(settings | seeds, "particle", device)
+        self.processes.require_equal(
             self.params,
             "data",
             device,
@@ -80,7 +80,7 @@ class Passes:
         compare: whether to see to it that processes along the particles have one batch: equal
         targets and, where the particles' predictions interact, equal inputs of the model.
         """
-        self._compare = compare and self.ranks.particle_size > 1
+        self._compare = compare and self.processes.particle_size > 1
         with contextlib.ExitStack() as stack:
             stack.callback(self._forget)
             if self._wrapper is not None:
@@ -129,17 +129,17 @@ class Passes:
         if len(parts) > 1:
             logits = torch.cat([logits for logits, _, _ in parts])
             targets = torch.cat([targets for _, targets, _ in parts]) if own else targets
-        targets = self.ranks.gather(targets) if own else targets
-        self._predicted = self.ranks.gather(logits).detach().requires_grad_()
+        targets = self.processes.gather(targets) if own else targets
+        self._predicted = self.processes.gather(logits).detach().requires_grad_()
         return self._predicted, targets
 
     def pull_back(self, closure: Closure, grad: Tensor) -> list[Tensor]:
         """The gradients in the parameters, from the gradient (K, ..., C) in `predict`'s logits."""
-        own = self.ranks.own(grad)
+        own = self.processes.own(grad)
         if self._graph is not None:
             logits, self._graph = self._graph, None
             return self._mean_all(gradients(logits, self.params, own))
-        grads, before = self._buffers(), self.ranks.own(self._predicted.detach())
+        grads, before = self._buffers(), self.processes.own(self._predicted.detach())
         for part, state in zip(self._parts, self._states):
             state.restore()
             with self._only(part) as params:
@@ -181,21 +181,21 @@ class Passes:
                 f"got {_shown(values)}"
             )
         count = getattr(loss, "count", None)
-        if self.ranks.data_size == 1 or not callable(count):
+        if self.processes.data_size == 1 or not callable(count):
             return values
-        return values * self.ranks.share_of_mean(count(logits, targets)).to(values.dtype)
+        return values * self.processes.share_of_mean(count(logits, targets)).to(values.dtype)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of `values` over the data of all processes."""
-        self.ranks.mean_([values])
+        self.processes.mean_([values])
         return values
 
     def log(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """Scalars as they are over the data of all processes."""
-        if self.ranks.data_size == 1:
+        if self.processes.data_size == 1:
             return stats
         values = torch.stack([value.double() for value in stats.values()])
-        self.ranks.mean_([values])
+        self.processes.mean_([values])
         return {name: v.to(value.dtype) for (name, value), v in zip(stats.items(), values)}
 
     @contextlib.contextmanager
@@ -215,7 +215,7 @@ class Passes:
         if rows and not (_fits(logits, part) and isinstance(targets, Tensor)):
             raise ValueError(f"{_no_logits(logits, part)}, targets {_shown(targets)}")
         own = False
-        if rows or len(self._parts) > 1 or self.ranks.particle_size > 1:
+        if rows or len(self._parts) > 1 or self.processes.particle_size > 1:
             own = own_targets(loss, logits, targets, self.num_particles)
         if own and len(targets) == self.num_particles:
             targets = targets[part]
@@ -223,7 +223,7 @@ class Passes:
             # Each process has other mini-batches then.
             batch = [] if own else tree_leaves((self._inputs, targets))
             self._compare, self._inputs = False, []
-            self.ranks.require_equal(
+            self.processes.require_equal(
                 [t for t in batch if isinstance(t, Tensor)],
                 "particle",
                 self.params[0].device,
@@ -243,7 +243,7 @@ class Passes:
         return [torch.empty_like(p, requires_grad=False) for p in self.params]
 
     def _mean_all(self, grads: list[Tensor]) -> list[Tensor]:
-        self.ranks.mean_(grads)
+        self.processes.mean_(grads)
         return grads
 
 

@@ -184,16 +184,16 @@ class SVGD(Method):
     def _everyone(self, finite: Tensor | None) -> dict[Tensor, Tensor]:
         """Every tensor of the particles, with those of all processes that have a finite step."""
         tensors = [*self.lora_A, *self.lora_B, *(t for group in self.dense for t in group)]
-        gathered = self.passes.ranks.gather_all(tensors)
+        gathered = self.passes.processes.gather_all(tensors)
         if finite is not None:
             gathered = [t[finite] for t in gathered]
         return dict(zip(tensors, gathered))
 
     def _all_gradients(self, grads: list[Tensor], finite: Tensor | None) -> list[Tensor]:
         """The same of the gradients."""
-        ranks = self.passes.ranks
-        if ranks.particle_size > 1:
-            grads = ranks.gather_all(grads)
+        processes = self.passes.processes
+        if processes.particle_size > 1:
+            grads = processes.gather_all(grads)
         return grads if finite is None else [g[finite] for g in grads]
 
     def _own(self, direction: Tensor, finite: Tensor | None) -> Tensor:
@@ -201,7 +201,7 @@ class SVGD(Method):
         if finite is not None:
             every = direction.new_zeros(self.passes.total, *direction.shape[1:])
             direction = every.index_copy_(0, finite, direction)
-        return self.passes.ranks.own(direction)
+        return self.passes.processes.own(direction)
 
     def _two_h_squared(self, D: Tensor) -> Tensor:
         """2h² of every kernel (groups, 1, 1)."""

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import multilora as ml
 from multilora import losses
-from multilora.parallel import Ranks
+from multilora.parallel import Processes
 
 K, B, C = 4, 8, 5
 AXES = ("data", "particle")
@@ -294,4 +294,13 @@ def test_a_digest_tells_tensors_apart():
     t = torch.randn(20)
     digests = {_digest(t[torch.randperm(20)]).item() for _ in range(500)}
     assert len(digests) == 500
-    Ranks().require_equal([t], "data", t.device, "alone")
+    Processes().require_equal([t], "data", t.device, "alone")
+
+
+def test_the_old_name_of_a_models_processes_still_works():
+    model = ml.get_particle_model(
+        torch.nn.Sequential(torch.nn.Linear(3, 2)),
+        peft.LoraConfig(r=1, target_modules=["0"]),
+        num_particles=2,
+    )
+    assert model.ranks is model.processes

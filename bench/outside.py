@@ -150,7 +150,7 @@ def tests(context: Context, seconds: float = 150.0) -> dict[str, Any]:
     """The operators' tests on the device. A test that hangs is ended by pytest-timeout, where it is
     there; a process whose CUDA context is broken is replaced (bench.broken_device)."""
     device = context.device.type
-    files = [f"tests/test_{name}.py" for name in TESTS]
+    files = [f"tests/ops/test_{name}.py" for name in TESTS]
     present = [name for name in files if (ROOT / name).exists()]
     command = [sys.executable, "-m", "pytest", *present, "-v", "-rfE", "-p", "no:cacheprovider"]
     command += ["-p", "bench.broken_device", "--color=no", "--tb=short"]

@@ -359,15 +359,15 @@ def test_a_command_is_stopped(tmp_path):
 
 def test_summary_of_tests():
     lines = [
-        "[gw0] [ 25%] PASSED tests/test_volume.py::test_values[reference-3 particles] ",
-        "tests/test_volume.py::test_errors[triton] FAILED                          [ 50%]",
-        "[gw1] [ 75%] PASSED tests/test_volume.py::test_empty",
-        "tests/test_volume.py::test_that_was_running",
+        "[gw0] [ 25%] PASSED tests/ops/test_volume.py::test_values[reference-3 particles] ",
+        "tests/ops/test_volume.py::test_errors[triton] FAILED                          [ 50%]",
+        "[gw1] [ 75%] PASSED tests/ops/test_volume.py::test_empty",
+        "tests/ops/test_volume.py::test_that_was_running",
     ]
     stopped = outside.summary([line.strip() for line in lines])
     assert stopped["outcomes"] == {"PASSED": 2, "FAILED": 1}
-    assert stopped["failed"] == ["tests/test_volume.py::test_errors[triton]"]
-    last = "FAILED tests/test_volume.py::test_errors[triton] - assert nan < 1e-05"
+    assert stopped["failed"] == ["tests/ops/test_volume.py::test_errors[triton]"]
+    last = "FAILED tests/ops/test_volume.py::test_errors[triton] - assert nan < 1e-05"
     assert outside.summary([*lines, last])["failed"] == [last]
 
 

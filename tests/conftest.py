@@ -11,13 +11,14 @@ os.environ["TRITON_INTERPRET"] = "1" if DEVICE == "cpu" else "0"
 
 from pathlib import Path
 
-import compiled.child
 import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from ptx import native
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import compiled.child
+from ptx import native
 
 # Another build of the CPU kernels, such as one with sanitizers.
 if "MULTILORA_TEST_C" in os.environ:

@@ -1,0 +1,604 @@
+"""Adapters over linears whose product is their own: quantised, packed, sharded, hooked ones.
+
+The stubs are as odd as the real layers are: weights in other shapes and dtypes, backward formulas
+of their own, outputs that are views, hooks, assigned forwards.
+"""
+
+import copy
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import multilora as ml
+from models import load_peft, particle_tensors, particles_of, peft_tensors
+from multilora.calls import Call
+from multilora.layers import LoraForeignLinear, LoraLinear, is_foreign_linear
+from oracles import relative_error
+from processes import run_in_processes
+from readme import block
+
+K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
+
+
+class Int8Linear(nn.Linear):
+    """int8 with a scale a row, taken apart in the forward; autograd makes the gradient of x."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        rounded = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.bias = linear.bias
+        self.register_buffer("scale", scale)
+
+    def dequantised(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Its bias is added by F.linear, whose output of 3-D rows is a view.
+        return F.linear(x, self.dequantised().to(x.dtype), self.bias.to(x.dtype))
+
+
+class _Unpacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        y = x.flatten(0, -2) @ layer.dequantised().to(x.dtype).T + layer.bias.to(x.dtype)
+        # A view made here: autograd lets nobody change it in place.
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.dequantised().to(grad.dtype), None
+
+
+class Packed4Bit(nn.Module):
+    """Two weights a byte, as a column of bytes; no nn.Linear, and all of it buffers."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        levels = ((linear.weight.detach() / 0.06).round() + 8).clamp(0, 15).to(torch.uint8)
+        high, low = levels.view(-1, 2).unbind(1)
+        self.register_buffer("weight", (high * 16 + low).unsqueeze(1))
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def dequantised(self) -> Tensor:
+        levels = torch.cat([self.weight // 16, self.weight % 16], 1)
+        levels = levels.view(self.out_features, self.in_features)
+        return (levels.to(self.bias.dtype) - 8) * 0.06
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Unpacked.apply(x, self)
+
+
+class Sharded(nn.Linear):
+    """Column-parallel: `weight` is this rank's half of the features, and the output is gathered."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features)
+        mine, theirs = linear.weight.detach().chunk(2)
+        self.weight = nn.Parameter(mine, requires_grad=False)
+        self.register_buffer("of_another_rank", theirs)
+        self.bias = linear.bias
+
+    def dequantised(self) -> Tensor:
+        return torch.cat([self.weight, self.of_another_rank])
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.linear(x, weight.to(x.dtype)) for weight in (self.weight, self.of_another_rank)]
+        return torch.cat(parts, -1) + self.bias.to(parts[0].dtype)
+
+
+STUBS = {"int8": Int8Linear, "packed": Packed4Bit, "sharded": Sharded}
+stubs = pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS.keys())
+
+
+class Net(nn.Module):
+    """Foreign layers before and after a plain one, over (B, tokens, d) and over (B, d)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(D_IN, D_OUT)
+        self.plain = nn.Linear(D_OUT, D_OUT)
+        self.last = nn.Linear(D_OUT, D_OUT)
+        self.head = nn.Linear(D_OUT, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x)).mean(1)
+        x = F.gelu(self.plain(x))
+        x = self.last(x)
+        x += 1  # what follows may change a layer's output in place
+        return self.head(x)
+
+
+def nets(stub, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
+    """A net over foreign layers, and the net of plain layers with their weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        foreign = Net().to(dtype)
+    plain = copy.deepcopy(foreign)
+    for name in ("first", "last"):
+        layer = stub(getattr(foreign, name))
+        setattr(foreign, name, layer)
+        with torch.no_grad():
+            getattr(plain, name).weight.copy_(layer.dequantised())
+    return foreign, plain
+
+
+def config(**changes) -> peft.LoraConfig:
+    targets = {"target_modules": ["first", "plain", "last"], "modules_to_save": ["head"]}
+    return peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **targets, **changes})
+
+
+def pair(stub, dtype=torch.float64, **changes) -> tuple[ml.ParticleModel, ml.ParticleModel]:
+    """K particles over foreign layers and over plain ones, with the same adapters."""
+    foreign, plain = (particles_of(net, config(**changes), K) for net in nets(stub, dtype))
+    with torch.no_grad():
+        for mine, theirs in zip(plain.particle_parameters(), foreign.particle_parameters()):
+            mine.copy_(theirs)
+    return foreign, plain
+
+
+def inputs(dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(BATCH, TOKENS, D_IN, generator=generator, dtype=dtype)
+    return x, torch.randint(3, (BATCH,), generator=generator)
+
+
+def gradients(model, x: Tensor, weights: Tensor, forward=None) -> list[Tensor]:
+    """Those of x and of all trainable tensors, where something else than the model runs it too."""
+    leaves = [x, *model.particle_parameters()]
+    output = model(x) if forward is None else forward(x)
+    return list(torch.autograd.grad((output * weights).sum(), leaves))
+
+
+def assert_same_gradients(got, expected, tolerance) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative_error(mine, theirs) < tolerance
+
+
+# --- values and gradients ------------------------------------------------------------------------
+
+
+@stubs
+def test_outputs_and_gradients_are_those_of_the_dequantised_weights(stub):
+    foreign, plain = pair(stub)
+    kinds = {name: type(layer) for name, layer in foreign.lora_layers()}
+    assert kinds == {"first": LoraForeignLinear, "plain": LoraLinear, "last": LoraForeignLinear}
+    x, _ = inputs()
+    assert relative_error(foreign(x), plain(x)) < 1e-14
+    x.requires_grad_()
+    weights = torch.randn(K, BATCH, 3, dtype=torch.float64)
+    assert_same_gradients(gradients(foreign, x, weights), gradients(plain, x, weights), 1e-13)
+
+
+@stubs
+def test_masters_are_float32_on_the_device_of_the_layer(stub):
+    model = particles_of(nets(stub, torch.bfloat16)[0], config(), K)
+    for adapter in model.adapters():
+        assert adapter.lora_A.dtype == adapter.lora_B.dtype == torch.float32
+        assert adapter.lora_A.device.type == "cpu"
+    assert model.adapters()[0].lora_A.shape == (K, 2, D_IN)
+    assert model.adapters()[0].lora_B.shape == (K, D_OUT, 2)
+    x = inputs(torch.bfloat16)[0]
+    assert model(x).dtype == torch.bfloat16
+
+
+@stubs
+@pytest.mark.parametrize("method", [ml.Ensemble, ml.IBDR, ml.SVGD], ids=lambda m: m.__name__)
+def test_training_steps(stub, method):
+    results = []
+    for model in pair(stub):
+        optimizer = torch.optim.SGD(model.particle_parameters(), lr=0.1)
+        trainer = method(model)
+        for step in range(2):
+            x, y = inputs(seed=step)
+            trainer.backward(lambda model=model, x=x, y=y: (model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(model(inputs(seed=9)[0]))
+    assert relative_error(*results) < 1e-12
+
+
+@stubs
+def test_autocast(stub):
+    foreign, plain = pair(stub, torch.float32)
+    x = inputs(torch.float32)[0].requires_grad_()
+    weights = torch.randn(K, BATCH, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert foreign(x).dtype == torch.bfloat16
+        got = gradients(foreign, x, weights)
+    expected = gradients(plain, x, weights)
+    assert all(g.dtype == torch.float32 for g in got)
+    assert_same_gradients(got, expected, 0.05)
+
+
+@stubs
+def test_compiled(stub):
+    foreign, _ = pair(stub)
+    x = inputs()[0].requires_grad_()
+    weights = torch.randn(K, BATCH, 3, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = torch.compile(foreign, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(x), foreign(x)) < 1e-14
+    got = gradients(foreign, x, weights, compiled)
+    assert_same_gradients(got, gradients(foreign, x, weights), 1e-13)
+
+
+def test_exported():
+    foreign, _ = pair(Packed4Bit)
+    x = inputs()[0]
+    with torch.no_grad():
+        exported = torch.export.export(foreign, (x,))
+        assert relative_error(exported.module()(x), foreign(x)) < 1e-14
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_lies_before_A_only(training):
+    model = particles_of(nets(Int8Linear)[0], config(lora_dropout=0.5), K).train(training)
+    layer = model.base.first
+    x = torch.randn(K * BATCH, TOKENS, D_IN, dtype=torch.float64)
+    torch.manual_seed(5)
+    with Call(model, K, len(x)).active():
+        y = layer(x)
+    torch.manual_seed(5)
+    rows = F.dropout(x.view(K, -1, D_IN), 0.5, training)
+    delta = layer.scaling * rows @ layer.lora_A.mT.double() @ layer.lora_B.mT.double()
+    assert relative_error(y, layer.base_layer(x) + delta.view_as(y)) < 1e-14
+
+
+def test_gradient_checkpointing():
+    foreign, _ = pair(Packed4Bit)
+    x = inputs()[0].requires_grad_()
+    weights = torch.randn(K, BATCH, 3, dtype=torch.float64)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(foreign, x, use_reentrant=False)
+
+    got = gradients(foreign, x, weights, checkpointed)
+    assert_same_gradients(got, gradients(foreign, x, weights), 1e-13)
+
+
+# --- one call, in place --------------------------------------------------------------------------
+
+
+@stubs
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_base_is_called_once_and_its_output_becomes_the_result(stub, grad, monkeypatch):
+    model = particles_of(nets(stub)[0], config(), K)
+    calls, results = [], []
+    forward = stub.forward
+
+    def recorded(layer, x):
+        y = forward(layer, x)
+        calls.append((x.shape, y.data_ptr()))
+        return y
+
+    monkeypatch.setattr(stub, "forward", recorded)
+    for name in ("first", "last"):
+        layer = model.base.get_submodule(name)
+        layer.register_forward_hook(lambda module, args, y: results.append(y.data_ptr()))
+    model(inputs()[0])  # with the isolation check
+    calls.clear(), results.clear()
+    with torch.set_grad_enabled(grad):
+        output = model(inputs()[0])
+    assert output.requires_grad == grad
+    assert [shape for shape, _ in calls] == [(K * BATCH, TOKENS, D_IN), (K * BATCH, D_OUT)]
+    assert [memory for _, memory in calls] == results
+
+
+class Held(nn.Linear):
+    """A linear that somebody can look into after it has run."""
+
+    def __init__(self, linear: nn.Linear, how: str):
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.how = how
+        self.register_buffer("workspace", torch.empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.how == "attribute":
+            self.last_output = y
+        elif self.how == "buffer":
+            self.workspace = y.detach()
+        elif self.how == "view of x":
+            y = x.view_as(x)
+        elif self.how == "x":
+            y = x
+        return y
+
+
+@pytest.mark.parametrize("how", ["attribute", "buffer", "view of x", "x", "hook"])
+def test_memory_that_may_be_read_again_is_not_taken(how):
+    base = nn.Sequential(Held(nn.Linear(D_OUT, D_OUT), how))
+    seen = []
+    if how == "hook":
+        base[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    model = particles_of(base, peft.LoraConfig(r=2, target_modules=["0"]), K)
+    layer = model.base[0]
+    x = torch.randn(K * BATCH, TOKENS, D_OUT)
+    before = x.clone()
+    expected = layer.base_layer(x).detach().clone()
+    with Call(model, K, len(x)).active():
+        y = layer(x)
+    assert not torch.equal(y, expected) and torch.equal(x, before)
+    held = {
+        "attribute": lambda: layer.base_layer.last_output,
+        "buffer": lambda: layer.base_layer.workspace,
+        "hook": lambda: seen[-1],
+    }.get(how, lambda: x)()
+    assert torch.equal(held, expected)
+
+
+class Saving(nn.Linear):
+    """Its backward reads its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).exp()
+
+
+def test_a_saved_output_raises_instead_of_a_wrong_gradient():
+    model = particles_of(
+        nn.Sequential(nn.Linear(D_IN, D_IN), Saving(D_IN, D_OUT)),
+        peft.LoraConfig(r=2, target_modules=["0", "1"]),
+        K,
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(torch.randn(BATCH, D_IN)).sum().backward()
+
+
+# --- what is a foreign linear --------------------------------------------------------------------
+
+
+def test_hooks_and_assigned_forwards_run():
+    plain, hooked, assigned = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    hooked.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    assigned.forward = lambda x: 3 * F.linear(x, assigned.weight, assigned.bias)
+    assert [is_foreign_linear(layer) for layer in (plain, hooked, assigned)] == [False, True, True]
+    base = nn.Sequential(hooked, assigned)
+    x = torch.randn(BATCH, 4)
+    expected = base(x)
+    # Their B is zero: the particles are the base.
+    model = ml.get_particle_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]), K)
+    for particle in model(x):
+        assert relative_error(particle, expected) < 1e-6
+
+
+def test_the_attention_that_reads_its_weight_is_no_target():
+    attention = nn.MultiheadAttention(8, 2)
+    assert not is_foreign_linear(attention.out_proj)
+
+
+def tensor_parallel(rank, folder):
+    """In a process of its own, as backward passes of DTensors start threads."""
+    mesh, column = DeviceMesh("cpu", [0]), ColwiseParallel(output_layouts=Replicate())
+    base, plain = Net(), Net()
+    plain.load_state_dict(base.state_dict())
+    parallelize_module(base, mesh, {"first": column, "last": column})
+    assert isinstance(base.first.weight, DTensor)
+    model = ml.get_particle_model(base, config(), K)
+    assert type(model.base.first) is LoraForeignLinear
+    twin = ml.get_particle_model(plain, config(), K)
+    with torch.no_grad():
+        for mine, theirs in zip(model.particle_parameters(), twin.particle_parameters()):
+            theirs.copy_(mine.add_(0.1 * torch.randn_like(mine)))
+    x = inputs(torch.float32)[0].requires_grad_()
+    weights = torch.randn(K, BATCH, 3)
+    assert_same_gradients(gradients(model, x, weights), gradients(twin, x, weights), 1e-5)
+
+
+def test_tensor_parallel(tmp_path):
+    run_in_processes(1, tensor_parallel, tmp_path)
+
+
+# --- PEFT and its files --------------------------------------------------------------------------
+
+
+class Uncopied(Packed4Bit):
+    def __deepcopy__(self, memo):
+        raise AssertionError("a quantised layer must not be copied to resolve names")
+
+
+def test_names_are_resolved_without_the_layers():
+    base = nn.Sequential(Uncopied(nn.Linear(D_IN, D_OUT)), nn.Linear(D_OUT, 4))
+    model = ml.get_particle_model(base, peft.LoraConfig(r=2, target_modules="all-linear"), K)
+    assert [name for name, _ in model.lora_layers()] == ["0", "1"]
+
+
+def test_patterns_and_exclusions():
+    changes = {
+        "exclude_modules": ["last"],
+        "rank_pattern": {"first": 5},
+        "alpha_pattern": {"first": 10},
+    }
+    model = ml.get_particle_model(nets(Packed4Bit)[0], config(**changes), K)
+    assert {a.name: (a.lora_A.shape[1], a.scaling) for a in model.adapters()} == {
+        "first": (5, 2.0),
+        "plain": (2, 1.5),
+    }
+
+
+def assert_peft_agrees(model, base, folder, x, tolerance) -> None:
+    """Every particle's outputs and gradients are those of PEFT over the same base."""
+    model.save_pretrained(folder)
+    output = model(x)
+    weights = torch.randn_like(output)
+    stacked = particle_tensors(model)
+    got = torch.autograd.grad((output * weights).sum(), list(stacked.values()))
+    got = dict(zip(stacked, got))
+    for particle in range(model.num_particles):
+        theirs = load_peft(base, folder / f"particle_{particle}")
+        value = theirs(x)
+        assert relative_error(output[particle], value) < tolerance
+        tensors = peft_tensors(theirs)
+        right = torch.autograd.grad((value * weights[particle]).sum(), list(tensors.values()))
+        assert got.keys() == tensors.keys()
+        for name, gradient in zip(tensors, right):
+            assert relative_error(got[name][particle], gradient) < tolerance
+
+
+@pytest.mark.parametrize("stub", [Int8Linear, Sharded])
+def test_peft_over_the_same_base(stub, tmp_path):
+    # PEFT takes a subclass of nn.Linear as it is. Of others it knows those of installed packages.
+    base = nets(stub, torch.float32)[0]
+    assert_peft_agrees(
+        particles_of(base, config(), K), base, tmp_path, inputs(torch.float32)[0], 1e-5
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits, tmp_path):
+    def quantise(linear: nn.Linear) -> nn.Module:
+        sizes = (linear.in_features, linear.out_features)
+        if bits == 8:
+            layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+        else:
+            layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+        layer.load_state_dict(linear.state_dict())
+        return layer.to("cpu")
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.plain = nn.Linear(64, 128), nn.Linear(128, 64)
+            self.last, self.head = nn.Linear(64, 64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            return self.head(self.last(F.gelu(self.plain(F.gelu(self.first(x))))))
+
+    base = Wide()
+    base.first, base.last = quantise(base.first), quantise(base.last)
+    assert base.first.weight.dtype in (torch.int8, torch.uint8)
+    model = particles_of(base, config(), K)
+    assert type(model.base.first) is type(model.base.last) is LoraForeignLinear
+    assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
+
+
+def test_the_quantised_base_of_the_readme(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "MODEL_OR_FOLDER")
+    monkeypatch.chdir(tmp_path)
+    scope = {"peft": peft, "ml": ml}
+    exec(block("### Over a quantised base", "python"), scope)
+    model = scope["model"]
+    layers = dict(model.lora_layers())
+    assert len(layers) == 4 and model.num_particles == 4
+    for layer in layers.values():
+        assert type(layer.base_layer) is bnb.nn.Linear4bit
+        assert layer.base_layer.weight.dtype == torch.uint8
+
+    ids = torch.randint(64, (2, 8))
+    method = ml.IBDR(model)
+    optimizer = torch.optim.AdamW(model.particle_parameters(), lr=0.02)
+    losses = []
+    for _ in range(5):
+        closure = lambda: (model(input_ids=ids).logits[:, :, :-1], ids[:, 1:])  # noqa: E731
+        losses.append(method.backward(closure)["nll"])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+
+    model.save_pretrained("particles")
+    expected = model(input_ids=ids).logits
+    for k in (0, 3):
+        base = AutoModelForCausalLM.from_pretrained(
+            "MODEL_OR_FOLDER", quantization_config=scope["quantised"]
+        )
+        theirs = load_peft(base, f"particles/particle_{k}")
+        assert relative_error(expected[k], theirs(input_ids=ids).logits) < 1e-5
+
+
+def test_files_and_soups_over_packed_weights(tmp_path):
+    base = nets(Packed4Bit)[0]
+    model = particles_of(base, config(), K)
+    model.save_pretrained(tmp_path)
+    x, _ = inputs()
+    loaded = ml.load_particle_model(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+    model.soup(tmp_path / "soup")
+    soup = ml.load_particle_model(copy.deepcopy(base), [tmp_path / "soup"]).eval()
+    mean, one = (dict(m.lora_layers()) for m in (model, soup))
+    for name in mean:
+        deltas = [layer.scaling * layer.lora_B @ layer.lora_A for layer in (mean[name], one[name])]
+        assert relative_error(deltas[1][0], deltas[0].mean(0)) < 1e-6
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def layer_of(forward, sizes=(D_IN, D_OUT)) -> LoraForeignLinear:
+    """A layer of one particle over a linear with this forward."""
+    linear = nn.Linear(*sizes)
+    linear.forward = forward
+    return LoraForeignLinear(linear.requires_grad_(False), 1, 2, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "forward, error, message",
+    [
+        (lambda x: (x.new_zeros(6, D_OUT), None), TypeError, "plain tensor.*tuple"),
+        (lambda x: x.new_zeros(6, D_OUT // 2), ValueError, r"\(6, 8\).*\(6, 4\).*gather"),
+        (lambda x: x.new_zeros(6, D_OUT), RuntimeError, "Linear gives no gradient"),
+    ],
+)
+def test_outputs_that_cannot_work(forward, error, message):
+    x = torch.randn(6, D_IN, requires_grad=True)
+    with pytest.raises(error, match=message):
+        layer_of(forward)(x)
+
+
+def test_an_input_without_gradient_needs_none():
+    y = layer_of(lambda x: x.new_zeros(6, D_OUT))(torch.randn(6, D_IN))
+    assert y.requires_grad
+
+
+class Bare(nn.Module):
+    in_features, out_features = D_IN, D_OUT
+
+
+class Nested(nn.Module):
+    in_features, out_features = D_IN, D_OUT
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D_IN, D_OUT)
+
+
+class Sizeless(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(D_OUT, D_IN))
+
+
+@pytest.mark.parametrize(
+    "layer, error, message",
+    [
+        (Bare(), TypeError, "'0' is a Bare without parameters and buffers"),
+        (Nested(), ValueError, "Nested"),
+        (Sizeless(), ValueError, "Sizeless"),
+    ],
+)
+def test_targets_that_cannot_work(layer, error, message):
+    base = nn.Sequential(layer, nn.Linear(D_OUT, 3))
+    with pytest.raises(error, match=message):
+        ml.get_particle_model(base, peft.LoraConfig(r=2, target_modules=["0", "1"]), K)
+    assert base[0] is layer and base[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("stub", [Int8Linear, Packed4Bit])
+def test_a_packed_layer_cannot_be_saved_as_a_trainable_copy(stub):
+    base = nets(stub)[0]
+    with pytest.raises(TypeError, match=f"modules_to_save 'last' contains a {stub.__name__}"):
+        ml.get_particle_model(base, config(target_modules=["plain"], modules_to_save=["last"]), K)

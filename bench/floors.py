@@ -543,7 +543,7 @@ def kernel_table() -> str:
 
 def problems() -> Iterator[tuple[str, Work]]:
     """One or two sizes of every operator, such that every kernel runs."""
-    from multilora.ops.triton.problems import DECODER_BLOCK, VIT_B_BLOCK, VIT_ROWS
+    from multilora.tools.kernels.sizes import DECODER_BLOCK, VIT_B_BLOCK, VIT_ROWS
 
     linears = ((768, 2304, VIT_ROWS), (4096, 4096, 4096))
     for d_in, d_out, rows in linears:

@@ -23,7 +23,7 @@ def compile_calls(
     if missing is not None:
         return {"failures": {}, "skipped": {"triton": missing}}
     from multilora.ops.triton import common
-    from multilora.ops.triton.inspect import as_on_a_gpu
+    from multilora.tools.kernels.compile import as_on_a_gpu
 
     if common.INTERPRETED.value:
         raise Unavailable("Triton's interpreter compiles nothing")

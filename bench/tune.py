@@ -37,7 +37,7 @@ from multilora.ops import triton as backend
 from multilora.ops.dispatch import missing_reason
 from multilora.ops.triton import common
 from multilora.ops.triton.common import A100, H200
-from multilora.ops.triton.problems import problems
+from multilora.tools.kernels.calls import problems
 
 TABLE = Path(backend.__file__).with_name("table.json")
 #: Seconds that one case is tuned for.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora import checks, files, recipes
+from multilora.tools.kernels import command as kernels
 
 #: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
 _COLUMNS = (
@@ -188,42 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT", help="a new folder, or that of an earlier export")
     export.add_argument("--soup", default="exact", choices=("exact", "svd"))
 
-    kernels = commands.add_parser(
-        "kernels",
-        help="what the machine code of every GPU kernel needs, without a GPU; or --precompile it",
-    )
-    kernels.add_argument(
-        "--target", choices=("sm_80", "sm_90"), help="the chip [sm_90; --precompile: that at hand]"
-    )
-    kernels.add_argument(
-        "--out", type=Path, metavar="FILE", help="write a JSON record; an older one is replaced"
-    )
-    kernels.add_argument("--only", default="", metavar="TEXT", help="only names with TEXT")
-    kernels.add_argument(
-        "--precompile",
-        action="store_true",
-        help="only fill Triton's cache (TRITON_CACHE_DIR) with the Triton kernels, so that no step "
-        "has to wait for its compiler: those of the same sizes, or of the --model below",
-    )
-    kernels.add_argument(
-        "--jobs", type=int, metavar="N", help="processes that compile [one a core, at most 16]"
-    )
-    kernels.add_argument("--model", metavar="NAME", help="a timm model, for the sizes of its steps")
-    kernels.add_argument(
-        "--targets", nargs="+", default=["qkv"], metavar="NAME", help="its adapted layers [qkv]"
-    )
-    kernels.add_argument("--particles", type=int, default=4, metavar="K", help=default)
-    kernels.add_argument("--rank", type=int, default=8, help=default)
-    kernels.add_argument("--batch-size", type=int, default=16, help="images a step" + default)
-    kernels.add_argument("--classes", type=int, default=1000, metavar="C", help=default)
-    kernels.add_argument(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of the model, or of autocast" + default,
-    )
-    kernels.set_defaults(run=_kernels)
-
+    kernels.add_parser(commands)
     info = commands.add_parser("info", help="versions, devices and backends")
     info.set_defaults(run=_info)
     return parser
@@ -363,119 +329,6 @@ def _check_export(out: Path) -> None:
         )
 
 
-#: The largest numbers that `kernels` takes.
-_MOST = {"particles": 2**10, "rank": 2**14, "batch_size": 2**20, "classes": 2**24, "jobs": 256}
-
-
-def _kernels(args: argparse.Namespace) -> int:
-    from itertools import chain
-
-    from triton import knobs
-
-    from multilora.ops.machine_code import native_reports
-    from multilora.ops.triton.inspect import TARGETS, compile_all, to_json
-    from multilora.ops.triton.problems import problems
-
-    for name in ("particles", "rank", "batch_size", "classes", "jobs"):
-        value = getattr(args, name)
-        if value is not None:
-            checks.integer(f"--{name.replace('_', '-')}", value, 1, _MOST[name])
-    if args.precompile:
-        return _precompile(args)
-    if args.model is not None or args.jobs is not None:
-        raise ValueError("--model and --jobs are options of --precompile")
-    if args.out is not None:
-        _check_record(args.out)
-    target = args.target or "sm_90"
-    chip, limit = TARGETS[target]
-    try:
-        native = list(native_reports(target, knobs.nvidia.cuobjdump.path, args.only))
-    except FileNotFoundError as missing:
-        native = []
-        print(f"no CUDA C++ kernels: {missing}")
-    chosen = [problem for problem in problems() if args.only in str(problem)]
-    if not chosen and not native:
-        raise ValueError(f"no problem and no kernel has {args.only!r} in its name")
-    reports, failures = [], 0
-    print(f"{'kernel':<28}registers spills  shared  wgmma  mma  bulk  first problem, configuration")
-    for report in chain(native, compile_all(chip, chosen)):
-        print(
-            f"{report.kernel.strip('_').removesuffix('_kernel'):<28}{report.registers:9}"
-            f"{report.spills:7}{report.shared:8}{report.wgmma:7}{report.mma:5}"
-            f"{report.bulk_copies:6}  {report.problem}, {report.configuration}"
-        )
-        reason = report.failure(limit)
-        if reason is not None:
-            failures += 1
-            print(f"  FAILED: {reason}")
-        elif report.note() is not None:
-            print(f"  note: {report.note()}")
-        reports.append(report)
-    print(
-        f"{len(native)} CUDA C++ codes and {len(reports) - len(native)} Triton codes for "
-        f"{len(chosen)} problems on {target}, {failures} failed"
-    )
-    if args.out is not None:
-        nvcc = _built("_C_cuda") if native else ""
-        files.write_text(args.out, to_json(target, nvcc, reports))
-    return 1 if failures else 0
-
-
-def _precompile(args: argparse.Namespace) -> int:
-    import time
-
-    import torch
-    from triton import knobs
-
-    from multilora.ops.triton import common
-    from multilora.ops.triton.inspect import TARGETS
-    from multilora.ops.triton.problems import problems
-    from multilora.precompile import fill, model_problem
-
-    if args.out is not None:
-        raise ValueError("--precompile writes no record: leave --out away")
-    jobs = min(16, os.cpu_count() or 1) if args.jobs is None else args.jobs
-    if args.target is not None:
-        chip = TARGETS[args.target][0]
-    elif torch.cuda.is_available():
-        chip = common.chip(torch.device("cuda"))
-    else:
-        raise ValueError("no GPU is at hand: say which chip is meant, with --target")
-    if args.model is None:
-        chosen = [problem for problem in problems() if args.only in str(problem)]
-    else:
-        sizes = (args.particles, args.rank, args.batch_size)
-        dtype = getattr(torch, args.dtype)
-        chosen = [model_problem(args.model, args.targets, *sizes, dtype, args.classes)]
-    if not chosen:
-        raise ValueError(f"no problem has {args.only!r} in its name")
-    start = time.perf_counter()
-    filled = fill(chip, chosen, jobs)
-    for failure in filled.failures:
-        print(f"  FAILED: {failure}")
-    print(
-        f"{filled.compiled} Triton codes compiled for sm_{chip.capability}, {filled.present} were "
-        f"there, {len(filled.failures)} failed: {len(chosen)} problems, {jobs} processes, "
-        f"{time.perf_counter() - start:.0f} s, in {knobs.cache.dir}"
-    )
-    if filled.launchers is not None:
-        print(f"their C launchers are left to the first launch of each: {filled.launchers}")
-    return 1 if filled.failures else 0
-
-
-def _check_record(out: Path) -> None:
-    """Raise ValueError where `out` is a file, but no record of `multilora kernels`."""
-    if not out.exists():
-        return
-    try:
-        keys = json.loads(out.read_text()).keys()
-        ours = keys == {"target", "triton", "ptxas", "nvcc", "kernels"}
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise ValueError(f"{out} is there already and no record of kernels; choose another --out")
-
-
 def _info(args: argparse.Namespace) -> int:
     import platform
     from importlib import metadata
@@ -506,7 +359,6 @@ def _info(args: argparse.Namespace) -> int:
     _print_kernels()
     print("CUDA C++ kernels: experimental, never run on a GPU; none is a default")
     print("backend cuda: lora_linear's thin products are Triton's passes, without Triton PyTorch's")
-    _print_records()
     return 0
 
 
@@ -551,23 +403,6 @@ def _print_kernels() -> None:
             f"{promotion.op} in {promotion.dtype} on sm_{promotion.capability}: "
             f"{promotion.backend} is the default at {promotion.sizes}, ahead at all "
             f"{promotion.shapes} measured ({promotion.record})"
-        )
-
-
-def _print_records() -> None:
-    """The newest record of every device: what was measured there, and how much of it was wrong."""
-    folder = Path(__file__).parent.parent / "bench" / "results"
-    records = {}
-    for file in folder.glob("*.json"):
-        record = json.loads(file.read_text())
-        device, date = record["machine"]["device"], record["machine"]["date"]
-        records[device] = max(records.get(device, ("",)), (date, file.stem, record["cases"]))
-    if not records:
-        print("measured: an installed package has no records; the repository's bench/results/ does")
-    for device, (date, name, cases) in sorted(records.items()):
-        wrong = sum(1 for case in cases if case["failures"])
-        print(
-            f"measured: {device}, {date[:10]} ({name}): {len(cases)} cases, {wrong} with a failure"
         )
 
 

@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["_version", "calls", "checks", "files", "fold", "optim", "randomness", "recipes"],
     ["_C", "_C_cuda"],
-    ["ops.common", "ops.native", "ops.machine_code"],
+    ["ops.common", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses"],
@@ -26,7 +26,8 @@ LAYERS = [
     ["model"],
     ["methods", "checkpoint", "metrics"],
     ["integrations"],
-    ["tasks", "settings", "run_state", "training", "plots", "precompile", "cli", "__main__"],
+    ["tools"],
+    ["tasks", "settings", "run_state", "training", "plots", "cli", "__main__"],
 ]
 
 

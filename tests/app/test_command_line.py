@@ -100,7 +100,7 @@ def test_export_replaces_its_own_files_and_no_others(run, tmp_path, capsys):
 
 
 def test_a_record_of_kernels_replaces_an_older_one_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("multilora.ops.machine_code.native_reports", lambda *_: [])
+    monkeypatch.setattr("multilora.tools.kernels.machine_code.native_reports", lambda *_: [])
     file = tmp_path / "record.json"
     for text in ("of the user", "[]", '{"target": "sm_90"}'):
         file.write_text(text)

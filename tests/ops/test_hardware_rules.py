@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from multilora.ops import dispatch, machine_code
+from multilora.ops import dispatch
 from multilora.ops import triton as backend
 from multilora.ops.triton import blocks, common, configs
 from multilora.ops.triton.common import A100, H200, Chip
-from multilora.ops.triton.inspect import resident
+from multilora.tools.kernels import machine_code
+from multilora.tools.kernels.compile import resident
 
 pytestmark = pytest.mark.skipif(
     torch.get_default_device().type != "cpu", reason="on a GPU, bench.gpu's checks are as large"

@@ -267,7 +267,7 @@ def test_machine_code_of_the_cuda_kernels(target):
     program = """
 import json, sys, dataclasses
 from triton import knobs
-from multilora.ops.machine_code import native_reports
+from multilora.tools.kernels.machine_code import native_reports
 reports = native_reports(sys.argv[1], knobs.nvidia.cuobjdump.path)
 print(json.dumps([dataclasses.asdict(report) for report in reports]))
 """

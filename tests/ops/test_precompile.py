@@ -11,26 +11,26 @@ import torch
 
 import multilora as ml
 from multilora.ops.triton import common
-from multilora.ops.triton.inspect import as_on_a_gpu
-from multilora.precompile import _told_apart, model_problem
+from multilora.tools.kernels.compile import as_on_a_gpu
+from multilora.tools.kernels.precompile import model_problem, specialisation
 
 _PROBLEMS = """
 import torch
-from multilora.ops.triton import problems
+from multilora.tools.kernels import calls
 from multilora.ops.triton.common import H200
 
 def chosen():
     return [
-        problems._linear(2, 5, 16, 24, 3, torch.bfloat16),
-        problems._geometry("two", [(16, 24), (5, 7)], 2, 3, torch.float32),
-        problems._loss(2, 5, 7, torch.float32),
+        calls.linear(2, 5, 16, 24, 3, torch.bfloat16),
+        calls.geometry("two", [(16, 24), (5, 7)], 2, 3, torch.float32),
+        calls.loss(2, 5, 7, torch.float32),
     ]
 """
 
 _FILL = (
     _PROBLEMS
     + """
-from multilora.precompile import fill
+from multilora.tools.kernels.precompile import fill
 
 if __name__ == "__main__":
     filled = fill(H200, chosen(), 2)
@@ -46,11 +46,11 @@ from types import SimpleNamespace
 from triton import knobs
 from triton.runtime import driver
 from multilora.ops.triton import common
-from multilora.ops.triton.inspect import _Driver
+from multilora.tools.kernels.compile import AbsentGPU
 
 launched, hits = [], []
 
-class Driver(_Driver):
+class Driver(AbsentGPU):
     utils = SimpleNamespace(
         load_binary=lambda *_: (1, 1, 0, 0, 1024),
         get_device_properties=lambda _: {"max_shared_mem": 232448},
@@ -63,12 +63,12 @@ class Driver(_Driver):
 driver.set_active(Driver(H200))
 common.compile_only(H200, lambda kernel, grid, args, meta: kernel[grid](*args, **meta))
 knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
-problems._meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype)
+calls._meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype)
 for problem in chosen():
     problem.run()
 assert len(launched) > len(hits) > 5 and all(hits), (launched, hits)
 # And what was not asked for is not there.
-problems._geometry("other", [(16, 24)], 2, 3, torch.float64).run()
+calls.geometry("other", [(16, 24)], 2, 3, torch.float64).run()
 assert not all(hits)
 """
 )
@@ -96,7 +96,7 @@ def launches(run):
     seen = set()
 
     def record(kernel, grid, args, meta):
-        key = tuple(map(_told_apart, as_on_a_gpu(args)))
+        key = tuple(map(specialisation, as_on_a_gpu(args)))
         seen.add((kernel.__name__, key, tuple(sorted(meta.items(), key=str))))
 
     common.compile_only(common.H200, record)

@@ -470,7 +470,8 @@ def test_the_gemm_uses_tensor_cores_and_the_copy_engine(tmp_path):
 
 
 def test_bad_code_is_refused():
-    from multilora.ops.triton.inspect import TARGETS, Report
+    from multilora.tools.kernels.compile import TARGETS
+    from multilora.tools.kernels.machine_code import Report
 
     good = Report("k", "p", "c", 100, 0, 1000, 4, 0, 4, False)
     assert good.failure(TARGETS["sm_90"][1]) is None

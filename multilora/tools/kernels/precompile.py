@@ -1,6 +1,6 @@
 """Triton's cache on disk, filled before the first step, by several processes and without a GPU.
 
-The host functions run on meta tensors, as in `ops.triton.inspect`; each launch is then compiled as
+The host functions run on meta tensors, as in `compile`; each launch is then compiled as
 it would be at a step's first call, so that this finds it. Every process goes through all launches
 and compiles its share of those that Triton would tell apart.
 """
@@ -21,8 +21,8 @@ from multilora.ops import dispatch
 from multilora.ops import triton as backend
 from multilora.ops.triton import common
 from multilora.ops.triton.common import Chip
-from multilora.ops.triton.inspect import as_on_a_gpu, playing
-from multilora.ops.triton.problems import Problem
+from multilora.tools.kernels.calls import Problem
+from multilora.tools.kernels.compile import as_on_a_gpu, playing
 
 
 @dataclass
@@ -69,7 +69,7 @@ def _share(chip: Chip, problems: list[Problem], jobs: int, job: int) -> Filled:
 
     def compile_launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
         args = as_on_a_gpu(args)
-        key = (kernel.__name__, _told_apart(args), tuple(meta.items()))
+        key = (kernel.__name__, specialisation(args), tuple(meta.items()))
         if seen.setdefault(key, len(seen) % jobs) != job or key in done:
             return
         done.add(key)
@@ -91,12 +91,12 @@ def _share(chip: Chip, problems: list[Problem], jobs: int, job: int) -> Filled:
     return filled
 
 
-def _told_apart(arg: Any) -> Any:
+def specialisation(arg: Any) -> Any:
     """What Triton tells arguments apart by; for some a little more than it."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, tuple):
-        return tuple(map(_told_apart, arg))
+        return tuple(map(specialisation, arg))
     if type(arg) is int:
         return "int", arg == 1, arg % 16 == 0, -(2**31) <= arg < 2**31
     if hasattr(arg, "block_shape"):

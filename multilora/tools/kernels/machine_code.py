@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -100,6 +101,15 @@ def run_tool(*command: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
     return done.stdout + done.stderr
+
+
+def native_build() -> str:
+    """How multilora._C_cuda was built: compiler and targets."""
+    try:
+        module = importlib.import_module("multilora._C_cuda")
+    except ImportError as error:
+        return f"missing ({error})"
+    return ", ".join(module.build_info().values())
 
 
 def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Report]:

@@ -20,10 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, get_ptxas_version
 from triton.runtime import driver
 
-from multilora.ops.machine_code import Report, count, run_tool
 from multilora.ops.triton import common
 from multilora.ops.triton.common import A100, H200, Chip
-from multilora.ops.triton.problems import Problem
+from multilora.tools.kernels.calls import Problem
+from multilora.tools.kernels.machine_code import Report, count, run_tool
 
 #: What `multilora kernels --target` knows: the chip, and the bytes of shared memory that one
 #: thread block can have on it (CUDA programming guide, technical specifications).
@@ -45,7 +45,7 @@ def resident(chip: Chip, registers: int, shared: int, warps: int) -> int:
     return min(65536 // (warps * of_warp), (limit + 1024) // (shared + 1024), 64 // warps, 32)
 
 
-class _Driver:
+class AbsentGPU:
     """Triton's view of a GPU that is not there."""
 
     def __init__(self, chip: Chip):
@@ -89,7 +89,7 @@ def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
 @contextlib.contextmanager
 def playing(chip: Chip, launcher: Callable[..., Any]) -> Iterator[None]:
     """Inside, `launcher` gets every launch, as if for this chip."""
-    driver.set_active(_Driver(chip))
+    driver.set_active(AbsentGPU(chip))
     common.compile_only(chip, launcher)
     try:
         yield

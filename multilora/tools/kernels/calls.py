@@ -1,4 +1,4 @@
-"""The sizes that the kernels are compiled and tuned for, as calls of the operators."""
+"""The operators called at every size that `multilora kernels` compiles, without computing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ import torch
 from torch import Tensor
 
 from multilora.ops import triton as backend
+from multilora.tools.kernels.sizes import (
+    DECODER,
+    DECODER_BLOCK,
+    DECODER_BLOCKS,
+    DECODER_ROWS,
+    LOGITS,
+    VIT_B,
+    VIT_B_BLOCK,
+    VIT_B_BLOCKS,
+    VIT_ROWS,
+)
 
 
 @dataclass(frozen=True)
@@ -24,55 +35,43 @@ class Problem:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
 
 
-#: (d_in, d_out) of a ViT-B/16, whose blocks have query, key, value and output apart, and of a 7B
-#: decoder; rows a particle: 64 images of 197 tokens, 4096 tokens.
-VIT_B = [(768, 768), (768, 2304), (768, 3072), (3072, 768)]
-VIT_B_BLOCK = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
-VIT_ROWS = 64 * 197
-DECODER = [(4096, 4096), (4096, 11008), (11008, 4096)]
-DECODER_BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]
-DECODER_ROWS = 4096
-#: K, N, C
-LOGITS = [(4, 1024, 100), (8, 256, 10), (4, 64, 32000), (4, 1024, 32000), (4, 64, 152000)]
-
-
 def problems() -> Iterator[Problem]:
     """Every problem that `multilora kernels` compiles, in its dtypes."""
     for d_in, d_out in VIT_B:
         for particles, rank in ((4, 8), (4, 16), (8, 16)):
-            yield _linear(particles, VIT_ROWS, d_in, d_out, rank, torch.bfloat16)
-        yield _linear(4, VIT_ROWS, d_in, d_out, 16, torch.bfloat16, shared=True)
+            yield linear(particles, VIT_ROWS, d_in, d_out, rank, torch.bfloat16)
+        yield linear(4, VIT_ROWS, d_in, d_out, 16, torch.bfloat16, shared=True)
     for d_in, d_out in DECODER:
-        yield _linear(4, DECODER_ROWS, d_in, d_out, 16, torch.bfloat16)
+        yield linear(4, DECODER_ROWS, d_in, d_out, 16, torch.bfloat16)
     for rank in (4, 32, 64):
-        yield _linear(4, VIT_ROWS, 768, 768, rank, torch.bfloat16)
+        yield linear(4, VIT_ROWS, 768, 768, rank, torch.bfloat16)
     # Rows that the copy engine cannot take, and more than one low-rank step.
-    yield _linear(3, 250, 588, 767, 80, torch.bfloat16)
-    # Triton compiles arguments that are 1 in.
-    yield _linear(1, 1, 16, 16, 1, torch.bfloat16)
-    yield _linear(2, 1, 1, 1, 1, torch.bfloat16, shared=True)
+    yield linear(3, 250, 588, 767, 80, torch.bfloat16)
+    # Triton specialises on arguments equal to 1.
+    yield linear(1, 1, 16, 16, 1, torch.bfloat16)
+    yield linear(2, 1, 1, 1, 1, torch.bfloat16, shared=True)
     for dtype in (torch.float16, torch.float32, torch.float64):
         for shared in (False, True):
-            yield _linear(4, VIT_ROWS, 768, 768, 16, dtype, shared)
+            yield linear(4, VIT_ROWS, 768, 768, 16, dtype, shared)
 
     for dtype in (torch.bfloat16, torch.float32):
-        yield _geometry("ViT-B", 12 * VIT_B_BLOCK, 8, 8, dtype)
-    yield _geometry("7B decoder", 32 * DECODER_BLOCK, 8, 16, torch.float32)
-    yield _geometry("odd sizes", [(77, 130), (1, 3)], 5, 3, torch.float32)
-    yield _geometry("many particles", [(512, 2048)], 20, 4, torch.float32)
-    yield _geometry("small", [(48, 144)], 2, 2, torch.float64)
-    yield _geometry("smallest", [(1, 1)], 1, 1, torch.float32)
+        yield geometry("ViT-B", VIT_B_BLOCKS * VIT_B_BLOCK, 8, 8, dtype)
+    yield geometry("7B decoder", DECODER_BLOCKS * DECODER_BLOCK, 8, 16, torch.float32)
+    yield geometry("odd sizes", [(77, 130), (1, 3)], 5, 3, torch.float32)
+    yield geometry("many particles", [(512, 2048)], 20, 4, torch.float32)
+    yield geometry("small", [(48, 144)], 2, 2, torch.float64)
+    yield geometry("smallest", [(1, 1)], 1, 1, torch.float32)
 
     for sizes in LOGITS:
         for dtype in (torch.bfloat16, torch.float32):
-            yield _loss(*sizes, dtype)
-    yield _loss(4, 1024, 100, torch.float16)
-    yield _loss(3, 20, 30, torch.float64)
+            yield loss(*sizes, dtype)
+    yield loss(4, 1024, 100, torch.float16)
+    yield loss(3, 20, 30, torch.float64)
     for sizes in ((4, 1024, 100), (32, 512, 100), (2, 100, 1000), (5, 7, 3), (1, 1, 2)):
-        yield _loss(*sizes, torch.float32, "det")
+        yield loss(*sizes, torch.float32, "det")
 
 
-def _linear(
+def linear(
     particles: int,
     rows: int,
     d_in: int,
@@ -102,7 +101,7 @@ def _run_linear(
     backend.lora_linear_backward(y, x, None, lora_A, lora_B, shrunk, 2.0, needs)
 
 
-def _geometry(
+def geometry(
     name: str, layers: list[tuple[int, int]], particles: int, rank: int, dtype: torch.dtype
 ) -> Problem:
     name = f"geometry {name}, {len(layers)} layers K{particles} r{rank}"
@@ -122,7 +121,7 @@ def _run_geometry(
         backend.svgd_update(lora_A, lora_B, mix, D, lora_A, lora_B, scaling)
 
 
-def _loss(
+def loss(
     particles: int, examples: int, classes: int, dtype: torch.dtype, kind: str = "logdet"
 ) -> Problem:
     name = f"particle_loss K{particles} N{examples} C{classes} {kind}"

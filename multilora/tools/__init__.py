@@ -1,0 +1,1 @@
+"""Tools around the library, which the library itself never imports."""

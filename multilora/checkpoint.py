@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from multilora import embeddings, files
+from multilora import atomic, embeddings
 from multilora.layers import LoraConv2d
 from multilora.model import ParticleModel, get_particle_model
 from multilora.peft_format import (
@@ -79,7 +79,7 @@ def save_pretrained(
             "files": {
                 name: {
                     "bytes": (folder / name).stat().st_size,
-                    "sha256": files.digest(folder / name),
+                    "sha256": atomic.digest(folder / name),
                 }
                 for name in _names(particles)
             },
@@ -248,7 +248,7 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _write(model: ParticleModel, path: str | Path, write: Callable[[Path], object]) -> None:
     device = next(iter(model.parameters())).device
-    model.processes.write(lambda: files.replace_files(Path(path), write), device)
+    model.processes.write(lambda: atomic.replace_files(Path(path), write), device)
 
 
 def _stacked(model: ParticleModel) -> list[Tensor]:
@@ -317,8 +317,8 @@ def _read(path: str | Path | Sequence[str | Path]) -> _Saved:
     seeds: int | list[int] = 0
     if isinstance(path, (str, os.PathLike)):
         root = Path(path)
-        source = files.newest(root, _INDEX)
-        seeds, adapters = files.read_set(root, _INDEX, lambda: _read_root(root))
+        source = atomic.newest(root, _INDEX)
+        seeds, adapters = atomic.read_set(root, _INDEX, lambda: _read_root(root))
     else:
         folders = [Path(p) for p in path]
         if not folders:
@@ -332,12 +332,12 @@ def _read(path: str | Path | Sequence[str | Path]) -> _Saved:
 
 def _read_root(root: Path) -> tuple[list[int], list[_Adapter]]:
     """The seeds of the K particles, and their adapters."""
-    index = files.newest(root, _INDEX)
+    index = atomic.newest(root, _INDEX)
     seeds, listed = _read_index(index)
     adapters = []
     for particle in range(len(seeds)):
         names = [f"particle_{particle}/{name}" for name in (CONFIG, WEIGHTS)]
-        found = [files.newest(root, name) for name in names]
+        found = [atomic.newest(root, name) for name in names]
         for name, file in zip(names, found):
             _require(file)
             if listed is not None:
@@ -349,12 +349,12 @@ def _read_root(root: Path) -> tuple[list[int], list[_Adapter]]:
 def _read_folder(folder: Path) -> _Adapter:
     """An adapter folder, which may be a particle's that is saved with the others."""
     root, marker, inner = folder, CONFIG, ""
-    if files.newest(folder.parent, _INDEX).is_file() and folder.name.startswith("particle_"):
+    if atomic.newest(folder.parent, _INDEX).is_file() and folder.name.startswith("particle_"):
         root, marker, inner = folder.parent, _INDEX, f"{folder.name}/"
 
     def read() -> _Adapter:
         config, weights, pickled = (
-            files.newest(root, f"{inner}{name}") for name in (CONFIG, WEIGHTS, PICKLED)
+            atomic.newest(root, f"{inner}{name}") for name in (CONFIG, WEIGHTS, PICKLED)
         )
         if os.path.lexists(pickled) and not os.path.lexists(weights):
             weights = pickled
@@ -362,11 +362,11 @@ def _read_folder(folder: Path) -> _Adapter:
         _require(weights)
         return _read_adapter(config, weights)
 
-    return files.read_set(root, marker, read)
+    return atomic.read_set(root, marker, read)
 
 
 def _require(file: Path) -> None:
-    files.require_file(file, f"{file.parent} is no PEFT adapter folder")
+    atomic.require_file(file, f"{file.parent} is no PEFT adapter folder")
 
 
 def _read_adapter(config: Path, weights: Path) -> _Adapter:
@@ -380,8 +380,8 @@ def _names(num_particles: int) -> list[str]:
 
 def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None]:
     """The seeds of the K particles; the size and digest of each file, None in format 1."""
-    files.require_file(file, f"{file.parent} holds no particle model")
-    index = files.read_json(file)
+    atomic.require_file(file, f"{file.parent} holds no particle model")
+    index = atomic.read_json(file)
     if lacking := [key for key in ("format", "num_particles", "seeds") if key not in index]:
         raise ValueError(f"{file} is damaged: it lacks {lacking}")
     version, particles, seeds = index["format"], index["num_particles"], index["seeds"]
@@ -418,7 +418,7 @@ def _check_listed(file: Path, listed: dict[str, Any], index: Path) -> None:
             f"{file} is damaged or of another save: it has {size} bytes, and {index} lists "
             f"{listed['bytes']}"
         )
-    if files.digest(file) != listed["sha256"]:
+    if atomic.digest(file) != listed["sha256"]:
         raise ValueError(
             f"{file} is damaged or of another save: its SHA-256 is not the one in {index}"
         )

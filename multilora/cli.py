@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from multilora import checks, files, recipes
+from multilora import atomic, checks, recipes
 from multilora.tools.kernels import command as kernels
 
 #: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
@@ -264,7 +264,7 @@ def _train(args: argparse.Namespace) -> int:
             for seed in seeds
         ]
         rows.append((method, results))
-    files.write_text(table, to_json(dict(rows)) + "\n")
+    atomic.write_text(table, to_json(dict(rows)) + "\n")
     _print_table(rows)
     print(f"mean ± standard error over {args.seeds} seeds; every run is in {out}")
     return 0
@@ -303,9 +303,9 @@ def _export(args: argparse.Namespace) -> int:
     record = {
         "run": str(args.dir),
         "soup": args.soup,
-        "files": {f.name: files.digest(f) for f in out.iterdir() if f.name != _EXPORT},
+        "files": {f.name: atomic.digest(f) for f in out.iterdir() if f.name != _EXPORT},
     }
-    files.write_text(out / _EXPORT, json.dumps(record, indent=2) + "\n")
+    atomic.write_text(out / _EXPORT, json.dumps(record, indent=2) + "\n")
     print(f"{out}: the mean of {model.num_particles} particles as one PEFT adapter")
     return 0
 
@@ -320,7 +320,7 @@ def _check_export(out: Path) -> None:
     strangers = sorted(
         f.name
         for f in inside
-        if not f.is_file() or (f.name != _EXPORT and written.get(f.name) != files.digest(f))
+        if not f.is_file() or (f.name != _EXPORT and written.get(f.name) != atomic.digest(f))
     )
     if strangers or ((out / _EXPORT).exists() and not written):
         raise ValueError(

@@ -207,8 +207,8 @@ class LoraLinear(LoraLayer):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-class LoraForeignLinear(LoraLayer):
-    """K adapters on a linear whose product is its own: see `is_foreign_linear`.
+class LoraOpaqueLinear(LoraLayer):
+    """K adapters on a linear whose product is its own: see `has_own_forward`.
 
     The base layer is called once, with the rows of all particles; the low-rank part is added to
     its output, whose dtype stays.
@@ -432,7 +432,7 @@ class StackedModule(ParticleLayer):
         return y
 
 
-def is_foreign_linear(module: nn.Module) -> bool:
+def has_own_forward(module: nn.Module) -> bool:
     """Whether `module` is a linear that only its own forward computes.
 
     That is an nn.Linear with another forward, with hooks, or with a weight of a tensor class of its
@@ -488,3 +488,8 @@ def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tens
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(module.get_submodule(path), leaf, parameter)
+
+
+# The names of version 0.1, for one more release.
+LoraForeignLinear = LoraOpaqueLinear
+is_foreign_linear = has_own_forward

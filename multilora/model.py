@@ -18,12 +18,12 @@ from multilora.calls import Call
 from multilora.fold import Axes, Names
 from multilora.layers import (
     LoraConv2d,
-    LoraForeignLinear,
     LoraLayer,
     LoraLinear,
+    LoraOpaqueLinear,
     ParticleLayer,
     StackedModule,
-    is_foreign_linear,
+    has_own_forward,
 )
 from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
@@ -318,7 +318,7 @@ def get_particle_model(
 
     base: any module. Targets are nn.Linear, transformers' Conv1D and nn.Conv2d (one group, no
         dilation, zero padding), found and named by PEFT itself, and linears whose forward is their
-        own (`layers.is_foreign_linear`): quantised ones, tensor-parallel ones that return all
+        own (`layers.has_own_forward`): quantised ones, tensor-parallel ones that return all
         features. Such a layer runs as it is, once for all particles.
     config: honoured are r, lora_alpha, target_modules, exclude_modules, lora_dropout (a mask of
         its own for every particle), use_rslora, rank_pattern, alpha_pattern, layers_to_transform,
@@ -452,7 +452,7 @@ def _check_axes(base: nn.Module, inputs: Any, outputs: Any) -> None:
 def _layer_type(target: nn.Module) -> type[LoraLayer]:
     if isinstance(target, nn.Conv2d):
         return LoraConv2d
-    return LoraForeignLinear if is_foreign_linear(target) else LoraLinear
+    return LoraOpaqueLinear if has_own_forward(target) else LoraLinear
 
 
 def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:

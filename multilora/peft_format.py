@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from multilora import files
-from multilora.layers import ParticleLayer, is_foreign_linear
+from multilora import atomic
+from multilora.layers import ParticleLayer, has_own_forward
 
 if TYPE_CHECKING:
     import peft
@@ -131,7 +131,7 @@ def read_config(file: Path) -> peft.LoraConfig:
     """
     import peft
 
-    content = files.read_json(file)
+    content = atomic.read_json(file)
     kind = content.pop("peft_type", None)
     if kind is None:
         raise ValueError(f"{file} is damaged: it has no peft_type")
@@ -149,7 +149,7 @@ def read_config(file: Path) -> peft.LoraConfig:
     values |= {key: values.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
     values["init_lora_weights"] = _init(file, values.get("init_lora_weights", True))
     values["inference_mode"] = False
-    with files.reading(file):
+    with atomic.reading(file):
         return peft.LoraConfig(**values)
 
 
@@ -207,7 +207,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
     Raises ValueError, naming the file, where it is damaged, or a pickle of anything but tensors.
     """
-    with files.reading(file):
+    with atomic.reading(file):
         return _unpickle(file) if file.suffix == ".bin" else load_file(file)
 
 
@@ -325,7 +325,7 @@ def _without_memory(base: nn.Module) -> nn.Module:
             empty = torch.empty_like(t, device="meta")
             is_parameter = isinstance(t, nn.Parameter)
             copies[id(t)] = nn.Parameter(empty, t.requires_grad) if is_parameter else empty
-    for module in filter(is_foreign_linear, base.modules()):
+    for module in filter(has_own_forward, base.modules()):
         copies[id(module)] = nn.Linear(
             module.in_features,
             module.out_features,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multilora import files
+from multilora import atomic
 from multilora.model import ParticleModel
 from multilora.settings import Settings, differences
 
@@ -45,7 +45,7 @@ class RunState:
             "numpy_rng": (kind, keys.tolist(), *rest),
             "python_rng": random.getstate(),
         }
-        files.write_file(self.file, lambda stream: torch.save(state, stream))
+        atomic.write_file(self.file, lambda stream: torch.save(state, stream))
 
     def load(self) -> tuple[int, list[float]]:
         if not self.file.is_file():

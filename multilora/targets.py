@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import LoraLayer, StackedModule, is_foreign_linear
+from multilora.layers import LoraLayer, StackedModule, has_own_forward
 
 if TYPE_CHECKING:
     import peft
@@ -77,7 +77,7 @@ def resolve(
     # tensors.
     shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
     # Of linears with a forward of their own it knows some. It gets plain ones of their sizes.
-    for module in filter(is_foreign_linear, base.modules()):
+    for module in filter(has_own_forward, base.modules()):
         sizes = (module.in_features, module.out_features)
         shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
     shadow = copy.deepcopy(base, shared)
@@ -141,7 +141,7 @@ def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> No
                 f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
                 "never calls it: an adapter there would do nothing"
             )
-        elif is_foreign_linear(layer):
+        elif has_own_forward(layer):
             if not any(True for _ in (*layer.parameters(), *layer.buffers())):
                 raise TypeError(
                     f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
@@ -160,7 +160,7 @@ def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> No
         quantised = [
             type(m).__name__
             for m in module.modules()
-            if is_foreign_linear(m) and not _is_trainable(m)
+            if has_own_forward(m) and not _is_trainable(m)
         ]
         if quantised:
             raise TypeError(

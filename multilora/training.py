@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from multilora import checks, files, metrics
+from multilora import atomic, checks, metrics
 from multilora.checkpoint import load_particle_model
 from multilora.integrations import commonsense, untrusted
 from multilora.methods import IBDR, SVGD, Ensemble, Method
@@ -191,7 +191,7 @@ def train(
         "step_ms": statistics.median(step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }
-    files.write_file(
+    atomic.write_file(
         out / "reliability.png",
         lambda stream: reliability_diagram(predictions, targets, stream),
     )
@@ -406,7 +406,7 @@ def _check_free(out: Path, settings: Settings, resume: bool) -> None:
                 f"{out} holds no run but other files, which a run might replace: "
                 f"{', '.join(sorted(strangers)[:5])}; choose another --out"
             )
-    files.make_folder(out)
+    atomic.make_folder(out)
 
 
 def _finite(value: float) -> bool:
@@ -427,4 +427,4 @@ def _defined(value: Any) -> Any:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    files.write_text(file, to_json(value) + "\n")
+    atomic.write_text(file, to_json(value) + "\n")

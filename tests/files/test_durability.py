@@ -15,7 +15,7 @@ import torch
 
 import killed
 import multilora as ml
-from multilora import checkpoint, files, run_state, training
+from multilora import atomic, checkpoint, run_state, training
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -90,7 +90,7 @@ def test_a_killed_run_ends_as_the_whole_one(method, where, count, whole, tmp_pat
     else:
         saved = STEPS
         assert [f.name.rstrip("0123456789abcdef") for f in out.glob(".*")] == [
-            {"adapters": files._STAGING, "moves": files._COMMIT}[where]
+            {"adapters": atomic._STAGING, "moves": atomic._COMMIT}[where]
         ]
     assert checkpoint.exists() == (saved > 0)
     assert saved == 0 or run_state.read_state(checkpoint)["step"] == saved
@@ -215,7 +215,7 @@ def test_a_reader_beside_a_saver_finds_one_set_or_the_other(what, tmp_path):
 def test_a_damaged_set_that_was_not_moved_is_named(tmp_path, monkeypatch):
     killed.particles(1).save_pretrained(tmp_path / "next")
     os.makedirs(tmp_path / "saved")
-    commit = tmp_path / "saved" / files._COMMIT
+    commit = tmp_path / "saved" / atomic._COMMIT
     os.rename(tmp_path / "next", commit)
     assert seeds_in(tmp_path / "saved") == {1}
     file = commit / "particle_1" / "adapter_model.safetensors"
@@ -233,12 +233,12 @@ def test_a_folder_that_is_never_still_is_given_up(tmp_path):
 
     def read():
         readings.append(0)
-        files.write_text(tmp_path / "marker", str(len(readings)))
+        atomic.write_text(tmp_path / "marker", str(len(readings)))
         raise ValueError("half of this, half of that")
 
     with pytest.raises(ValueError, match=f"{tmp_path.name} is saved to faster than it can be read"):
-        files.read_set(tmp_path, "marker", read)
-    assert len(readings) == files._ATTEMPTS
+        atomic.read_set(tmp_path, "marker", read)
+    assert len(readings) == atomic._ATTEMPTS
 
 
 def test_a_soup_is_replaced_as_a_whole(tmp_path):
@@ -249,7 +249,7 @@ def test_a_soup_is_replaced_as_a_whole(tmp_path):
     assert set(before) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     # Committed, and killed before the files were moved.
     killed.particles(2).soup(tmp_path / "next")
-    os.rename(tmp_path / "next", tmp_path / files._COMMIT)
+    os.rename(tmp_path / "next", tmp_path / atomic._COMMIT)
     loaded = ml.load_particle_model(killed.small_task().base, [tmp_path])
     assert loaded.heads()[0][1]["bias"].unique().tolist() == [2.0]
     model.soup(tmp_path)
@@ -267,7 +267,7 @@ def test_contents_are_on_the_disk_before_a_rename_shows_them(tmp_path, monkeypat
         def renamed(source, target):
             source = Path(source)
             inside = [source, *source.rglob("*")]
-            if source.name != files._COMMIT and files._COMMIT not in source.parts:
+            if source.name != atomic._COMMIT and atomic._COMMIT not in source.parts:
                 assert {str(f) for f in inside} <= synced
             rename(source, target)
             shown.append(Path(target).name)
@@ -278,11 +278,11 @@ def test_contents_are_on_the_disk_before_a_rename_shows_them(tmp_path, monkeypat
     monkeypatch.setattr(os, "rename", checked(os.rename))
     monkeypatch.setattr(os, "replace", checked(os.replace))
     killed.particles(1).save_pretrained(tmp_path / "made" / "here")
-    assert shown[0] == files._COMMIT and len(shown) == 1 + 2 * 3 + 1
+    assert shown[0] == atomic._COMMIT and len(shown) == 1 + 2 * 3 + 1
     # The names as well: of the folders, of the commit, and of what was moved out of it.
     for folder in (".", "made", "made/here", "made/here/particle_2"):
         assert str((tmp_path / folder).resolve()) in synced
-    files.write_text(tmp_path / "note.json", "{}")
+    atomic.write_text(tmp_path / "note.json", "{}")
     assert shown[-1] == "note.json"
 
 
@@ -514,12 +514,12 @@ def test_evaluation_names_a_damaged_checkpoint(runs, small, tmp_path):
 
 def test_a_full_disk_leaves_the_older_file(tmp_path):
     file = tmp_path / "run.json"
-    files.write_text(file, "old")
+    atomic.write_text(file, "old")
 
     def full(stream):
         stream.write(b"half of it")
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        files.write_file(file, full)
+        atomic.write_file(file, full)
     assert contents(tmp_path) == {"run.json": b"old"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from multilora import checks, files
+from multilora import atomic, checks
 from multilora.tools.kernels import machine_code
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _inspect(args: argparse.Namespace) -> int:
     )
     if args.out is not None:
         nvcc = machine_code.native_build() if native else ""
-        files.write_text(args.out, to_json(target, nvcc, reports))
+        atomic.write_text(args.out, to_json(target, nvcc, reports))
     return 1 if failures else 0
 
 

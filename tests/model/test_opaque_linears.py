@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import multilora as ml
 from models import load_peft, particle_tensors, particles_of, peft_tensors
 from multilora.calls import Call
-from multilora.layers import LoraForeignLinear, LoraLinear, is_foreign_linear
+from multilora.layers import LoraLinear, LoraOpaqueLinear, has_own_forward
 from oracles import relative_error
 from processes import run_in_processes
 from readme import block
@@ -173,7 +173,7 @@ def assert_same_gradients(got, expected, tolerance) -> None:
 def test_outputs_and_gradients_are_those_of_the_dequantised_weights(stub):
     foreign, plain = pair(stub)
     kinds = {name: type(layer) for name, layer in foreign.lora_layers()}
-    assert kinds == {"first": LoraForeignLinear, "plain": LoraLinear, "last": LoraForeignLinear}
+    assert kinds == {"first": LoraOpaqueLinear, "plain": LoraLinear, "last": LoraOpaqueLinear}
     x, _ = inputs()
     assert relative_error(foreign(x), plain(x)) < 1e-14
     x.requires_grad_()
@@ -364,7 +364,7 @@ def test_hooks_and_assigned_forwards_run():
     plain, hooked, assigned = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
     hooked.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     assigned.forward = lambda x: 3 * F.linear(x, assigned.weight, assigned.bias)
-    assert [is_foreign_linear(layer) for layer in (plain, hooked, assigned)] == [False, True, True]
+    assert [has_own_forward(layer) for layer in (plain, hooked, assigned)] == [False, True, True]
     base = nn.Sequential(hooked, assigned)
     x = torch.randn(BATCH, 4)
     expected = base(x)
@@ -376,7 +376,7 @@ def test_hooks_and_assigned_forwards_run():
 
 def test_the_attention_that_reads_its_weight_is_no_target():
     attention = nn.MultiheadAttention(8, 2)
-    assert not is_foreign_linear(attention.out_proj)
+    assert not has_own_forward(attention.out_proj)
 
 
 def tensor_parallel(rank, folder):
@@ -387,7 +387,7 @@ def tensor_parallel(rank, folder):
     parallelize_module(base, mesh, {"first": column, "last": column})
     assert isinstance(base.first.weight, DTensor)
     model = ml.get_particle_model(base, config(), K)
-    assert type(model.base.first) is LoraForeignLinear
+    assert type(model.base.first) is LoraOpaqueLinear
     twin = ml.get_particle_model(plain, config(), K)
     with torch.no_grad():
         for mine, theirs in zip(model.particle_parameters(), twin.particle_parameters()):
@@ -480,7 +480,7 @@ def test_bitsandbytes(bits, tmp_path):
     base.first, base.last = quantise(base.first), quantise(base.last)
     assert base.first.weight.dtype in (torch.int8, torch.uint8)
     model = particles_of(base, config(), K)
-    assert type(model.base.first) is type(model.base.last) is LoraForeignLinear
+    assert type(model.base.first) is type(model.base.last) is LoraOpaqueLinear
     assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
 
 
@@ -538,11 +538,11 @@ def test_files_and_soups_over_packed_weights(tmp_path):
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def layer_of(forward, sizes=(D_IN, D_OUT)) -> LoraForeignLinear:
+def layer_of(forward, sizes=(D_IN, D_OUT)) -> LoraOpaqueLinear:
     """A layer of one particle over a linear with this forward."""
     linear = nn.Linear(*sizes)
     linear.forward = forward
-    return LoraForeignLinear(linear.requires_grad_(False), 1, 2, 1.0, 0.0)
+    return LoraOpaqueLinear(linear.requires_grad_(False), 1, 2, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import multilora as ml
 from bench import peers
 from bench.measure import OURS, Case, Run
+from multilora.app.settings import Settings
+from multilora.app.tasks.digits import DIGITS_MODEL, DIGITS_TARGETS
 from multilora.ops import lora_add
-from multilora.settings import Settings
-from multilora.tasks import DIGITS_MODEL, DIGITS_TARGETS
 
 Tensors = dict[str, Tensor | list[Tensor]]
 

@@ -211,7 +211,7 @@ def train(context: Context) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["train", "--method", "ibdr", "--steps", steps, "--out", f"{folder}/run"]
         arguments += ["--device", context.device.type]
-        code = f"from multilora.cli import main; raise SystemExit(main({arguments!r}))"
+        code = f"from multilora.app.cli import main; raise SystemExit(main({arguments!r}))"
         ended, text = run([sys.executable, "-c", code], context, "train", 90)
     return {"failures": failed(ended, text, 90), "tail": text.strip().splitlines()[-5:]}
 

@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "atomic", "calls", "checks", "fold", "optim", "randomness", "recipes"],
+    ["_version", "atomic", "calls", "checks", "fold", "optim", "randomness"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
@@ -27,7 +27,7 @@ LAYERS = [
     ["methods", "checkpoint", "metrics"],
     ["integrations"],
     ["tools"],
-    ["tasks", "settings", "run_state", "training", "plots", "cli", "__main__"],
+    ["app", "cli", "__main__"],
 ]
 
 

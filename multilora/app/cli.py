@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from multilora import atomic, checks, recipes
+from multilora import atomic, checks
+from multilora.app import recipes
 from multilora.tools.kernels import command as kernels
 
 #: (heading, path in metrics.json, decimals) of the tables; higher is better where marked ↑.
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train particles; without options, IBDR on handwritten digits",
-        epilog="* For vtab and the commonsense tasks, what their recipe says (multilora/recipes).",
+        epilog="* For vtab and the commonsense tasks, see their recipes (multilora/app/recipes).",
     )
     train.set_defaults(run=_train)
     default = " [%(default)s]"
@@ -198,8 +199,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from multilora.settings import METHODS, Settings, recommended
-    from multilora.training import to_json, train
+    from multilora.app.run import to_json, train
+    from multilora.app.settings import METHODS, Settings, recommended
 
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
@@ -271,7 +272,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _load_run(args: argparse.Namespace) -> Any:
-    from multilora.training import load_run
+    from multilora.app.run import load_run
 
     return load_run(
         args.dir,
@@ -284,7 +285,7 @@ def _load_run(args: argparse.Namespace) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from multilora.training import evaluate, to_json
+    from multilora.app.run import evaluate, to_json
 
     model, task, settings = _load_run(args)
     result, _, _ = evaluate(model, task, particle_chunk=settings.particle_chunk)
@@ -500,7 +501,3 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from multilora import atomic
+from multilora.app.settings import Settings, differences
 from multilora.model import ParticleModel
-from multilora.settings import Settings, differences
 
 #: Of a run's folder.
 CHECKPOINT = "checkpoint.pt"

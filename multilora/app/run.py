@@ -19,14 +19,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multilora import atomic, checks, metrics
+from multilora.app import untrusted
+from multilora.app.plots import reliability_diagram
+from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
+from multilora.app.settings import INTEGERS, SETTINGS, Settings, differences, read_settings
+from multilora.app.tasks import commonsense
+from multilora.app.tasks.commonsense import questions
+from multilora.app.tasks.digits import digits
+from multilora.app.tasks.images import images
+from multilora.app.tasks.task import Report, Task
+from multilora.app.tasks.vtab import vtab1k
 from multilora.checkpoint import load_particle_model
-from multilora.integrations import commonsense, untrusted
 from multilora.methods import IBDR, SVGD, Ensemble, Method
 from multilora.model import ParticleModel, get_particle_model
-from multilora.plots import reliability_diagram
-from multilora.run_state import CHECKPOINT, RunState, check_base, read_state
-from multilora.settings import INTEGERS, SETTINGS, Settings, differences, read_settings
-from multilora.tasks import Report, Task, digits, images, questions, vtab1k
 
 _METRICS = "metrics.json"
 OnStep = Callable[[int, int, dict[str, float]], None]

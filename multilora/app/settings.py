@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multilora import checks, recipes
-from multilora.integrations import commonsense, vtab
-from multilora.tasks import names
+from multilora import checks
+from multilora.app import recipes
+from multilora.app.tasks import commonsense, names, vtab
 
 METHODS = ("ibdr", "svgd", "ensemble", "single")
 #: Of a run's folder.

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora import cli, tasks, training
-from multilora.integrations.timm import default_targets
+from multilora.app import cli
+from multilora.app import run as training
+from multilora.app.tasks import digits
+from multilora.app.tasks import images as images_task
+from multilora.app.tasks.images import default_targets
 
 SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
 
@@ -21,11 +24,11 @@ SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """The digits ViT is pretrained once for this file, a little and on a third of the data."""
-    images, labels = tasks._load_digits()
+    images, labels = digits._load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(tasks._PRETRAINING, "steps", 150)
-        patch.setattr(tasks, "_load_digits", lambda: (images[:600], labels[:600]))
+        patch.setitem(digits._PRETRAINING, "steps", 150)
+        patch.setattr(digits, "_load_digits", lambda: (images[:600], labels[:600]))
         yield
 
 
@@ -68,7 +71,7 @@ def test_evaluate_gives_the_same_measures(run, capsys):
 @pytest.mark.parametrize("kind", ["exact", "svd"])
 def test_export_writes_a_peft_adapter(run, tmp_path, kind):
     assert cli.main(["export", str(run), "--soup", kind, str(tmp_path / "soup")]) == 0
-    task = tasks.digits(seed=0, shots=10)
+    task = digits.digits(seed=0, shots=10)
     soup = peft.PeftModel.from_pretrained(task.base, tmp_path / "soup").eval()
     x, y = task.test[:]
     with torch.no_grad():
@@ -155,7 +158,7 @@ def test_any_timm_model_on_a_folder_of_images(image_folder, tmp_path):
 def test_a_flat_folder_is_split(image_folder):
     model_args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
     name = "vit_tiny_patch16_224"
-    task = tasks.images(image_folder / "train", name, pretrained=False, **model_args)
+    task = images_task.images(image_folder / "train", name, pretrained=False, **model_args)
     assert task.classes == ["blue", "green", "red"]
     assert (len(task.train), len(task.test)) == (24, 6)
     assert (task.targets, task.head) == (["qkv"], "head")
@@ -168,7 +171,7 @@ def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
 
     # One thread, as the tests have: another number may round differently.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-m", "multilora.cli", *command]
+    program = [sys.executable, "-m", "multilora", *command]
     process = subprocess.Popen([*program, "--out", str(tmp_path / "killed")], env=env)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint.pt").exists():
@@ -229,7 +232,7 @@ def test_particles_are_evaluated_in_the_chunks_of_training(image_folder, tmp_pat
 
 
 def test_a_run_over_another_base_is_refused(run, monkeypatch, capsys):
-    monkeypatch.setitem(tasks._PRETRAINING, "steps", 3)
+    monkeypatch.setitem(digits._PRETRAINING, "steps", 3)
     assert cli.main(["evaluate", str(run)]) == 1
     assert "trained over another base model" in capsys.readouterr().err
 

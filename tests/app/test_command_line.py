@@ -16,8 +16,11 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from command import refused
-from multilora import cli, tasks, training
-from multilora.integrations.timm import (
+from multilora.app import cli
+from multilora.app import run as training
+from multilora.app.tasks import digits, task
+from multilora.app.tasks import images as images_task
+from multilora.app.tasks.images import (
     classifiers,
     create_base,
     default_targets,
@@ -29,11 +32,11 @@ from multilora.integrations.timm import (
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """The digits ViT is pretrained hardly at all, on a part of the data."""
-    images, labels = tasks._load_digits()
+    images, labels = digits._load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setitem(tasks._PRETRAINING, "steps", 3)
-        patch.setattr(tasks, "_load_digits", lambda: (images[:300], labels[:300]))
+        patch.setitem(digits._PRETRAINING, "steps", 3)
+        patch.setattr(digits, "_load_digits", lambda: (images[:300], labels[:300]))
         yield
 
 
@@ -140,16 +143,16 @@ def _other_weights(file):
 def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("MULTILORA_CACHE", str(tmp_path))
     said = []
-    expected = tasks.digits(0, 2, said.append).base.state_dict()
+    expected = digits.digits(0, 2, said.append).base.state_dict()
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     damage(file)
     assert len(said) == 1
-    again = tasks.digits(0, 2, said.append).base.state_dict()
+    again = digits.digits(0, 2, said.append).base.state_dict()
     assert f"{file} is damaged and made again" in said[1]
     assert all(torch.equal(again[name], value) for name, value in expected.items())
     assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
-    tasks.digits(0, 2, said.append)
+    digits.digits(0, 2, said.append)
     assert len(said) == 3
 
 
@@ -157,25 +160,25 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("of the user")
     monkeypatch.setenv("MULTILORA_CACHE", str(tmp_path / "file" / "cache"))
     said = []
-    tasks.digits(0, 2, said.append)
+    digits.digits(0, 2, said.append)
     assert "cannot be kept" in said[-1]
 
 
 def _write_many(file, weights):
     for _ in range(30):
-        tasks._write_cache(file, weights)
+        digits._write_cache(file, weights)
 
 
 def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
     weights = {"x": torch.arange(1000.0)}
     file = tmp_path / "cache.safetensors"
-    tasks._write_cache(file, weights)
+    digits._write_cache(file, weights)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write_many, args=(file, weights)) for _ in range(3)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        assert torch.equal(tasks._read_cache(file, weights)["x"], weights["x"])
+        assert torch.equal(digits._read_cache(file, weights)["x"], weights["x"])
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
@@ -328,7 +331,7 @@ def test_a_distilled_model_trains_both_heads(images, tmp_path):
     assert cli.main(train(images, out, "deit_tiny_distilled_patch16_224")) == 0
     config, tensors = particle(out)
     assert config["modules_to_save"] == ["head", "head_dist"]
-    task = tasks.images(images, "deit_tiny_distilled_patch16_224", False, seed=0, **VIT_ARGS)
+    task = images_task.images(images, "deit_tiny_distilled_patch16_224", False, seed=0, **VIT_ARGS)
     new = task.base.state_dict()
     for name in ("head", "head_dist"):
         assert not torch.equal(tensors[f"base_model.model.{name}.weight"], new[f"{name}.weight"])
@@ -395,7 +398,7 @@ def test_convolutions_with_an_arithmetic_of_their_own_do_not_count(kind):
 
 def test_a_training_with_a_loss_of_its_own_is_refused():
     with pytest.raises(ValueError, match="in training mode the model returns a tuple"):
-        tasks._call_and_pass(lambda x: (x, x), torch.zeros(1), torch.zeros(1))
+        task._call_and_pass(lambda x: (x, x), torch.zeros(1), torch.zeros(1))
 
 
 def test_a_head_with_batch_norm_trains_the_linears_inside(images, tmp_path):

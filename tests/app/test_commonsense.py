@@ -18,9 +18,10 @@ from transformers import (
 )
 
 import multilora as ml
-from multilora import cli, tasks, training
-from multilora.integrations import commonsense
-from multilora.settings import recommended
+from multilora.app import cli
+from multilora.app import run as training
+from multilora.app.settings import recommended
+from multilora.app.tasks import commonsense
 from readme import recipe
 
 WINOGRANDE = {
@@ -461,19 +462,21 @@ def test_a_stopped_run_resumes_to_the_same_numbers(folder, arc_data, tmp_path, m
 
 def test_long_prompts_are_reported(folder, arc_data):
     said = []
-    task = tasks.questions("arc_easy", arc_data, str(folder), max_length=20, report=said.append)
+    task = commonsense.questions(
+        "arc_easy", arc_data, str(folder), max_length=20, report=said.append
+    )
     assert said == ["52 of 52 prompts have more than 20 tokens and lose their beginning"]
     assert {len(row) for row in task.train.ids} == {20}
     # The model has 128 positions.
     records = [BOOLQ | {"passage": "Snow is white. " * 40}] * 5
     write_lines(arc_data / "boolq.jsonl", records)
-    task = tasks.questions("boolq", arc_data / "boolq.jsonl", str(folder), report=said.append)
+    task = commonsense.questions("boolq", arc_data / "boolq.jsonl", str(folder), report=said.append)
     assert {len(row) for row in task.train.ids} == {128} and "more than 128 tokens" in said[1]
 
 
 def test_a_configuration_without_weights(folder, arc_data):
     bases = [
-        tasks.questions("arc_easy", arc_data, str(folder), pretrained=False, seed=seed).base
+        commonsense.questions("arc_easy", arc_data, str(folder), pretrained=False, seed=seed).base
         for seed in (0, 0, 1)
     ]
     weights = [base.lm_head.weight for base in bases]

@@ -11,10 +11,12 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
 import multilora as ml
-from multilora import cli, recipes, tasks, training
-from multilora.integrations.timm import Augmented, create_base, image_folder
-from multilora.integrations.vtab import vtab
-from multilora.settings import recommended
+from multilora.app import cli, recipes
+from multilora.app import run as training
+from multilora.app.settings import recommended
+from multilora.app.tasks import vtab as vtab_task
+from multilora.app.tasks.images import Augmented, create_base, image_folder
+from multilora.app.tasks.vtab import vtab
 from readme import recipe
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
@@ -291,7 +293,7 @@ def test_given_settings_win_over_the_recipe(kitti):
     assert dict(settings.method_args)["alpha"] == 0.1
     assert dict(settings.method_args)["rho"] == 0.03
     assert recommended("vtab", "svgd", str(kitti)).particles == 5
-    task = tasks.vtab1k(kitti, NAME, pretrained=False, **MODEL_ARGS)
+    task = vtab_task.vtab1k(kitti, NAME, pretrained=False, **MODEL_ARGS)
     model = training.particle_model(task, settings)
     assert training.make_method("ibdr", model, 0, dict(settings.method_args)).alpha == 0.1
     assert [a.scaling for a in model.adapters()] == [1.0, 1.0]

@@ -15,7 +15,9 @@ import torch
 
 import killed
 import multilora as ml
-from multilora import atomic, checkpoint, run_state, training
+from multilora import atomic, checkpoint
+from multilora.app import resume as run_state
+from multilora.app import run as training
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -23,7 +25,7 @@ STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
 # Processes are forked from one that has imported everything and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["multilora.training", "peft", "torchmetrics", "transformers.pytorch_utils"]
+    ["multilora.app.run", "peft", "torchmetrics", "transformers.pytorch_utils"]
 )
 
 

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from command import refused
-from multilora import cli, training
-from multilora.settings import read_settings
+from multilora.app import cli
+from multilora.app import run as training
+from multilora.app.settings import read_settings
 
 MODEL_ARGS = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 COLOURS = {"blue": (20, 20, 200), "red": (200, 20, 20)}

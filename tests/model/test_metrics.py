@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import multilora as ml
-from multilora import plots
+from multilora.app import plots
 
 # float64 logits give float64 measures, but for those that torchmetrics takes in float32 (6e-8).
 FP64, FP32 = 1e-12, 1e-6

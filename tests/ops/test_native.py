@@ -105,7 +105,7 @@ MISSING = """
 import sys
 sys.modules["multilora._C"] = sys.modules["multilora._C_cuda"] = None
 import torch, multilora as ml
-from multilora.cli import main
+from multilora.app.cli import main
 A, B = torch.ones(2, 1, 3), torch.ones(2, 3, 1)
 print(ml.lora_gram(A, B)[0, 1].item())
 for name in ("cpu", "cuda"):

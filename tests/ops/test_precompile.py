@@ -130,7 +130,7 @@ def test_a_models_problem_has_the_launches_of_its_steps(dtype):
 
 def test_what_cannot_be_precompiled_is_said(tmp_path):
     def kernels(*args, **environment):
-        script = "import sys; from multilora.cli import main; sys.exit(main())"
+        script = "import sys; from multilora.app.cli import main; sys.exit(main())"
         return subprocess.run(
             [sys.executable, "-c", script, "kernels", *args],
             env={**os.environ, "TRITON_INTERPRET": "0", **environment},

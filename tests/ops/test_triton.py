@@ -443,7 +443,7 @@ def test_cpu_tensors_without_the_interpreter(monkeypatch):
 # --- machine code --------------------------------------------------------------------------------
 
 
-_MAIN = "import sys; from multilora.cli import main; sys.exit(main())"
+_MAIN = "import sys; from multilora.app.cli import main; sys.exit(main())"
 
 
 def compile_kernels(*args, **environment):

@@ -1,6 +1,6 @@
 """The command line, for the tests of what it refuses."""
 
-from multilora import cli
+from multilora.app import cli
 
 
 def refused(arguments, capsys, *texts):

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import multilora as ml
-from multilora import checkpoint, training
-from multilora.tasks import Task
+from multilora import checkpoint
+from multilora.app import run as training
+from multilora.app.tasks.task import Task
 
 STEPS, SAVE_EVERY = 30, 7
 

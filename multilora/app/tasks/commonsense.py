@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from multilora import recipes
-from multilora.integrations import untrusted
+from multilora.app import recipes, untrusted
+from multilora.app.tasks.task import Report, Task, existing
 
 CLASSES = ("answers", "vocabulary")
 
@@ -395,3 +395,51 @@ class AnswerLogits:
     def _last(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         taken = {name: inputs[name] for name in self.inputs}
         return model(**taken, **self.options).logits[:, :, -1]  # (K, N, vocabulary)
+
+
+def questions(
+    task: str,
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    split: str = "test",
+    classes: str = "answers",
+    max_length: int = 512,
+    report: Report = print,
+    from_file: bool = False,
+    **model_args: Any,
+) -> Task:
+    """A causal language model on a commonsense task; see above.
+
+    targets: q_proj and v_proj where it is None. Prompts have at most
+    max_length tokens, or what the model has positions for.
+    from_file: see `create_base`.
+    """
+    train, test = load(task, data, split)
+    tokenizer = create_tokenizer(model, bool(model_args.get("trust_remote_code")))
+    tokens = answer_tokens(tokenizer, train[0])
+    base = create_base(model, pretrained, seed, from_file, **model_args)
+    positions = getattr(base.config, "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
+    prompts = [Prompts(tokenizer, part, max_length) for part in (train, test)]
+    truncated = sum(p.truncated for p in prompts)
+    if truncated:
+        report(
+            f"{truncated} of {len(train) + len(test)} prompts have more than {max_length} tokens "
+            "and lose their beginning"
+        )
+    logits = AnswerLogits(base, tokens, classes)
+    return Task(
+        base=base,
+        targets=existing(base, targets or ("q_proj", "v_proj")),
+        head=None,
+        classes=list(train[0].candidates),
+        train=prompts[0],
+        test=prompts[1],
+        collate=collate,
+        predict=logits.predict,
+        learn=logits.learn,
+        evaluation_batch=32,
+    )

@@ -1,4 +1,4 @@
-"""What the command line trains on: digits that need no download, images, questions."""
+"""Handwritten digits, which need no download."""
 
 from __future__ import annotations
 
@@ -6,74 +6,16 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from multilora import checks
-from multilora.integrations import commonsense, vtab
-from multilora.integrations.timm import (
-    class_names,
-    classifiers,
-    create_base,
-    default_targets,
-    endings,
-    image_folder,
-    working_layers,
-)
-
-Report = Callable[[str], None]
-
-
-def names() -> tuple[str, ...]:
-    return ("digits", "images", "vtab", *commonsense.names())
-
-
-def _call(model: nn.Module, x: Any) -> Tensor:
-    return model(x)
-
-
-def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(x)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"in training mode the model returns a {type(logits).__name__}, not class logits: its "
-            "training has a loss of its own, which particles do not have"
-        )
-    return logits, y
-
-
-@dataclass(frozen=True)
-class Task:
-    """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
-
-    head: the classification head, which is new and trained whole; a name, or those of two.
-    A batch of inputs is a tensor, or what `collate` makes of them: a dict of tensors.
-    predict(model, x): the particles' logits (K, N, classes), which are evaluated against labels.
-    learn(model, x, y): the logits and targets that a method's closure returns.
-    """
-
-    base: nn.Module
-    targets: list[str]
-    head: str | tuple[str, ...] | None
-    classes: list[str]
-    train: Dataset
-    test: Dataset
-    corrupted: dict[str, Dataset] = field(default_factory=dict)
-    ood: Dataset | None = None
-    collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
-    predict: Callable[[nn.Module, Any], Tensor] = _call
-    learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass
-    evaluation_batch: int = 256
-
-
-# --- digits --------------------------------------------------------------------------------------
+from multilora.app.tasks.images import create_base
+from multilora.app.tasks.task import Report, Task
 
 # A ViT of 0.17 M parameters on the 8×8 images that ship inside scikit-learn, 4×4 pixels a token.
 DIGITS_MODEL = {
@@ -259,155 +201,3 @@ def cache_folder() -> Path:
     if "MULTILORA_CACHE" in os.environ:
         return Path(os.environ["MULTILORA_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "multilora"
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def images(
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    augment: bool = False,
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
-    """Any timm model on a folder of images; see `integrations.timm.image_folder` for its layout.
-
-    The seed draws the new head (and, without pretraining, the model) and the augmentation.
-    from_file: see `integrations.timm.create_base`.
-    """
-    base = _timm_base(model, len(class_names(data)), pretrained, seed, from_file, model_args)
-    train, test, classes = image_folder(data, base, augment, seed, **model_args)
-    return _image_task(base, targets, train, test, classes, model_args)
-
-
-def vtab1k(
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    augment: bool = False,
-    split: str = "test",
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
-    """Any timm model on a data set of VTAB-1K; see `integrations.vtab.vtab` for its layout."""
-    base = _timm_base(model, vtab.num_classes(data), pretrained, seed, from_file, model_args)
-    train, test, classes = vtab.vtab(data, base, split, augment, seed, **model_args)
-    return _image_task(base, targets, train, test, classes, model_args)
-
-
-def _timm_base(
-    model: str,
-    classes: int,
-    pretrained: bool,
-    seed: int,
-    from_file: bool,
-    model_args: dict[str, Any],
-) -> nn.Module:
-    if "num_classes" in model_args:
-        raise ValueError(f"the task has {classes} classes: leave num_classes out of --model-args")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return create_base(model, classes, pretrained, from_file, **model_args)
-
-
-def _image_task(
-    base: nn.Module,
-    targets: Sequence[str] | None,
-    train: Dataset,
-    test: Dataset,
-    classes: list[str],
-    model_args: dict[str, Any],
-) -> Task:
-    working = working_layers(base, **model_args)
-    heads = classifiers(base)
-    return Task(
-        base=base,
-        targets=(
-            _existing(base, targets, endings(base, working))
-            if targets
-            else default_targets(base, working)
-        ),
-        head=heads[0] if len(heads) == 1 else heads,
-        classes=classes,
-        train=train,
-        test=test,
-    )
-
-
-# --- questions -----------------------------------------------------------------------------------
-
-
-def questions(
-    task: str,
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    split: str = "test",
-    classes: str = "answers",
-    max_length: int = 512,
-    report: Report = print,
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
-    """A causal language model on a commonsense task; see `integrations.commonsense`.
-
-    targets: q_proj and v_proj where it is None. Prompts have at most
-    max_length tokens, or what the model has positions for.
-    from_file: see `integrations.commonsense.create_base`.
-    """
-    train, test = commonsense.load(task, data, split)
-    tokenizer = commonsense.create_tokenizer(model, bool(model_args.get("trust_remote_code")))
-    tokens = commonsense.answer_tokens(tokenizer, train[0])
-    base = commonsense.create_base(model, pretrained, seed, from_file, **model_args)
-    positions = getattr(base.config, "max_position_embeddings", None)
-    max_length = min(max_length, positions or max_length)
-    prompts = [commonsense.Prompts(tokenizer, part, max_length) for part in (train, test)]
-    truncated = sum(p.truncated for p in prompts)
-    if truncated:
-        report(
-            f"{truncated} of {len(train) + len(test)} prompts have more than {max_length} tokens "
-            "and lose their beginning"
-        )
-    logits = commonsense.AnswerLogits(base, tokens, classes)
-    return Task(
-        base=base,
-        targets=_existing(base, targets or ("q_proj", "v_proj")),
-        head=None,
-        classes=list(train[0].candidates),
-        train=prompts[0],
-        test=prompts[1],
-        collate=commonsense.collate,
-        predict=logits.predict,
-        learn=logits.learn,
-        evaluation_batch=32,
-    )
-
-
-def _existing(
-    base: nn.Module, targets: Sequence[str], working: Sequence[str] | None = None
-) -> list[str]:
-    """`targets`, checked: each is the name of a layer, or its end.
-
-    working: what to choose among; the linears where it is None.
-    """
-    layers = [name for name, _ in base.named_modules()]
-    missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
-    if missing:
-        if working is None:
-            working = {
-                name.rpartition(".")[2]
-                for name, module in base.named_modules()
-                if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-            }
-        raise ValueError(
-            f"{type(base).__name__} has no layers {missing}; choose targets among {sorted(working)}"
-        )
-    return list(targets)

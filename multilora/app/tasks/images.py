@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
-from multilora.integrations import untrusted
+from multilora.app import untrusted
+from multilora.app.tasks.task import Task, existing
 
 
 def create_base(
@@ -308,3 +309,62 @@ def image_folder(
     train = Subset(train, [i for i in order if i % 5 != 4])
     test = Subset(test, [i for i in order if i % 5 == 4])
     return Augmented(train, seed) if augment else train, test, classes
+
+
+def images(
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    augment: bool = False,
+    from_file: bool = False,
+    **model_args: Any,
+) -> Task:
+    """Any timm model on a folder of images; see `image_folder` for its layout.
+
+    The seed draws the new head (and, without pretraining, the model) and the augmentation.
+    from_file: see `create_base`.
+    """
+    base = timm_base(model, len(class_names(data)), pretrained, seed, from_file, model_args)
+    train, test, classes = image_folder(data, base, augment, seed, **model_args)
+    return image_task(base, targets, train, test, classes, model_args)
+
+
+def timm_base(
+    model: str,
+    classes: int,
+    pretrained: bool,
+    seed: int,
+    from_file: bool,
+    model_args: dict[str, Any],
+) -> nn.Module:
+    if "num_classes" in model_args:
+        raise ValueError(f"the task has {classes} classes: leave num_classes out of --model-args")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return create_base(model, classes, pretrained, from_file, **model_args)
+
+
+def image_task(
+    base: nn.Module,
+    targets: Sequence[str] | None,
+    train: Dataset,
+    test: Dataset,
+    classes: list[str],
+    model_args: dict[str, Any],
+) -> Task:
+    working = working_layers(base, **model_args)
+    heads = classifiers(base)
+    return Task(
+        base=base,
+        targets=(
+            existing(base, targets, endings(base, working))
+            if targets
+            else default_targets(base, working)
+        ),
+        head=heads[0] if len(heads) == 1 else heads,
+        classes=classes,
+        train=train,
+        test=test,
+    )

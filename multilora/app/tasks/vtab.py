@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from multilora import recipes
-from multilora.integrations.timm import Augmented, read_image, transforms
+from multilora.app import recipes
+from multilora.app.tasks.images import (
+    Augmented,
+    image_task,
+    read_image,
+    timm_base,
+    transforms,
+)
+from multilora.app.tasks.task import Task
 
 # What is trained on and what is evaluated on.
 SPLITS = {"test": ("train800val200.txt", "test.txt"), "tune": ("train800.txt", "val200.txt")}
@@ -96,3 +103,20 @@ def _read_list(file: Path, num_classes: int) -> list[tuple[Path, int]]:
     if not samples:
         raise ValueError(f"the list {file} is empty")
     return samples
+
+
+def vtab1k(
+    data: str | Path,
+    model: str,
+    pretrained: bool = True,
+    targets: Sequence[str] | None = None,
+    seed: int = 0,
+    augment: bool = False,
+    split: str = "test",
+    from_file: bool = False,
+    **model_args: Any,
+) -> Task:
+    """Any timm model on a data set of VTAB-1K; see `vtab` for its layout."""
+    base = timm_base(model, num_classes(data), pretrained, seed, from_file, model_args)
+    train, test, classes = vtab(data, base, split, augment, seed, **model_args)
+    return image_task(base, targets, train, test, classes, model_args)

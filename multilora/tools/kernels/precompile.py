@@ -143,7 +143,7 @@ def _run_model(
 ) -> None:
     import peft
 
-    from multilora.integrations.timm import create_base
+    from multilora.app.tasks.images import create_base
     from multilora.model import get_particle_model
 
     with torch.device("meta"):

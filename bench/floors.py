@@ -186,9 +186,9 @@ def _run_distances(
 
     factors = _factors(layers, particles, rank)
     if passes != "backward":
-        backend.pairwise_frobenius(*factors)
+        backend.traces(*factors, True)
     if passes != "forward":
-        backend.lora_gram_backward(_meta(len(layers), particles, particles), *factors)
+        backend.factor_gradients(_meta(len(layers), particles, particles), *factors)
 
 
 def _run_update(layers: Sequence[tuple[int, int]], particles: int, rank: int) -> None:
@@ -198,8 +198,8 @@ def _run_update(layers: Sequence[tuple[int, int]], particles: int, rank: int) ->
     factors = _factors(layers, particles, rank)
     mix = _meta(len(layers), particles)
     upstream = _meta(len(layers), particles, particles, dtype=torch.float64)
-    backend.pairwise_frobenius(*factors)
-    backend.svgd_update(*factors[:2], mix, upstream, *factors)
+    backend.traces(*factors, True)
+    backend.factor_gradients(upstream, *factors, mix, factors[0] + factors[1])
 
 
 def _run_loss(particles: int, rows: int, classes: int, passes: str) -> None:
@@ -211,9 +211,9 @@ def _run_loss(particles: int, rows: int, classes: int, passes: str) -> None:
     side = min(particles, classes)
     saved = _meta(3, particles, rows), _meta(rows, side, side)
     if passes != "backward":
-        backend.particle_loss(logits, targets, 1e-4, "logdet")
+        backend.volume(logits, targets, 1e-4, "logdet", True)
     if passes != "forward":
-        backend.particle_loss_backward(nll, divergence, logits, targets, *saved, count)
+        backend.volume_backward(divergence, logits, targets, *saved, nll, count)
 
 
 @dataclass(frozen=True)

@@ -116,9 +116,7 @@ def answering(
     """Let the host functions get `answers`, or else what configs says (with `rules`, without its
     table); what they asked and got is added to `asked`."""
     # The package's functions hide its modules of the same names.
-    modules = [
-        sys.modules[f"{backend.__name__}.{n}"] for n in ("geometry", "lora_linear", "volume")
-    ]
+    modules = [sys.modules[f"{backend.__name__}.{n}"] for n in ("frobenius", "linear", "loss")]
     replaced = []
     for name in CHANGES:
         rule = getattr(configs, name)

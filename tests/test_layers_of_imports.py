@@ -18,7 +18,7 @@ LAYERS = [
     ["_version", "atomic", "calls", "checks", "fold", "optim", "randomness"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.native"],
-    ["ops.reference", "ops.cpu", "ops.cuda", "ops.triton"],
+    ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses"],
     ["isolation", "targets", "trunk", "peft_format"],
@@ -37,8 +37,8 @@ def name_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# The native modules, and the package that may import each.
-NATIVE = {"cpu": "_C", "cuda": "_C_cuda"}
+# The native modules, and the modules that may import each.
+NATIVE = {"cpu": "_C", "cuda": "_C_cuda", "hopper": "_C_cuda"}
 NAMES = {name_of(file) for file in MODULES} | {*NATIVE.values()}
 
 

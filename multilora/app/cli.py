@@ -387,7 +387,8 @@ def _print_kernels() -> None:
 
     if find_spec("triton") is None:
         return
-    from multilora.ops.triton import configs, proven
+    from multilora.ops import records
+    from multilora.ops.triton import configs
 
     measured = [entry for entry in configs.table().values() if entry["record"] is not None]
     if not measured:
@@ -399,7 +400,7 @@ def _print_kernels() -> None:
             f"Triton kernels on sm_{capability}: measured at {len(here)} sizes, ahead of the "
             f"reference and the default at {ahead}"
         )
-    for promotion in proven.promotions():
+    for promotion in records.promotions():
         print(
             f"{promotion.op} in {promotion.dtype} on sm_{promotion.capability}: "
             f"{promotion.backend} is the default at {promotion.sizes}, ahead at all "

@@ -1,10 +1,8 @@
-"""The operators. The only place that knows torch.library; imports torch and nothing else."""
+"""The operators. Only this package knows torch.library; importing it imports torch alone."""
 
 from multilora.ops.dispatch import BackendUnavailableError, use_backend
-from multilora.ops.geometry import lora_gram, pairwise_frobenius
-from multilora.ops.lora_add import lora_add
-from multilora.ops.lora_linear import lora_linear
-from multilora.ops.svgd import svgd_update
+from multilora.ops.frobenius import lora_gram, pairwise_frobenius, svgd_update
+from multilora.ops.lora import lora_add, lora_linear
 from multilora.ops.volume import gram_volume, particle_loss
 
 __all__ = [

@@ -94,29 +94,48 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
+    compute: Callable[..., Any] | None = None,
     function: Callable[..., Any] | None = None,
 ) -> Operator:
     """Register the operator `multilora::<schema>`.
 
-    One CompositeExplicitAutograd kernel serves every device: it asks `dispatch` for the
-    backend's function of the same name, or is `function`, where the operator is made of others.
-    `fake` gives shapes, dtypes and strides to the compiler.
+    One CompositeExplicitAutograd kernel serves every device: it asks `dispatch` for a backend.
+
+    Args:
+        fake: gives shapes, dtypes and strides to the compiler.
+        compute: makes the operator of a backend's functions, `compute(backend, *args)`; by default
+            it is the backend's function of the operator's name.
+        function: replaces all of this where the operator is made of other operators.
     """
     name = schema.split("(", 1)[0]
+    if function is None:
+        compute = _computations[name] = compute or _by_name(name)
 
-    def route(*args):
-        kernel = dispatch.kernel(name, args)
-        if not torch._C._is_any_autocast_enabled():
-            return kernel(*args)
-        # The public function has chosen the dtypes; autocast must not touch the inside.
-        with torch.autocast(dispatch.first_tensor(args).device.type, enabled=False):
-            return kernel(*args)
+        def function(*args):
+            backend = dispatch.module_of(name, args)
+            if not torch._C._is_any_autocast_enabled():
+                return compute(backend, *args)
+            # The public function has chosen the dtypes; autocast must not touch the inside.
+            with torch.autocast(dispatch.first_tensor(args).device.type, enabled=False):
+                return compute(backend, *args)
 
-    function = function or route
     _lib.define(schema, tags=tags)
     torch.library.impl(f"multilora::{name}", "CompositeExplicitAutograd", function, lib=_lib)
     torch.library.register_fake(f"multilora::{name}", fake, lib=_lib)
     return Operator(getattr(torch.ops.multilora, name).default, function)
+
+
+#: How each operator is made of a backend's functions.
+_computations: dict[str, Callable[..., Any]] = {}
+
+
+def _by_name(name: str) -> Callable[..., Any]:
+    return lambda backend, *args: getattr(backend, name)(*args)
+
+
+def compute_on(backend: Any, name: str, *args: Any) -> Any:
+    """The operator `name` of these arguments, by the functions of this backend's module."""
+    return _computations[name](backend, *args)
 
 
 def _differentiable(

@@ -7,8 +7,8 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -258,7 +258,7 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
     # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
     # is right, and ahead. The CPU's are, at every size that was measured.
     if device == "cuda" and requested() is None and missing_reason("triton") is None:
-        for proven in importlib.import_module(BACKENDS["triton"]).proven_backends(op, args):
+        for proven in importlib.import_module("multilora.ops.records").proven_backends(op, args):
             if missing_reason(proven) is None:
                 return proven
     return name
@@ -271,8 +271,8 @@ def _runs_on(name: str, device: str) -> bool:
     return name != "cpu" or device != "cuda"
 
 
-def kernel(op: str, args: tuple[Any, ...]) -> Callable:
-    """The function that computes operator `op` for these arguments."""
+def module_of(op: str, args: tuple[Any, ...]) -> ModuleType:
+    """The backend that computes operator `op` for these arguments, as the module of its kernels."""
     first = args[0]
     if (
         # What a small layer asks, in the fewest steps: nothing is requested, on a CPU.
@@ -281,12 +281,20 @@ def kernel(op: str, args: tuple[Any, ...]) -> Callable:
         and first.is_cpu
         and _missing_cpu() is None
     ):
-        path = BACKENDS["cpu"]
+        name = "cpu"
     else:
-        path = BACKENDS[backend_of(op, args)]
-    # import_module takes as long as all the rest; but it waits for a module that is being imported.
-    function = getattr(sys.modules.get(path), op, None)
-    return function or getattr(importlib.import_module(path), op)
+        name = backend_of(op, args)
+    return _modules.get(name) or _load(name)
+
+
+def _load(name: str) -> ModuleType:
+    """The module of a backend."""
+    # Not sys.modules, where another thread's module is before it is complete.
+    _modules[name] = importlib.import_module(BACKENDS[name])
+    return _modules[name]
+
+
+_modules: dict[str, ModuleType] = {}
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:

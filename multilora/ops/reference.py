@@ -1,6 +1,6 @@
 """The operators in plain PyTorch: their definition, the oracle of every kernel, and the fallback.
 
-One function an operator, under the operator's name. Shapes and dtypes have been checked.
+The seven functions of a backend. Shapes and dtypes have been checked.
 Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
@@ -138,28 +138,42 @@ def _by_row(d_shrunk: Tensor) -> Tensor:
 # --- adapter geometry ----------------------------------------------------------------------------
 
 
-def lora_gram(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
-    """T (L, K, K): T_ij = s² ⟨A_i A_jᵀ, B_iᵀ B_j⟩."""
-    return _gram64(lora_A, lora_B, scaling).to(accumulator(lora_A[0].dtype))
-
-
-def pairwise_frobenius(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
-    """D (L, K, K): D_ij = T_ii + T_jj − 2 T_ij."""
+def traces(
+    lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float], distance: bool
+) -> Tensor:
+    """T (L, K, K), T_ij = s² ⟨A_i A_jᵀ, B_iᵀ B_j⟩; or D_ij = T_ii + T_jj − 2 T_ij."""
     T = _gram64(lora_A, lora_B, scaling)
-    norms = T.diagonal(dim1=-2, dim2=-1)
-    D = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - T - T.mT).clamp_min_(0)
-    D.diagonal(dim1=-2, dim2=-1).zero_()
-    return D.to(accumulator(lora_A[0].dtype))
+    if distance:
+        norms = T.diagonal(dim1=-2, dim2=-1)
+        T = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - T - T.mT).clamp_min_(0)
+        T.diagonal(dim1=-2, dim2=-1).zero_()
+    return T.to(accumulator(lora_A[0].dtype))
 
 
-def lora_gram_backward(
-    grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
+def factor_gradients(
+    upstream: Tensor,
+    lora_A: list[Tensor],
+    lora_B: list[Tensor],
+    scaling: list[float],
+    mix: Tensor | None = None,
+    grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), U = s² (grad + gradᵀ)."""
-    grads = [*lora_A, *lora_B]
-    for i, like, gradient in _gradients64(grad, lora_A, lora_B, scaling):
-        grads[i] = gradient.to(like.dtype, memory_format=torch.contiguous_format)
-    return grads
+    """The gradients of ⟨upstream, T⟩ for all lora_A, then for all lora_B; with mix (L, K, K), or
+    (L, K) for a diagonal, plus Σ_j mix_ij grads_j.
+
+    dA_i = Σ_j U_ij (B_iᵀ B_j) A_j and dB_i = Σ_j U_ij B_j (A_j A_iᵀ), where
+    U = s² (upstream + upstreamᵀ).
+    """
+    out = [*lora_A, *lora_B]
+    if mix is not None:
+        mix = mix.double()
+    for i, like, gradient in _gradients64(upstream, lora_A, lora_B, scaling):
+        if mix is not None and grads is not None:
+            weight, grad = mix[i % len(scaling)], grads[i].double().flatten(1)
+            mixed = weight @ grad if mix.ndim == 3 else weight[:, None] * grad
+            gradient = mixed.view(like.shape) + gradient
+        out[i] = gradient.to(like.dtype, memory_format=torch.contiguous_format)
+    return out
 
 
 def _gradients64(
@@ -263,58 +277,45 @@ def _stack64(
 # a difference of sums over all particles, each 1/eps times larger, so F̃ and core are float64 too.
 
 
-def gram_volume(
-    logits: Tensor, targets: Tensor, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> value (N,), stats (3, K, N), core (N, m, m)."""
-    check_targets(logits, targets)
-    f, stats, _ = _normalise(logits, targets)
-    value, core = _volume(f, targets, eps, kind)
-    return value.to(stats.dtype), stats, core
-
-
-def gram_volume_backward(
-    grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, core: Tensor
-) -> Tensor:
-    """grad (N,) -> the gradient of the logits (K, N, C)."""
-    valid, _ = _labels(logits, targets)
-    f = _renormalise(logits, targets, stats)
-    dz = _volume_gradient(f, core, grad, f.new_zeros(f.shape[:2])).mul_(f)
-    return _zero_ignored(dz, valid).to(logits.dtype)
-
-
-def particle_loss(
-    logits: Tensor, targets: Tensor, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> nll (K,), divergence (), stats (3, K, N), core (N, m, m), count ()."""
+def volume(
+    logits: Tensor, targets: Tensor, eps: float, kind: str, means: bool
+) -> tuple[Tensor, ...]:
+    """-> value (N,), stats (3, K, N), core (N, m, m); or, with means, nll (K,) and divergence (),
+    stats, core, count ()."""
     check_targets(logits, targets)
     f, stats, nll = _normalise(logits, targets)
     value, core = _volume(f, targets, eps, kind)
+    if not means:
+        return value.to(stats.dtype), stats, core
     count = (targets != IGNORE_INDEX).sum().clamp_min(1)
-    means = (nll.sum(-1) / count, value.sum() / count)
-    return *(mean.to(stats.dtype) for mean in means), stats, core, count.to(stats.dtype)
+    nll, divergence = nll.sum(-1) / count, value.sum() / count
+    dtype = stats.dtype
+    return nll.to(dtype), divergence.to(dtype), stats, core, count.to(dtype)
 
 
-def particle_loss_backward(
-    grad_nll: Tensor,
-    grad_divergence: Tensor,
+def volume_backward(
+    grad: Tensor,
     logits: Tensor,
     targets: Tensor,
     stats: Tensor,
     core: Tensor,
-    count: Tensor,
+    grad_nll: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """grad_nll (K,), grad_divergence () -> the gradient of the logits (K, N, C)."""
+    """grad (N,) of the values; or grad () of their mean, and grad_nll (K,) -> dlogits (K, N, C)."""
     valid, labels = _labels(logits, targets)
-    top, norm, rest = stats
     f = _renormalise(logits, targets, stats)
+    if grad_nll is None or count is None:
+        dz = _volume_gradient(f, core, grad, f.new_zeros(f.shape[:2])).mul_(f)
+        return _zero_ignored(dz, valid).to(logits.dtype)
+    top, norm, rest = stats
     # e_y = exp(z_y − top); it may overflow, and p_y is then 1 and the rest of the softmax 0.
     e_y = torch.exp(logits.gather(-1, labels).squeeze(-1).to(f.dtype) - top)
     weight = (grad_nll[:, None] / count).expand(f.shape[:2])
     # The softmax is f̃ · ‖e‖/(Σe + e_y) off the target, and p_y − 1 = −Σe/(Σe + e_y) on it.
     offset = (weight * norm / (rest + e_y)).where(valid, 0)
     on_target = (-weight * rest / (rest + e_y)).where(valid, 0)
-    dz = _volume_gradient(f, core, (grad_divergence / count).expand(targets.shape), offset)
+    dz = _volume_gradient(f, core, (grad / count).expand(targets.shape), offset)
     dz = dz.mul_(f).scatter_(-1, labels, on_target.unsqueeze(-1))
     return _zero_ignored(dz, valid).to(logits.dtype)
 
@@ -413,27 +414,3 @@ def _labels(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     valid = targets != IGNORE_INDEX
     labels = targets.where(valid, 0).expand(logits.shape[0], -1).unsqueeze(-1)
     return valid, labels
-
-
-# --- svgd update ---------------------------------------------------------------------------------
-
-
-def svgd_update(
-    grad_A: list[Tensor],
-    grad_B: list[Tensor],
-    mix: Tensor,
-    upstream: Tensor,
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scaling: list[float],
-) -> list[Tensor]:
-    """Σ_j mix_ij grad_j + the gradient of ⟨upstream, T⟩; mix (L, K) is a diagonal."""
-    out = [*lora_A, *lora_B]
-    grads = [*grad_A, *grad_B]
-    mix = mix.double()
-    for i, like, gradient in _gradients64(upstream, lora_A, lora_B, scaling):
-        weight, grad = mix[i % len(scaling)], grads[i].double().flatten(1)
-        mixed = weight @ grad if mix.ndim == 3 else weight[:, None] * grad
-        total = mixed.view(like.shape) + gradient
-        out[i] = total.to(like.dtype, memory_format=torch.contiguous_format)
-    return out

@@ -40,37 +40,57 @@ def _fake_loss_backward(grad_nll, grad_divergence, logits, targets, stats, core,
     return logits.new_empty(logits.shape)
 
 
-# Saved for the backward of both: stats (3, K, N), per row the largest logit z without the target's,
-# and norm and sum of exp(z − largest); core (N, m, m) with m = min(K, C), the matrix that turns
-# the normalised predictions into their gradient (reference.py). particle_loss saves count () too:
-# the number of valid targets, or 1, as a float.
+def _volume(backend, logits, targets, eps, kind):
+    return backend.volume(logits, targets, eps, kind, False)
+
+
+def _loss(backend, logits, targets, eps, kind):
+    return backend.volume(logits, targets, eps, kind, True)
+
+
+def _gradient(backend, grad, logits, targets, stats, core):
+    return backend.volume_backward(grad, logits, targets, stats, core)
+
+
+def _loss_gradient(backend, grad_nll, grad_divergence, logits, targets, stats, core, count):
+    return backend.volume_backward(grad_divergence, logits, targets, stats, core, grad_nll, count)
+
+
+# Both save for the backward: stats (3, K, N), per row the largest logit z without the target's, and
+# norm and sum of exp(z − largest); core (N, m, m) with m = min(K, C), the matrix that turns the
+# normalised predictions into their gradient (reference.py). particle_loss also saves count (): the
+# number of valid targets, or 1, as a float.
 _volume_op = define(
     "gram_volume(Tensor logits, Tensor targets, float eps, str kind) -> (Tensor, Tensor, Tensor)",
     _fake_volume,
+    compute=_volume,
 )
 _volume_backward_op = define(
     "gram_volume_backward(Tensor grad, Tensor logits, Tensor targets, Tensor stats, Tensor core)"
     " -> Tensor",
     _fake_volume_backward,
+    compute=_gradient,
 )
 _loss_op = define(
     "particle_loss(Tensor logits, Tensor targets, float eps, str kind)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_loss,
+    compute=_loss,
 )
 _loss_backward_op = define(
     "particle_loss_backward(Tensor grad_nll, Tensor grad_divergence, Tensor logits,"
     " Tensor targets, Tensor stats, Tensor core, Tensor count) -> Tensor",
     _fake_loss_backward,
+    compute=_loss_gradient,
 )
 
 
 def _setup_context(ctx, inputs, output):
     logits, targets, _, _ = inputs
-    # What follows the public outputs: one of gram_volume, two of particle_loss.
+    # The outputs after the public ones: gram_volume has one of those, particle_loss two.
     saved = output[1:] if len(output) == 3 else output[2:]
     ctx.mark_non_differentiable(*saved)
-    # Not for what is saved: zeros of the core's size would cost more than the loss.
+    # Zeros for the saved outputs, of the core's size, would cost more than the loss.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, *saved)
 
@@ -101,8 +121,6 @@ _loss_backward_op.refuse_gradient()
 def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = "logdet") -> Tensor:
     """How little the particles' non-target predictions differ, per example; lower is more diverse.
 
-    logits (K, N, C), targets (N,) int64 -> (N,) float32 (float64 for float64 logits).
-
     With f_i the softmax of particle i without the target class, scaled to unit length, and
     G = (⟨f_i, f_j⟩) (K, K): kind "logdet" gives −log det(I + G/eps) (that is −log det(G + eps·I)
     up to the constant K log eps, and finite for K > C − 1 too), kind "det" gives −det G.
@@ -111,12 +129,22 @@ def gram_volume(logits: Tensor, targets: Tensor, eps: float = 1e-4, kind: str = 
     so does every example where C = 2 (the one remaining class leaves no direction to differ in; a
     warning says so once) or, for "det", K > C − 1. Identical particles have a zero gradient.
 
-    eps is at least 1e-6 (float64 logits: 1e-12, and K² times float64's eps).
-
-    Raises ValueError for shapes, devices, eps, kind or a target outside [0, C), TypeError for
-    dtypes, NotImplementedError for forward-mode derivatives. On a GPU a target out of range is
-    reported at the next synchronisation instead.
     Source: IBDR (Pham et al. 2025), the divergence loss, with the sign that lets diversity grow.
+
+    Args:
+        logits: (K, N, C).
+        targets: (N,) int64 in [0, C), or −100 for an example that is left out.
+        eps: at least 1e-6 (for float64 logits 1e-12, and K² times float64's eps).
+        kind: "logdet" or "det".
+
+    Returns:
+        (N,) float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: for shapes, devices, eps, kind or a target outside [0, C). On a GPU a target out
+            of range is reported at the next synchronisation instead.
+        TypeError: for dtypes that do not fit.
+        NotImplementedError: for forward-mode derivatives.
     """
     _check("gram_volume", logits, targets, eps, kind)
     return _volume_op(logits, targets, float(eps), kind)[0]
@@ -127,11 +155,11 @@ def particle_loss(
 ) -> tuple[Tensor, Tensor]:
     """Every particle's cross-entropy and the mean `gram_volume`, in one pass over the logits.
 
-    logits (K, N, C), targets (N,) int64, −100 ignored -> (nll (K,), divergence ()), float32
-    (float64 for float64 logits). Both are means over the valid targets, in nats; without a valid
-    target both are 0, with zero gradient.
+    Args and Raises are those of `gram_volume`.
 
-    Errors, eps and kind as in `gram_volume`.
+    Returns:
+        nll (K,) and divergence (), float32 (float64 for float64 logits). Both are means over the
+        valid targets, in nats; without a valid target both are 0, with zero gradient.
     """
     _check("particle_loss", logits, targets, eps, kind)
     return _loss_op(logits, targets, float(eps), kind)[:2]
@@ -155,7 +183,7 @@ def _check(name, logits, targets, eps, kind) -> None:
             f"got {logits.device} and {targets.device} for {shapes}"
         )
     smallest = 1e-12 if logits.dtype == torch.float64 else 1e-6
-    # G's rounding: sums of up to K terms, of up to K in size, in float64.
+    # G is rounded in float64, in sums of up to K terms that are up to K in size.
     smallest = max(smallest, logits.shape[0] ** 2 * torch.finfo(torch.float64).eps)
     if not smallest <= eps <= 1e6:
         raise ValueError(

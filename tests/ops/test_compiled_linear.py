@@ -58,4 +58,4 @@ def test_every_kernel_was_executed(compiling):
     for case, chip, mode in cross(CASES, ON_HOPPER_ONLY):
         if chip == 90 and mode == "late":
             compiling.call("problems.linear", *CASES[case], chip, mode)
-    cover(compiling, ["lora_gemm", "lora_pass"], EXECUTED)
+    cover(compiling, ["gemm", "thin"], EXECUTED)

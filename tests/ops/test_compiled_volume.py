@@ -63,4 +63,4 @@ def test_what_is_not_finite(case, what, compiling):
 def test_every_kernel_was_executed(compiling):
     for case in CASES:
         compiling.call("problems.loss", *CASES[case], 90, "late")
-    cover(compiling, ["volume"], EXECUTED)
+    cover(compiling, ["loss"], EXECUTED)

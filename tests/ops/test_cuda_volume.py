@@ -95,9 +95,9 @@ def test_volume_alone_of_views(classes, kind):
 def test_a_target_outside_stops_the_kernel(monkeypatch):
     from multilora.ops import cuda
 
-    monkeypatch.setattr(cuda.volume, "check_targets", lambda logits, targets: None)
+    monkeypatch.setattr(cuda, "check_targets", lambda logits, targets: None)
     with pytest.raises(RuntimeError, match="failed assertion"):
-        cuda.gram_volume(torch.randn(2, 3, 5), torch.tensor([1, 5, 2]), EPS, "logdet")
+        cuda.volume(torch.randn(2, 3, 5), torch.tensor([1, 5, 2]), EPS, "logdet", False)
 
 
 def test_every_kernel_was_executed(pytestconfig):

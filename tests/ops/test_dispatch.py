@@ -45,17 +45,17 @@ def fake_backend(monkeypatch):
     """A backend that answers 7 whatever it is asked."""
     calls = []
 
-    def gram(lora_A, lora_B, scaling):
+    def traces(lora_A, lora_B, scaling, distance):
         calls.append("forward")
         return torch.full((len(lora_A), 2, 2), 7.0)
 
-    def gram_backward(grad, lora_A, lora_B, scaling):
+    def factor_gradients(upstream, lora_A, lora_B, scaling, mix=None, grads=None):
         calls.append("backward")
         return [torch.full_like(t, 7.0) for t in (*lora_A, *lora_B)]
 
-    module = SimpleNamespace(lora_gram=gram, lora_gram_backward=gram_backward, calls=calls)
-    monkeypatch.setitem(sys.modules, "fake_kernels", module)
+    module = SimpleNamespace(traces=traces, factor_gradients=factor_gradients, calls=calls)
     monkeypatch.setitem(dispatch.BACKENDS, "fake", "fake_kernels")
+    monkeypatch.setitem(dispatch._modules, "fake", module)
     return module
 
 
@@ -176,11 +176,11 @@ def test_the_backward_runs_on_the_backend_of_its_forward(fake_backend):
 
 def test_the_backward_of_lora_add_runs_on_the_backend_of_its_forward(monkeypatch):
     asked = []
-    kernel = dispatch.kernel
+    module_of = dispatch.module_of
     monkeypatch.setattr(
         dispatch,
-        "kernel",
-        lambda op, args: asked.append((op, dispatch.requested())) or kernel(op, args),
+        "module_of",
+        lambda op, args: asked.append((op, dispatch.requested())) or module_of(op, args),
     )
     y, x = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
     lora_A, lora_B = torch.randn(2, 1, 5, requires_grad=True), torch.randn(2, 4, 1)

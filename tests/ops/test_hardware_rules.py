@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 
 from multilora.ops import dispatch
 from multilora.ops import triton as backend
-from multilora.ops.triton import blocks, common, configs
+from multilora.ops.triton import blocks, common, configs, frobenius
 from multilora.ops.triton.common import A100, H200, Chip
 from multilora.tools.kernels import machine_code
 from multilora.tools.kernels.compile import resident
@@ -94,16 +94,16 @@ def test_logits_that_are_far_apart(far):
     far_upstream, far_nll = far(upstream, (2**28,)), far(nll, (2**30 + 2**29,))
     results = []
     for logits, grad, grad_nll in ((apart, far_upstream, far_nll), (near, upstream, nll)):
-        value, *saved = backend.gram_volume(logits, targets, 1e-4, "logdet")
-        mean_nll, divergence, *stats = backend.particle_loss(logits, targets, 1e-4, "logdet")
+        value, *saved = backend.volume(logits, targets, 1e-4, "logdet", False)
+        mean_nll, divergence, *stats, count = backend.volume(logits, targets, 1e-4, "logdet", True)
         results.append(
             [
                 value,
                 *saved,
                 mean_nll,
                 divergence,
-                backend.gram_volume_backward(grad, logits, targets, *saved),
-                backend.particle_loss_backward(grad_nll, divergence, logits, targets, *stats),
+                backend.volume_backward(grad, logits, targets, *saved),
+                backend.volume_backward(divergence, logits, targets, *stats, grad_nll, count),
             ]
         )
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -128,7 +128,7 @@ def test_blocks_of_tensors_with_more_than_2_to_the_31_elements(far):
     assert torch.equal(there, values)
 
 
-_load_rows = sys.modules["multilora.ops.triton.geometry"]._load_rows
+_load_rows = frobenius._load_rows
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def test_factors_with_more_than_2_to_the_31_elements(is_B, far):
 def test_gram_matrices_with_more_elements_than_32_bits_count():
     A, B = torch.zeros(1, 1, 1).expand(800, 60, 3), torch.zeros(1, 1, 1).expand(800, 4, 60)
     with pytest.raises(NotImplementedError, match=r"46340 rows.*48000 rows"):
-        backend.lora_gram([A], [B], [1.0])
+        backend.traces([A], [B], [1.0], False)
 
 
 # --- alignment -----------------------------------------------------------------------------------

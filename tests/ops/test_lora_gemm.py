@@ -5,7 +5,6 @@ hardware: tests/ptx.
 """
 
 import contextlib
-import sys
 
 import pytest
 import torch
@@ -23,7 +22,8 @@ if dispatch.missing_reason("cuda"):
     pytest.skip(f"backend cuda: {reason}", allow_module_level=True)
 
 from multilora import _C_cuda
-from multilora.ops.cuda.lora_linear import _tile_cols
+from multilora.ops import hopper
+from multilora.ops.hopper import _tile_cols
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -232,9 +232,7 @@ def operands(K, lead, d_in, d_out, rank, dtype, master):
 def thin_products(request, monkeypatch):
     """Whose the thin products are: without Triton on the device they are PyTorch's."""
     if request.param == "PyTorch":
-        monkeypatch.setattr(
-            sys.modules["multilora.ops.cuda.lora_linear"], "passes_of", lambda _: None
-        )
+        monkeypatch.setattr(hopper, "passes_of", lambda _: None)
     return request.param
 
 

@@ -254,7 +254,7 @@ from multilora import _C_cuda
 from multilora.ops import cuda
 assert "sm_90a" in _C_cuda.build_info()["targets"]
 try:
-    cuda.pairwise_frobenius([torch.ones(2, 1, 3)], [torch.ones(2, 3, 1)], [1.0])
+    cuda.traces([torch.ones(2, 1, 3)], [torch.ones(2, 3, 1)], [1.0], True)
 except RuntimeError as error:
     print(error)
 """

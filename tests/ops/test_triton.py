@@ -15,8 +15,9 @@ from test_lora_linear import SHAPES
 
 import multilora as ml
 import oracles
-from multilora.ops import dispatch, lora_add
-from multilora.ops.triton import common, configs, proven, proven_backends
+from multilora.ops import dispatch, lora_add, records
+from multilora.ops.records import proven_backends
+from multilora.ops.triton import common, configs
 from multilora.ops.triton.common import A100, H200, Chip, precision
 from oracles import double_gradients, gradients, relative_error
 
@@ -308,11 +309,11 @@ def test_proven_where_it_was_measured_only(measured):
 
 def shape(rows, depth, ahead=True, right=True, particles=4, shared=""):
     sizes = {"particles": particles, "rows": rows, "depth": depth, "cols": 768, "rank": 16}
-    return proven.Measured(sizes, {"shared": shared, "backward": False}, right, ahead)
+    return records.Measured(sizes, {"shared": shared, "backward": False}, right, ahead)
 
 
 def promoted(*shapes):
-    return proven.promotions_of("lora_linear", "cuda", H200, "bfloat16", shapes, "a record")
+    return records.promotions_of("lora_linear", "cuda", H200, "bfloat16", shapes, "a record")
 
 
 def test_a_range_starts_where_all_that_is_larger_was_ahead():
@@ -347,7 +348,7 @@ def test_switches_have_ranges_of_their_own():
 
 def ask(rows, depth=768, chip=H200, dtype=torch.bfloat16, shared=""):
     arguments = (4, rows, depth, 768, 16, dtype, chip, shared, False)
-    return proven._proven("lora_linear", configs.lora_gemm, arguments, None)
+    return records._proven("lora_linear", configs.lora_gemm, arguments, None)
 
 
 @pytest.fixture
@@ -355,14 +356,14 @@ def promotions(monkeypatch, tmp_path):
     """Writes promotions.json, and lets it be read."""
 
     def write(found):
-        (tmp_path / "promotions.json").write_text(proven.to_json(found))
-        monkeypatch.setattr(proven, "PROMOTIONS", tmp_path / "promotions.json")
-        for cached in (proven.promotions, proven._proven):
+        (tmp_path / "promotions.json").write_text(records.to_json(found))
+        monkeypatch.setattr(records, "PROMOTIONS", tmp_path / "promotions.json")
+        for cached in (records.promotions, records._proven):
             cached.cache_clear()
 
     yield write
     monkeypatch.undo()
-    for cached in (proven.promotions, proven._proven):
+    for cached in (records.promotions, records._proven):
         cached.cache_clear()
 
 
@@ -373,7 +374,7 @@ def test_what_a_promotion_covers(promotions):
     assert ask(1000, dtype=torch.float16) == ask(1000, chip=A100) == ()
     assert ask(1000, chip=Chip(90, 114)) == ()
     arguments = (4, 1000, 768, 768, 16, torch.bfloat16, H200, "", False)
-    assert proven._proven("lora_linear_backward", configs.lora_gemm, arguments, None) == ()
+    assert records._proven("lora_linear_backward", configs.lora_gemm, arguments, None) == ()
 
 
 def test_what_was_measured_there_goes_before_a_range(measured, promotions):
@@ -383,31 +384,31 @@ def test_what_was_measured_there_goes_before_a_range(measured, promotions):
 
 def test_ranges_of_lists_of_layers():
     arguments = (8, (4, 16), (768, 768, 3072, 768), torch.float32, H200)
-    question = proven.question_of(configs.geometry, arguments)
+    question = records.question_of(configs.geometry, arguments)
     assert question.sizes == {"particles": 8, "layers": 2, "rank": 16, "width": 5376}
     assert question.switches == {} and question.dtype == "float32"
     arguments = (4, 64, 100, torch.bfloat16, True, H200)
-    question = proven.question_of(configs.volume, arguments, "det")
+    question = records.question_of(configs.volume, arguments, "det")
     assert question.switches == {"aligned": True, "backward": False, "kind": "det"}
 
 
 def test_no_range_ships_without_a_record_in_the_repository():
-    assert proven.to_json([]) == "[]\n"
-    for promotion in proven.promotions():
+    assert records.to_json([]) == "[]\n"
+    for promotion in records.promotions():
         assert (configs.TABLE.parents[3] / f"bench/results/{promotion.record}.json").exists()
 
 
 def test_nothing_is_the_default_without_a_record(monkeypatch):
     # Every operator, and its backward, with the arguments that it really gets.
     asked = []
-    kernel = dispatch.kernel
+    module_of = dispatch.module_of
 
     def spy(op, args):
         asked.append(op)
         assert proven_backends(op, args) == ()
-        return kernel(op, args)
+        return module_of(op, args)
 
-    monkeypatch.setattr(dispatch, "kernel", spy)
+    monkeypatch.setattr(dispatch, "module_of", spy)
     x, weight, lora_A, lora_B, bias = problem(3, 5, 8, 8, 2)
     leaves = [t.requires_grad_() for t in (x, lora_A, lora_B)]
     logits, targets = torch.randn(3, 5, 4, requires_grad=True), torch.randint(4, (5,))
@@ -425,7 +426,7 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
 def test_what_is_proven_is_the_default_on_a_gpu(found, expected, monkeypatch):
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
-    monkeypatch.setattr("multilora.ops.triton.proven_backends", lambda op, args: found)
+    monkeypatch.setattr("multilora.ops.records_backends", lambda op, args: found)
     # Backend "cuda" was not built here.
     monkeypatch.setattr(dispatch, "missing_reason", lambda name: "no" if name == "cuda" else None)
     with dispatch.as_requested(None):

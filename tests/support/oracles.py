@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from multilora.ops import dispatch
+from multilora.ops._library import compute_on
 
 #: What kind of device the tests compute on.
 DEVICE = torch.get_default_device().type
@@ -148,7 +149,7 @@ class Inside(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "multilora":
             with self:
-                return dispatch.kernel(func._opname, args)(*args)
+                return compute_on(dispatch.module_of(func._opname, args), func._opname, *args)
         output = func(*args, **(kwargs or {}))
         self.calls.append((func._opname, _shapes(args), _shapes(output)))
         return output

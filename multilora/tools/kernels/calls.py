@@ -114,11 +114,11 @@ def _run_geometry(
     lora_A = [_meta(dtype, particles, rank, d_in) for d_in, _ in layers]
     lora_B = [_meta(dtype, particles, d_out, rank) for _, d_out in layers]
     scaling = [2.0] * len(layers)
-    backend.lora_gram(lora_A, lora_B, scaling)
-    D = backend.pairwise_frobenius(lora_A, lora_B, scaling)
-    backend.lora_gram_backward(D, lora_A, lora_B, scaling)
+    for distance in (False, True):
+        D = backend.traces(lora_A, lora_B, scaling, distance)
+    backend.factor_gradients(D, lora_A, lora_B, scaling)
     for mix in (D, D[:, 0]):
-        backend.svgd_update(lora_A, lora_B, mix, D, lora_A, lora_B, scaling)
+        backend.factor_gradients(D, lora_A, lora_B, scaling, mix, lora_A + lora_B)
 
 
 def loss(
@@ -131,10 +131,10 @@ def loss(
 def _run_loss(particles: int, examples: int, classes: int, dtype: torch.dtype, kind: str) -> None:
     logits = _meta(dtype, particles, examples, classes)
     targets = _meta(torch.int64, examples)
-    nll, divergence, *saved = backend.particle_loss(logits, targets, 1e-4, kind)
-    backend.particle_loss_backward(nll, divergence, logits, targets, *saved)
-    value, stats, core = backend.gram_volume(logits, targets, 1e-4, kind)
-    backend.gram_volume_backward(value, logits, targets, stats, core)
+    nll, divergence, stats, core, count = backend.volume(logits, targets, 1e-4, kind, True)
+    backend.volume_backward(divergence, logits, targets, stats, core, nll, count)
+    value, stats, core = backend.volume(logits, targets, 1e-4, kind, False)
+    backend.volume_backward(value, logits, targets, stats, core)
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:

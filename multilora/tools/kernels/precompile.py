@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from multilora.ops import dispatch
 from multilora.ops import triton as backend
+from multilora.ops._library import compute_on
 from multilora.ops.triton import common
 from multilora.ops.triton.common import Chip
 from multilora.tools.kernels.calls import Problem
@@ -157,11 +158,12 @@ def _run_model(
     adapters = model.adapters()
     lora_A, lora_B = [a.lora_A.detach() for a in adapters], [a.lora_B.detach() for a in adapters]
     scaling = [a.scaling for a in adapters]
-    D = backend.pairwise_frobenius(lora_A, lora_B, scaling)
-    backend.svgd_update(lora_A, lora_B, D[:, 0], D.double(), lora_A, lora_B, scaling)
+    D = backend.traces(lora_A, lora_B, scaling, True)
+    factors = lora_A + lora_B
+    backend.factor_gradients(D.double(), lora_A, lora_B, scaling, D[:, 0], factors)
     logits = torch.empty(particles, batch, classes, dtype=dtype, device="meta")
-    nll, divergence, *saved = backend.particle_loss(logits, targets_of_rows, 1e-4, "logdet")
-    backend.particle_loss_backward(nll, divergence, logits, targets_of_rows, *saved)
+    nll, divergence, *saved, count = backend.volume(logits, targets_of_rows, 1e-4, "logdet", True)
+    backend.volume_backward(divergence, logits, targets_of_rows, *saved, nll, count)
 
 
 class _HostFunctions(TorchDispatchMode):
@@ -170,7 +172,6 @@ class _HostFunctions(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        function = getattr(backend, func._schema.name.split("::")[1], None)
-        if func.namespace == "multilora" and function is not None:
-            function(*args)
+        if func.namespace == "multilora":
+            compute_on(backend, func._opname, *args)
         return func(*args, **(kwargs or {}))

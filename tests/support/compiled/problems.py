@@ -160,11 +160,10 @@ def geometry(
     upstream = torch.randn(len(layers), particles, particles, dtype=double)
     mixes = torch.rand(len(layers), particles, dtype=double), torch.rand_like(upstream)
     with for_chip(capability, mode, seed, change), _poisoned():
-        gram = triton.lora_gram(lora_A, lora_B, scaling)
-        distances = triton.pairwise_frobenius(lora_A, lora_B, scaling)
-        grads = triton.lora_gram_backward(upstream, lora_A, lora_B, scaling)
+        gram, distances = (triton.traces(lora_A, lora_B, scaling, d) for d in (False, True))
+        grads = triton.factor_gradients(upstream, lora_A, lora_B, scaling)
         updates = [
-            triton.svgd_update(grad_A, grad_B, mix, upstream, lora_A, lora_B, scaling)
+            triton.factor_gradients(upstream, lora_A, lora_B, scaling, mix, grad_A + grad_B)
             for mix in mixes
         ]
     factors = list(zip(lora_A, lora_B, scaling))
@@ -204,7 +203,7 @@ def gram(
     lora_A = torch.randn(particles, rank, d_in).to(dtype)
     lora_B = torch.randn(particles, d_out, rank).to(dtype)
     with for_chip(capability, mode, seed, change), _poisoned():
-        value = triton.lora_gram([lora_A], [lora_B], [SCALING])
+        value = triton.traces([lora_A], [lora_B], [SCALING], False)
     return errors({"gram": (value[0], oracles.lora_gram(lora_A, lora_B, SCALING))})
 
 
@@ -226,23 +225,20 @@ def loss(
     # One example that does not take part.
     targets[examples // 2] = -100
     with for_chip(capability, mode, seed, change), _poisoned():
-        nll, divergence, *saved = triton.particle_loss(logits, targets, 1e-4, kind)
+        nll, divergence, *saved, count = triton.volume(logits, targets, 1e-4, kind, True)
         grad_nll, grad_divergence = torch.rand_like(nll), torch.full_like(divergence, 0.3)
-        dz = triton.particle_loss_backward(grad_nll, grad_divergence, logits, targets, *saved)
-        value, stats, core = triton.gram_volume(logits, targets, 1e-4, kind)
+        dz = triton.volume_backward(grad_divergence, logits, targets, *saved, grad_nll, count)
+        value, stats, core = triton.volume(logits, targets, 1e-4, kind, False)
         grad = torch.rand_like(value)
-        dz_volume = triton.gram_volume_backward(grad, logits, targets, stats, core)
-
-    def volume(z):
-        return reference.gram_volume(z, targets, 1e-4, kind)
+        dz_volume = triton.volume_backward(grad, logits, targets, stats, core)
 
     z = logits.double()
-    exact_nll, exact_divergence, *kept = reference.particle_loss(z, targets, 1e-4, kind)
-    exact_dz = reference.particle_loss_backward(
-        grad_nll.double(), grad_divergence.double(), z, targets, *kept
+    exact_nll, exact_divergence, *kept, count = reference.volume(z, targets, 1e-4, kind, True)
+    exact_dz = reference.volume_backward(
+        grad_divergence.double(), z, targets, *kept, grad_nll.double(), count
     )
-    exact_value, *kept = volume(z)
-    exact_dz_volume = reference.gram_volume_backward(grad.double(), z, targets, *kept)
+    exact_value, *kept = reference.volume(z, targets, 1e-4, kind, False)
+    exact_dz_volume = reference.volume_backward(grad.double(), z, targets, *kept)
     return errors(
         {
             "nll": (nll, exact_nll),
@@ -265,12 +261,11 @@ def nonfinite(
     place = (1, 0) if what.endswith("row") else (1, 0, 1)
     logits[place] = float(what.removesuffix(" row"))
 
-    def patterns(operators) -> str:
-        nll, divergence, *saved = operators.particle_loss(logits, targets, 1e-4, kind)
-        dz = operators.particle_loss_backward(
-            torch.ones(particles), torch.tensor(0.1), logits, targets, *saved
-        )
-        value, *_ = operators.gram_volume(logits, targets, 1e-4, kind)
+    def patterns(backend) -> str:
+        nll, divergence, *saved, count = backend.volume(logits, targets, 1e-4, kind, True)
+        grad_nll, grad = torch.ones(particles), torch.tensor(0.1)
+        dz = backend.volume_backward(grad, logits, targets, *saved, grad_nll, count)
+        value, *_ = backend.volume(logits, targets, 1e-4, kind, False)
         rows = torch.where(dz.isfinite().all(-1), 0.0, torch.nan)
         return " ".join(_pattern(t) for t in (nll, divergence, value, rows))
 

@@ -333,35 +333,10 @@ def _pointer_table_kernel(table, pointers):
         tl.store(table + i, pointers[i])
 
 
-def lora_gram(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
-    return _traced(lora_A, lora_B, scaling, distance=False)
-
-
-def pairwise_frobenius(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> Tensor:
-    return _traced(lora_A, lora_B, scaling, distance=True)
-
-
-def lora_gram_backward(
-    grad: Tensor, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]
-) -> list[Tensor]:
-    return _applied(grad, lora_A, lora_B, scaling)
-
-
-def svgd_update(
-    grad_A: list[Tensor],
-    grad_B: list[Tensor],
-    mix: Tensor,
-    upstream: Tensor,
-    lora_A: list[Tensor],
-    lora_B: list[Tensor],
-    scaling: list[float],
-) -> list[Tensor]:
-    return _applied(upstream, lora_A, lora_B, scaling, mix, [*grad_A, *grad_B])
-
-
-def _traced(
+def traces(
     lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float], distance: bool
 ) -> Tensor:
+    """The traces T (L, K, K), or the distances D made of them."""
     factors = [t.contiguous() for t in (*lora_A, *lora_B)]
     plan = _plan_of(lora_A, lora_B, scaling)
     work, (items, _, _, scales), _ = _gram_partials(plan, factors)
@@ -386,15 +361,15 @@ def _traced(
     return out
 
 
-def _applied(
-    grad: Tensor,
+def factor_gradients(
+    upstream: Tensor,
     lora_A: list[Tensor],
     lora_B: list[Tensor],
     scaling: list[float],
     mix: Tensor | None = None,
     grads: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """The gradients for dL/dT = grad, plus the gradients mixed."""
+    """The gradients for dL/dT = upstream, plus grads mixed."""
     factors = [t.contiguous() for t in (*lora_A, *lora_B)]
     plan = _plan_of(lora_A, lora_B, scaling)
     work, (items, _, units, scales), table = _gram_partials(plan, factors)
@@ -405,7 +380,7 @@ def _applied(
         (2 * layers * blocks,),
         work,
         items,
-        grad.contiguous(),
+        upstream.contiguous(),
         scales,
         layers,
         particles,

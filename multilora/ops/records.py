@@ -20,9 +20,9 @@ from torch import Tensor
 
 from multilora.ops.triton import configs
 from multilora.ops.triton.common import Chip, chip, precision
-from multilora.ops.triton.volume import is_aligned
+from multilora.ops.triton.loss import is_aligned
 
-PROMOTIONS = Path(__file__).with_name("promotions.json")
+PROMOTIONS = Path(configs.__file__).with_name("promotions.json")
 
 #: So many shapes make a range.
 LEAST_SHAPES = 3

@@ -471,27 +471,16 @@ def _volume_backward_kernel(
         tl.store(out_ptr + places, tl.permute(dz, (3, 2, 0, 1)), mask=written)
 
 
-def gram_volume(
-    logits: Tensor, targets: Tensor, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> value (N,), stats (3, K, N), core (N, m, m)."""
-    return _forward(_dense_classes(logits), targets.contiguous(), eps, kind)
-
-
-def gram_volume_backward(
-    grad: Tensor, logits: Tensor, targets: Tensor, stats: Tensor, core: Tensor
-) -> Tensor:
-    """grad (N,) -> the gradient of the logits (K, N, C)."""
-    return _backward(grad, None, None, logits, targets, stats, core)
-
-
-def particle_loss(
-    logits: Tensor, targets: Tensor, eps: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> nll (K,), divergence (), stats (3, K, N), core (N, m, m), count ()."""
+def volume(
+    logits: Tensor, targets: Tensor, eps: float, kind: str, means: bool
+) -> tuple[Tensor, ...]:
+    """-> value (N,), stats (3, K, N), core (N, m, m); or, with means, nll (K,) and divergence (),
+    stats, core, count ()."""
     particles, examples, classes = logits.shape
     logits, targets = _dense_classes(logits), targets.contiguous()
     value, stats, core = _forward(logits, targets, eps, kind)
+    if not means:
+        return value, stats, core
     nll = value.new_empty(particles)
     divergence, count = value.new_empty(()), value.new_empty(())
     config = configs.volume_mean(examples)
@@ -502,19 +491,6 @@ def particle_loss(
         BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
     return nll, divergence, stats, core, count
-
-
-def particle_loss_backward(
-    grad_nll: Tensor,
-    grad_divergence: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    core: Tensor,
-    count: Tensor,
-) -> Tensor:
-    """grad_nll (K,), grad_divergence () -> the gradient of the logits (K, N, C)."""
-    return _backward(grad_divergence, grad_nll, count, logits, targets, stats, core)
 
 
 def _forward(
@@ -558,28 +534,28 @@ def _forward(
     return value, stats, core
 
 
-def _backward(
+def volume_backward(
     grad: Tensor,
-    grad_nll: Tensor | None,
-    count: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     stats: Tensor,
     core: Tensor,
+    grad_nll: Tensor | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
+    """grad (N,) of the values; or grad () of their mean, and grad_nll (K,) -> dlogits (K, N, C)."""
     particles, examples, classes = logits.shape
     logits, targets = _dense_classes(logits), targets.contiguous()
     out = logits.new_empty(logits.shape)
     config = configs.volume(
         *logits.shape, logits.dtype, is_aligned(logits), chip(logits.device), backward=True
     )
-    loss = grad_nll is not None
-    strides = (0, grad_nll.stride(0)) if loss else (grad.stride(0), 0)
+    strides = (grad.stride(0), 0) if grad_nll is None else (0, grad_nll.stride(0))
     launch(
         _volume_backward_kernel, (cdiv(examples, config.block_n), max(1, config.splits)),
         grad, grad_nll, count, logits, targets, stats.contiguous(), core.contiguous(), out,
         *logits.stride()[:2], examples * classes, *strides, examples, classes,
-        K=particles, LOSS=loss, **_meta(config),
+        K=particles, LOSS=grad_nll is not None, **_meta(config),
     )  # fmt: skip
     return out
 

@@ -19,8 +19,8 @@ from multilora.ops.common import accumulator
 from multilora.ops.triton import configs
 from multilora.ops.triton.blocks import aligned
 from multilora.ops.triton.common import Chip, Launch, chip, precision
-from multilora.ops.triton.lora_gemm import expand, gemm
-from multilora.ops.triton.lora_pass import Sum, ThinPass, reduce, thin_pass
+from multilora.ops.triton.gemm import expand, gemm
+from multilora.ops.triton.thin import Sum, ThinPass, reduce, thin_pass
 
 #: As many problems are kept: those of a model's layers, at some numbers of rows.
 _KEPT = 4096

@@ -79,7 +79,7 @@ def passes_of(device: str) -> ModuleType | None:
 
     if dispatch.missing_reason("triton") is not None or not dispatch._runs_on("triton", device):
         return None
-    return importlib.import_module("multilora.ops.triton.lora_linear")
+    return importlib.import_module("multilora.ops.triton.linear")
 
 
 def _shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:

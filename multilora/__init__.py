@@ -6,7 +6,6 @@ from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
 from multilora.methods import IBDR, SVGD, Ensemble
-from multilora.metrics import predict
 from multilora.model import ParticleModel, get_particle_model
 from multilora.ops import (
     BackendUnavailableError,
@@ -18,6 +17,7 @@ from multilora.ops import (
     use_backend,
 )
 from multilora.optim import clip_grad_norm_
+from multilora.prediction import predict
 
 __all__ = [
     "IBDR",

@@ -4,70 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multilora import checks
 from multilora.ops.common import IGNORE_INDEX, accumulator
+from multilora.prediction import predict, predict_loader
 
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    x: Any,
-    particle_chunk: int | None = None,
-    *,
-    log: bool = False,
-    class_axis: int | None = None,
-    output: str | int | None = None,
-) -> Tensor:
-    """Every particle's class probabilities (K, B, C), in eval mode and without gradients.
-
-    x: the model's input, or a mapping of its keyword arguments; or many of them, an iterable of
-    batches such as a DataLoader, each an input, a mapping, or a pair of one of these and what is
-    not looked at (labels). An input that is itself iterable goes into a mapping. Batches are moved
-    to the model's device, and what they give is joined on the CPU. Every module is left in the mode
-    it was in. Probabilities are float32 or better, and float64 where one would be zero in float32;
-    those of all processes where the particles are spread over some.
-
-    log: their logarithms instead, which `evaluate` takes as they are and which lose no confident
-        mistake: a probability below 1e-308 is zero, and its logarithm −∞.
-    particle_chunk: run that many particles at a time, with their memory.
-    class_axis: where the classes are in one particle's output. Needed where that has more axes than
-        (B, C): −1 for the (B, T, V) of language models, 1 for the (B, C, H, W) of segmentation.
-    output: which of the model's outputs, by name or place. By default `.logits` or "logits", else
-        the first of a tuple, or the only tensor of a mapping.
-
-    Raises ValueError for outputs that are no classification: no batch and class axes, or a single
-    output unit, whose softmax is one.
-    """
-    checks.flag("log", log)
-    if particle_chunk is not None:
-        checks.integer("particle_chunk", particle_chunk, 1)
-
-    def run(inputs: Any) -> Tensor:
-        out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        return _class_output(out, output, class_axis)
-
-    def predicted(inputs: Any) -> Tensor:
-        chunked = particle_chunk is not None
-        z = model.in_chunks(particle_chunk, lambda: run(inputs)) if chunked else run(inputs)
-        z = model.processes.gather(z) if hasattr(model, "processes") else z
-        axis = -1 if class_axis is None else class_axis + (class_axis >= 0)
-        return z.log_softmax(axis) if log else _probabilities(z, axis)
-
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        if isinstance(x, (Tensor, Mapping)) or not isinstance(x, Iterable):
-            return predicted(x)
-        return _joined([predicted(batch).cpu() for batch in _batches(model, x)])
-    finally:
-        for module in training:
-            module.training = True
+__all__ = ["evaluate", "log_mean", "predict", "predict_loader", "require_targets"]
 
 
 @torch.no_grad()
@@ -148,86 +93,6 @@ def evaluate(
         result["auroc_ood"] = _auroc(binary_auroc, torch.cat([entropy, ood_entropy]), is_ood)
         result["auroc_ood_mi"] = _auroc(binary_auroc, torch.cat([mi, ood_mi]), is_ood)
     return result
-
-
-def _class_output(out: Any, name: str | int | None, class_axis: int | None) -> Tensor:
-    """The logits (K, B, ...) among what a model returns, float32 or better."""
-    if name is not None:
-        try:
-            z = out[name] if isinstance(out, (Mapping, tuple, list)) else getattr(out, str(name))
-        except (KeyError, IndexError, AttributeError, TypeError):
-            has = sorted(out) if isinstance(out, Mapping) else type(out).__name__
-            raise ValueError(f"the model has no output {name!r}; it gave {has}") from None
-    elif hasattr(out, "logits"):
-        z = out.logits
-    elif isinstance(out, Mapping):
-        tensors = [key for key, value in out.items() if isinstance(value, Tensor)]
-        if "logits" not in out and len(tensors) != 1:
-            raise ValueError(f"predict needs output=, one of the model's outputs: {sorted(out)}")
-        z = out["logits" if "logits" in out else tensors[0]]
-    else:
-        z = out[0] if isinstance(out, (tuple, list)) else out
-    if not isinstance(z, Tensor):
-        raise ValueError(f"predict needs a tensor of logits; the model gave a {type(z).__name__}")
-    axes = z.ndim - 1
-    if axes < 2 or not z.is_floating_point():
-        raise ValueError(
-            "predict needs logits (K, B, C), K particles' for B examples and C classes; "
-            f"got {z.dtype} {tuple(z.shape)}"
-        )
-    if class_axis is None and axes > 2:
-        raise ValueError(
-            "predict needs class_axis=, where the classes are in the outputs "
-            f"{tuple(z.shape[1:])} of one particle: -1 for the (B, T, V) of a language model, "
-            "1 for the (B, C, H, W) of segmentation"
-        )
-    axis = -1 if class_axis is None else checks.integer("class_axis", class_axis, -axes, axes - 1)
-    if axis % axes == 0:
-        raise ValueError(f"class_axis = {class_axis} is the batch of {tuple(z.shape[1:])}")
-    if z.shape[1:][axis] < 2:
-        raise ValueError(
-            f"predict needs two classes or more, and one output unit's softmax is 1 for any input; "
-            f"got {tuple(z.shape)}: a regression, or a sigmoid, which the model itself gives"
-        )
-    return _at_least_float32(z)
-
-
-def _probabilities(logits: Tensor, axis: int) -> Tensor:
-    p = logits.softmax(axis)
-    # A confident mistake's probability, of which the NLL is the logarithm.
-    lost = (p < torch.finfo(p.dtype).tiny) & logits.isfinite()
-    return logits.double().softmax(axis) if bool(lost.any()) else p
-
-
-def _batches(model: nn.Module, loader: Iterable[Any]) -> Iterator[Any]:
-    """The inputs of every batch, on the model's device."""
-    if isinstance(loader, tuple):
-        raise TypeError("predict needs an input, a mapping or a list of batches; got a tuple")
-    device = next((p.device for p in model.parameters()), None)
-    for batch in loader:
-        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
-            batch = batch[0]
-        if isinstance(batch, Mapping):
-            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        elif isinstance(batch, Tensor):
-            yield batch.to(device)
-        else:
-            raise TypeError(
-                "predict needs batches that are an input, a mapping, or a pair of one of these and "
-                f"labels; got a {type(batch).__name__}"
-            )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    if not parts:
-        raise ValueError("predict needs at least one batch; the loader gave none")
-    shapes = {(len(p), *p.shape[2:]) for p in parts}
-    if len(shapes) > 1:
-        raise ValueError(
-            "predict joins the batches of a loader, whose outputs must have the same axes but for "
-            f"the batch; got {[tuple(p.shape) for p in parts][:4]}"
-        )
-    return torch.cat(parts, 1)
 
 
 def _auroc(binary_auroc, score: Tensor, positive: Tensor) -> float:

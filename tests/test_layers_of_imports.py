@@ -20,7 +20,7 @@ LAYERS = [
     ["ops.common", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
-    ["parallel", "layers", "losses"],
+    ["parallel", "layers", "losses", "prediction"],
     ["isolation", "targets", "trunk", "peft_format"],
     ["embeddings", "run"],
     ["model"],

@@ -427,6 +427,61 @@ def test_probabilities_for_logits():
         ml.metrics.evaluate(logits.softmax(-1), targets)
 
 
+class TestPredictLoader:
+    def test_pairs_and_mappings(self):
+        model, x, y = Model().train(), torch.randn(11, 3), torch.arange(11) % 4
+        expected = ml.predict(model, x, log=True)
+        loaders = [
+            torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4),
+            # Model takes no `labels`: it is not given them.
+            ({"x": x[i : i + 4], "labels": y[i : i + 4]} for i in range(0, 11, 4)),
+            [({"x": x[:10]}, y[:10]), (x[10:], y[10:])],
+        ]
+        for loader in loaders:
+            log_p, targets = ml.metrics.predict_loader(model, loader)
+            torch.testing.assert_close(log_p, expected)
+            assert torch.equal(targets, y)
+            assert model.training and model.dropout.training and not log_p.requires_grad
+        nll = ml.metrics.evaluate(log_p, targets)["nll"]
+        assert nll == pytest.approx(ml.metrics.evaluate(expected, y)["nll"])
+
+    @pytest.mark.parametrize("axis, shape", [(1, (4, 6, 7)), (-1, (6, 4))])
+    def test_positions_of_dense_outputs_are_examples(self, axis, shape):
+        z = torch.randn(2, 5, *shape)
+        dense = Model(lambda out: z[:, -out.shape[1] :])
+        y = torch.randint(4, (5, *(shape[1:] if axis == 1 else shape[:-1])))
+        batches = [(torch.zeros(5, 3), y), (torch.zeros(2, 3), y[-2:])]
+        log_p, targets = ml.metrics.predict_loader(dense, batches, class_axis=axis)
+        expected = z.movedim(2, -1) if axis == 1 else z
+        expected = torch.cat([expected, expected[:, -2:]], 1).flatten(1, -2).log_softmax(-1)
+        torch.testing.assert_close(log_p, expected)
+        assert torch.equal(targets, torch.cat([y, y[-2:]]).flatten())
+
+    def test_a_forward_of_the_caller(self):
+        model, x, y = Model(), torch.randn(6, 3), torch.arange(6) % 4
+
+        def forward(model, inputs):
+            return model(inputs["half"] * 2)
+
+        log_p, _ = ml.metrics.predict_loader(model, [({"half": x / 2}, y)], forward=forward)
+        torch.testing.assert_close(log_p, ml.predict(model, x, log=True))
+
+    @pytest.mark.parametrize(
+        "loader, message",
+        [
+            ([], "at least one batch"),
+            ([torch.zeros(5, 3)], "needs labels with every batch"),
+            ([{"x": torch.zeros(5, 3)}], "needs labels with every batch"),
+            ([(torch.zeros(5, 3), torch.zeros(4))], r"\(4,\) do not fit .*\(2, 5, 4\).*\(5,\)"),
+        ],
+    )
+    def test_wrong_batches(self, loader, message):
+        model = Model().train()
+        with pytest.raises(ValueError, match=message):
+            ml.metrics.predict_loader(model, loader)
+        assert model.training
+
+
 class TestReliabilityDiagram:
     @pytest.fixture
     def drawn(self, monkeypatch):

@@ -1,11 +1,15 @@
-"""Builds the native modules with ninja, from the tools that are installed. Nothing is downloaded,
-and no GPU needs to be there. The rest of the package is in pyproject.toml.
+"""Builds the native modules with ninja, from the tools that are installed. Nothing is downloaded.
+The rest of the package is in pyproject.toml.
 
-MULTILORA_BUILD=auto  what there are tools for (the default): c++ (or CXX), nvcc (or NVCC)
-MULTILORA_BUILD=cpu   multilora._C alone; cuda: that and multilora._C_cuda; none: plain Python
-CXXFLAGS              are added to the flags of the C++ compiler and linker
+MULTILORA_BUILD=auto  the default: multilora._C where there is a C++ compiler (c++, or CXX), and
+                      multilora._C_cuda where there are nvcc (or NVCC) and a GPU
+MULTILORA_BUILD=cpu   multilora._C only
+MULTILORA_BUILD=cuda  both, with or without a GPU
+MULTILORA_BUILD=none  neither: plain Python
+CXXFLAGS              is added to the flags of the C++ compiler and linker
 """
 
+import ctypes
 import os
 import platform
 import re
@@ -38,24 +42,57 @@ def nvcc_release() -> tuple[int, ...]:
     return tuple(map(int, re.search(r"V([\d.]+)", said)[1].split(".")))
 
 
+def sees_gpu() -> bool:
+    """Whether the NVIDIA driver is there and shows a GPU to this process."""
+    count = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuInit(0) == driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
 def wanted() -> list[Extension]:
-    """The modules that MULTILORA_BUILD asks for; with auto, those that there are tools for."""
+    """The modules that MULTILORA_BUILD asks for; says which, and why a module is left out."""
     choice = os.environ.get("MULTILORA_BUILD", "auto")
     choices = {"auto": [], "cpu": [CXX], "cuda": [CXX, NVCC], "none": []}
     if choice not in choices:
         raise SystemExit(f"MULTILORA_BUILD must be one of {', '.join(choices)}; got {choice!r}")
+    has = {tool: shutil.which(tool.split()[0]) is not None for tool in (CXX, NVCC)}
     for tool in choices[choice]:
-        if not shutil.which(tool.split()[0]):
+        if not has[tool]:
             raise SystemExit(f"MULTILORA_BUILD={choice} needs {tool}, which is not on the PATH")
-    new_enough = bool(shutil.which(NVCC.split()[0])) and nvcc_release() >= OLDEST_NVCC
-    if choice == "cuda" and not new_enough:
-        raise SystemExit(f"MULTILORA_BUILD=cuda needs nvcc {OLDEST_NVCC}; got {nvcc_release()}")
-    cpu = choice != "none" and shutil.which(CXX.split()[0])
-    cuda = cpu and choice != "cpu" and new_enough
-    names = [name for name, build in (("_C", cpu), ("_C_cuda", cuda)) if build]
+    missing = {"_C": _without_cpu(choice, has[CXX])}
+    missing["_C_cuda"] = missing["_C"] or _without_cuda(choice, has[NVCC])
+    for name, reason in missing.items():
+        print(f"multilora.{name}: {'not built: ' + reason if reason else 'built'}")
     # As dependencies, the sources go into the source distribution.
     files = [str(f.relative_to(CSRC.parent)) for f in CSRC.rglob("*.*")]
+    names = [name for name, reason in missing.items() if not reason]
     return [Extension(f"multilora.{name}", [], depends=files) for name in names]
+
+
+def _without_cpu(choice: str, has_compiler: bool) -> str:
+    """Why multilora._C is not built, or an empty string."""
+    if choice == "none":
+        return "MULTILORA_BUILD=none"
+    return "" if has_compiler else f"there is no C++ compiler ({CXX})"
+
+
+def _without_cuda(choice: str, has_nvcc: bool) -> str:
+    """Why multilora._C_cuda is not built, or an empty string."""
+    if choice == "cpu":
+        return "MULTILORA_BUILD=cpu"
+    if not has_nvcc:
+        return f"there is no {NVCC}"
+    if nvcc_release() < OLDEST_NVCC:
+        found, oldest = (".".join(map(str, version)) for version in (nvcc_release(), OLDEST_NVCC))
+        if choice == "cuda":
+            raise SystemExit(f"MULTILORA_BUILD=cuda needs nvcc {oldest} or newer; found {found}")
+        return f"nvcc {found} is older than {oldest}"
+    if choice == "auto" and not sees_gpu():
+        return "there is no GPU; MULTILORA_BUILD=cuda builds it all the same"
+    return ""
 
 
 class Ninja(build_ext):

@@ -2,11 +2,12 @@
 
 from multilora import losses, metrics
 from multilora._version import __version__
+from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
 from multilora.methods import IBDR, SVGD, Ensemble
-from multilora.model import ParticleModel, get_particle_model
+from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
     gram_volume,

@@ -432,6 +432,20 @@ class StackedModule(ParticleLayer):
         return y
 
 
+def lora_layers(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """The adapted layers in module order, by their names in `base`."""
+    for name, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def stacked_modules(base: nn.Module) -> Iterator[tuple[str, StackedModule]]:
+    """The modules to save in module order, by their names in `base`."""
+    for name, module in base.named_modules():
+        if isinstance(module, StackedModule):
+            yield name, module
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether `module` is a linear that only its own forward computes.
 

@@ -1,10 +1,9 @@
-"""Attach K particles to a model: PEFT's configuration in, one stacked model out."""
+"""ParticleModel: K particles over one frozen base."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,36 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora import checks
+from multilora import checks, particle_folders
 from multilora.calls import Call
-from multilora.fold import Axes, Names
+from multilora.fold import Axes
 from multilora.layers import (
-    LoraConv2d,
     LoraLayer,
-    LoraLinear,
-    LoraOpaqueLinear,
     ParticleLayer,
     StackedModule,
-    has_own_forward,
+    lora_layers,
+    stacked_modules,
 )
+from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
-from multilora.targets import (
-    check_base,
-    check_config,
-    check_targets,
-    just_created,
-    resolve,
-    vocabulary,
-)
-from multilora.trunk import Cut, TrunkRows
+from multilora.soups import save_soup
+from multilora.trunk import Cut, TrunkRows, check_cut
 
 if TYPE_CHECKING:
     import peft
-    from torch.distributed.device_mesh import DeviceMesh
-
-
-_MOST = 2**20  # particles, which nobody has memory for
 
 
 class Adapter(NamedTuple):
@@ -94,7 +81,7 @@ class ParticleModel(nn.Module):
 
     @share_trunk.setter
     def share_trunk(self, where: bool | str) -> None:
-        _check_trunk(where)
+        check_cut(where)
         if where and self.fold == "loop":
             raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
         if self._cut is not None:
@@ -221,8 +208,6 @@ class ParticleModel(nn.Module):
             `optim.separate_parameters`.
         """
         if separate:
-            from multilora.optim import separate_parameters
-
             return separate_parameters(self)
         # As parameters() finds them; but every step asks, and that opens a generator a module.
         found: dict[int, nn.Parameter] = {}
@@ -251,14 +236,12 @@ class ParticleModel(nn.Module):
         return [(n, dict(m.module.named_parameters())) for n, m in self.stacked_modules()]
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
-        for name, module in self.base.named_modules():
-            if isinstance(module, LoraLayer):
-                yield name, module
+        """The adapted layers in module order, by their names in the base model."""
+        return lora_layers(self.base)
 
     def stacked_modules(self) -> Iterator[tuple[str, StackedModule]]:
-        for name, module in self.base.named_modules():
-            if isinstance(module, StackedModule):
-                yield name, module
+        """The modules to save in module order, by their names in the base model."""
+        return stacked_modules(self.base)
 
     def train(self, mode: bool = True) -> ParticleModel:
         """Training mode, but for BatchNorm: the frozen base keeps its statistics.
@@ -275,22 +258,55 @@ class ParticleModel(nn.Module):
                 module.eval()
                 module.reset_running_stats = _statistics_are_frozen
 
-    # The file format lives above this module; it is imported when files are asked for.
-
     def save_pretrained(
         self, path: str | Path, save_embedding_layers: bool | Literal["auto"] = "auto"
     ) -> None:
-        """Write path/particle_0 … particle_{K-1}, plain PEFT adapters, and path/multilora.json. See
-        `checkpoint.save_pretrained`."""
-        from multilora import checkpoint
+        """Write path/particle_k for every particle and path/multilora.json.
 
-        checkpoint.save_pretrained(self, path, save_embedding_layers)
+        Each folder is a plain PEFT adapter: peft.PeftModel.from_pretrained(base, path/particle_k)
+        gives the outputs of particle k. multilora.json lists the size and SHA-256 of every file.
+
+        All files are replaced or none. If the process is killed, and at any moment in which another
+        process reads, `load_particle_model` finds either the old particles or the new ones, never a
+        mixture. (PEFT reads one file after the other, so it may find new ones beside old ones until
+        the next save.) Other files in `path` are left alone, among them the folders of a larger K
+        that it held before; multilora.json says how many count.
+
+        Where processes share the particles (a mesh), all of them call this, and the first writes.
+
+        Args:
+            path: the folder, which is made if it is not there.
+            save_embedding_layers: as in PEFT, whether the token embedding and the language-model
+                head of the base are written into each folder too. "auto" does so where the
+                vocabulary of the base was resized, so that the new rows are there when it is
+                loaded.
+
+        Raises:
+            NotADirectoryError: `path` is a file.
+        """
+        particle_folders.save(
+            self.base, self.peft_config, self.processes, path, self.seeds, save_embedding_layers
+        )
 
     def soup(self, path: str | Path, kind: str = "exact") -> None:
-        """Write the averaged ΔW as one PEFT adapter folder. See `checkpoint.soup`."""
-        from multilora import checkpoint
+        """Write the mean of ΔW over the particles as one PEFT adapter folder.
 
-        checkpoint.soup(self, path, kind)
+        The mean of the weights is one model; its predictions are not the mean of the particles'.
+        Averaging A and B separately would be wrong: a mean of products is not the product of means.
+        Modules to save are averaged weight by weight. As in `save_pretrained`, an older adapter in
+        `path` is replaced as a whole, and the embeddings of a base with a resized vocabulary are
+        written.
+
+        Args:
+            path: the folder, which is made if it is not there.
+            kind: "exact" has rank K·r, [A_1; …; A_K] with [B_1 … B_K]/K, which is the mean to the
+                last bit of its arithmetic. "svd" has rank r and is the best approximation of the
+                mean in the Frobenius norm, found on the factors.
+
+        Raises:
+            ValueError: the mean is not finite; nothing is written then.
+        """
+        save_soup(self.base, self.peft_config, self.processes, path, kind)
 
 
 def _statistics_are_frozen() -> None:
@@ -300,186 +316,11 @@ def _statistics_are_frozen() -> None:
     )
 
 
-def get_particle_model(
-    base: nn.Module,
-    config: peft.LoraConfig,
-    num_particles: int,
-    seed: int | Sequence[int] = 0,
-    head_init: str | None = None,
-    share_trunk: bool | str = False,
-    mesh: DeviceMesh | None = None,
-    *,
-    fold: str = "batch",
-    batch_axes: Axes | None = None,
-    output_axes: Mapping[str, int | None] | int | None = None,
-    check_isolation: bool = True,
-) -> ParticleModel:
-    """K LoRA particles over `base`, which is frozen and changed in place.
+def __getattr__(name: str) -> Any:
+    """The functions that were here in version 0.1, for one more release."""
+    if name in ("get_particle_model", "particle_seeds"):
+        # attach imports this module.
+        from multilora import attach
 
-    base: any module. Targets are nn.Linear, transformers' Conv1D and nn.Conv2d (one group, no
-        dilation, zero padding), found and named by PEFT itself, and linears whose forward is their
-        own (`layers.has_own_forward`): quantised ones, tensor-parallel ones that return all
-        features. Such a layer runs as it is, once for all particles.
-    config: honoured are r, lora_alpha, target_modules, exclude_modules, lora_dropout (a mask of
-        its own for every particle), use_rslora, rank_pattern, alpha_pattern, layers_to_transform,
-        init_lora_weights (True or "gaussian"), modules_to_save (a stacked copy a particle),
-        fan_in_fan_out and task_type.
-    num_particles: K >= 1.
-    seed: an integer, or K of them, one a particle. Particle k of an integer seed starts from
-        `particle_seeds(seed, K)[k]`, whatever K is.
-    head_init: "reset" redraws every particle's copy of `modules_to_save` at the scale of the
-        original, so that particles start from different functions; "copy" keeps the original's
-        weights, for a module that was trained. By default, modules are copied, but for those that
-        were just created, which are redrawn with a warning: transformers says which weights were in
-        no checkpoint, a timm classifier has another number of classes than its checkpoint, and any
-        other model has no checkpoint that we know of. Token embeddings and language-model heads
-        are always copied. The adapters differ in any case: every particle has its own A; B is zero.
-    share_trunk: a promise that what lies below the first adapted block is the same for all
-        particles (nothing random, no state, no hooks), so that it may run once for all of them
-        where they share their inputs. True: the cut lies before the first block with an adapter, in
-        the innermost nn.ModuleList or nn.Sequential that holds them all; or the name of the module
-        before which it lies. Also an attribute of the model. Not under torch.compile.
-    mesh: processes that share the work: a DeviceMesh with the axes "data", "particle" or both.
-        Along "particle", each process holds K/P particles, and `model.num_particles` is that
-        number; the particles are those that one process would have. Methods communicate.
-    fold: "batch", all particles in one pass over K·B rows; or "loop", one after another, which is
-        right for any model, at the speed of a loop.
-    batch_axes: the axis of the batch in the arguments of the base's forward, by name, or None for
-        what is the same for all rows, as `in_dims` of torch.func.vmap. Needed where names and
-        lengths do not say it: an argument whose axis is ambiguous raises.
-    output_axes: the same of its outputs, by field (or index of a tuple), or a number for all, where
-        the isolation check does not find it.
-    check_isolation: compare the first forward of each mode and form of inputs with one particle
-        alone. It cannot see what other inputs of the same form would mix, states other than
-        buffers, tensors and numbers that are attributes of modules, or whether a scalar such as
-        `.loss` is more than a mean; and it does not run on calls with a key-value cache, or under
-        torch.compile.
-
-    Adapters of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
-
-    Raises NotImplementedError for a field of LoraConfig that particles do not support, TypeError
-    for a target that is no linear or convolution, ValueError for bad numbers and for a base whose
-    weights are not there (meta); `base` is then as it was.
-    """
-    check_config(config)
-    checks.integer("num_particles", num_particles, 1, _MOST)
-    if head_init is not None:
-        checks.choice("head_init", head_init, ("reset", "copy"))
-    checks.choice("fold", fold, ("batch", "loop"))
-    checks.flag("check_isolation", check_isolation)
-    _check_trunk(share_trunk)
-    _check_axes(base, batch_axes, output_axes)
-    if share_trunk and fold == "loop":
-        raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
-    check_base(base)
-    processes = Processes.of_mesh(mesh)
-    seeds = _seeds(seed, num_particles)
-    num_particles = len(processes.own(seeds))
-    config, targets, saved = resolve(base, config)
-    check_targets(targets, saved)
-    if isinstance(share_trunk, str):
-        base.get_submodule(share_trunk)
-    new = just_created(base, saved) if head_init is None else {}
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    kept = vocabulary(base)
-    redrawn = []
-    for name, target in targets.items():
-        layer = _layer_type(target.layer)(
-            target.layer, num_particles, target.rank, target.scaling, target.dropout
-        )
-        redrawn.append((layer, (config.init_lora_weights,)))
-        layer.train(target.layer.training)
-        _replace(base, name, layer)
-    reset = []
-    for name, module in saved.items():
-        stacked = StackedModule(module, num_particles)
-        stacked.train(module.training)
-        if (head_init == "reset" or name in new) and module not in kept:
-            reset.append(name)
-            redrawn.append((stacked, ()))
-        _replace(base, name, stacked)
-    if head_init is None and reset:
-        warnings.warn(
-            f"modules_to_save {reset} start from weights drawn anew for every particle, since "
-            f'{new[reset[0]]}; head_init="copy" keeps what they hold, head_init="reset" says that '
-            "this is meant",
-            stacklevel=2,
-        )
-    for particle, particle_seed in enumerate(processes.own(seeds)):
-        generator = torch.Generator().manual_seed(particle_seed)
-        for layer, how in redrawn:
-            layer.reset_particle(particle, generator, *how)
-    for module in base.modules():
-        # Its fast path reads the weights of its linears, in evaluation.
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-    return ParticleModel(
-        base,
-        config,
-        num_particles,
-        seeds,
-        share_trunk,
-        processes,
-        fold,
-        batch_axes,
-        output_axes,
-        check_isolation,
-    )
-
-
-def _check_trunk(where: bool | str) -> None:
-    if not (isinstance(where, bool) or (isinstance(where, str) and where)):
-        raise ValueError(f"share_trunk must be True, False or a module's name; got {where!r}")
-
-
-def _check_axes(base: nn.Module, inputs: Any, outputs: Any) -> None:
-    names = Names(base.forward)
-    for what, axes in (("batch_axes", inputs), ("output_axes", outputs)):
-        if isinstance(axes, int) and what == "output_axes":
-            axes = {"all": axes}
-        if not isinstance(axes, Mapping | None):
-            raise ValueError(f"{what} must be a mapping of names to axes; got {axes!r}")
-        for name, axis in (axes or {}).items():
-            if what == "batch_axes" and name not in names.order and not names.takes_any:
-                raise ValueError(f"{what}: forward has the arguments {names.order}; got {name!r}")
-            if axis is not None and (type(axis) is not int or axis < 0):
-                raise ValueError(
-                    f"{what}: an axis is an integer >= 0 or None; got {name}: {axis!r}"
-                )
-
-
-def _layer_type(target: nn.Module) -> type[LoraLayer]:
-    if isinstance(target, nn.Conv2d):
-        return LoraConv2d
-    return LoraOpaqueLinear if has_own_forward(target) else LoraLinear
-
-
-def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
-    if isinstance(seed, int):
-        return particle_seeds(seed, num_particles)
-    if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence):
-        raise ValueError(f"seed needs one integer or {num_particles} of them; got {seed!r}")
-    seeds = list(seed)
-    if len(seeds) != num_particles:
-        raise ValueError(f"seed needs one integer or {num_particles} of them; got {len(seeds)}")
-    if not all(type(s) is int and 0 <= s < 2**63 for s in seeds):
-        raise ValueError(f"seeds must be integers in [0, 2^63); got {seeds}")
-    # torch's generator reads 32 bits of them.
-    if len({s % 2**32 for s in seeds}) < num_particles:
-        raise ValueError(
-            "seeds must differ, in their lower 32 bits: particles that start identical have "
-            f"identical gradients and stay so under every method; got {seeds}"
-        )
-    return seeds
-
-
-def particle_seeds(seed: int, num_particles: int) -> list[int]:
-    """K well-separated seeds; particle k's does not depend on K."""
-    # The golden-ratio multiplier keeps the particles of neighbouring seeds apart.
-    return [(seed * 0x9E3779B97F4A7C15 + k) % 2**63 for k in range(num_particles)]
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
+        return getattr(attach, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

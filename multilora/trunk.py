@@ -113,3 +113,9 @@ def _blocks(base: nn.Module, where: bool | str) -> tuple[list[nn.Module], list[n
             return [], []
     blocks = list(holder.children())
     return blocks[: blocks.index(first)], blocks[blocks.index(first) :]
+
+
+def check_cut(where: bool | str) -> None:
+    """Raise ValueError unless `where` says where a trunk is cut, or that it is not."""
+    if not (isinstance(where, bool) or (isinstance(where, str) and where)):
+        raise ValueError(f"share_trunk must be True, False or a module's name; got {where!r}")

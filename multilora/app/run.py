@@ -29,9 +29,10 @@ from multilora.app.tasks.digits import digits
 from multilora.app.tasks.images import images
 from multilora.app.tasks.task import Report, Task
 from multilora.app.tasks.vtab import vtab1k
+from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import IBDR, SVGD, Ensemble, Method
-from multilora.model import ParticleModel, get_particle_model
+from multilora.model import ParticleModel
 
 _METRICS = "metrics.json"
 OnStep = Callable[[int, int, dict[str, float]], None]

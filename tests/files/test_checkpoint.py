@@ -23,7 +23,7 @@ from models import (
     peft_tensors,
     perturb,
 )
-from multilora import checkpoint
+from multilora import checkpoint, particle_folders
 
 # PEFT asks transformers' models for a property that they are about to lose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -212,7 +212,7 @@ def test_interrupted_save_leaves_the_old_weights(tmp_path, monkeypatch):
         file.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(particle_folders, "save_file", full_disk)
     perturb(model, seed=5)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ import torch
 
 import killed
 import multilora as ml
-from multilora import atomic, checkpoint
+from multilora import atomic, checkpoint, particle_folders
 from multilora.app import resume as run_state
 from multilora.app import run as training
 
@@ -222,8 +222,10 @@ def test_a_damaged_set_that_was_not_moved_is_named(tmp_path, monkeypatch):
     assert seeds_in(tmp_path / "saved") == {1}
     file = commit / "particle_1" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    readings, read = [], checkpoint._read_root
-    monkeypatch.setattr(checkpoint, "_read_root", lambda root: readings.append(0) or read(root))
+    readings, read = [], particle_folders._read_root
+    monkeypatch.setattr(
+        particle_folders, "_read_root", lambda root: readings.append(0) or read(root)
+    )
     with pytest.raises(ValueError, match=r"particle_1/adapter_model\.safetensors is damaged"):
         seeds_in(tmp_path / "saved")
     # Nobody has moved anything, so that it is not read again.

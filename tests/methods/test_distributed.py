@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import multilora as ml
 from models import FAMILIES, logits_of, perturb
-from multilora.model import particle_seeds
+from multilora.attach import particle_seeds
 from processes import run_in_processes
 from readme import block
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import multilora as ml
 import oracles
+from multilora.attach import particle_seeds
 from multilora.methods import ibdr
-from multilora.model import particle_seeds
 from oracles import relative_error
 
 # float64 and a few hundred operations: rounding is below 1e-13, a wrong term is not.

@@ -31,7 +31,7 @@ from models import (
     peft_tensors,
     perturb,
 )
-from multilora.model import particle_seeds
+from multilora.attach import particle_seeds
 
 K = 3
 

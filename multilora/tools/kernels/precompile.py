@@ -145,7 +145,7 @@ def _run_model(
     import peft
 
     from multilora.app.tasks.images import create_base
-    from multilora.model import get_particle_model
+    from multilora.attach import get_particle_model
 
     with torch.device("meta"):
         base = create_base(name, classes, False).to(dtype)

@@ -1,0 +1,259 @@
+"""Attach K particles to a model: PEFT's configuration in, one ParticleModel out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from multilora import checks
+from multilora.fold import Axes, Names
+from multilora.layers import (
+    LoraConv2d,
+    LoraLayer,
+    LoraLinear,
+    LoraOpaqueLinear,
+    StackedModule,
+    has_own_forward,
+)
+from multilora.model import ParticleModel
+from multilora.parallel import Processes
+from multilora.targets import (
+    Target,
+    check_base,
+    check_config,
+    check_targets,
+    just_created,
+    resolve,
+    vocabulary,
+)
+from multilora.trunk import check_cut
+
+if TYPE_CHECKING:
+    import peft
+    from torch.distributed.device_mesh import DeviceMesh
+
+#: No machine has memory for more particles.
+_MOST = 2**20
+
+
+def get_particle_model(
+    base: nn.Module,
+    config: peft.LoraConfig,
+    num_particles: int,
+    seed: int | Sequence[int] = 0,
+    head_init: str | None = None,
+    share_trunk: bool | str = False,
+    mesh: DeviceMesh | None = None,
+    *,
+    fold: str = "batch",
+    batch_axes: Axes | None = None,
+    output_axes: Mapping[str, int | None] | int | None = None,
+    check_isolation: bool = True,
+) -> ParticleModel:
+    """K LoRA particles over `base`, which is frozen and changed in place.
+
+    The adapters differ from the start: every particle has an A of its own, and B is zero. Adapters
+    of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
+
+    Args:
+        base: any module. Its targets are nn.Linear, transformers' Conv1D and nn.Conv2d (one group,
+            no dilation, zero padding), found and named by PEFT itself. A linear whose forward is
+            not nn.Linear's (`layers.has_own_forward`) is a target too: it is quantised, or
+            tensor-parallel and returns all features. Such a layer is called as it is, once for all
+            particles.
+        config: the fields that count are r, lora_alpha, target_modules, exclude_modules,
+            lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
+            alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
+            modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
+        num_particles: K >= 1.
+        seed: an integer, or K of them, one for each particle. With one integer, particle k starts
+            from `particle_seeds(seed, K)[k]`, whatever K is.
+        head_init: how `modules_to_save` start. "reset" redraws every particle's copy at the scale
+            of the original, so that the particles start from different functions. "copy" keeps the
+            original's weights, as is right for a module that was trained. By default, modules are
+            copied, except those that were just created, which are redrawn with a warning: their
+            weights were in no checkpoint that transformers read, or a timm classifier has another
+            number of classes than its checkpoint, or the model is of neither library. Token
+            embeddings and language-model heads are always copied.
+        share_trunk: a promise that what lies below the first adapted block is the same for all
+            particles (nothing random, no state, no hooks), so that it may run once for all of them
+            where they share their inputs. True: the cut lies before the first block with an
+            adapter, in the innermost nn.ModuleList or nn.Sequential that holds them all. A name:
+            the cut lies before that module. It is also an attribute of the model, and it does not
+            work under torch.compile.
+        mesh: the processes that share the work, a DeviceMesh with the axes "data", "particle" or
+            both. Along "particle", each process holds K/P particles, which is then
+            `model.num_particles`; they are the particles that a single process would have. Methods
+            communicate.
+        fold: "batch" runs all particles in one pass over K·B rows. "loop" runs one after another,
+            which is right for any model, at the speed of a loop.
+        batch_axes: the axis of the batch in the arguments of the base's forward, by name, or None
+            for an argument that all rows share, as `in_dims` of torch.func.vmap. It is needed where
+            names and lengths do not tell: an argument whose axis is ambiguous raises.
+        output_axes: the same for the outputs, by field (or index of a tuple), or one number for
+            all, where the isolation check does not find it.
+        check_isolation: compare the first forward of each mode and form of inputs with that of one
+            particle alone. The check cannot see what other inputs of the same form would mix,
+            states other than buffers, tensors and numbers that are attributes of modules, or
+            whether a scalar such as `.loss` is more than a mean. It does not run in calls with a
+            key-value cache, or under torch.compile.
+
+    Returns:
+        The particle model, in the mode of `base`.
+
+    Raises:
+        NotImplementedError: a field of LoraConfig is not supported for particles.
+        TypeError: a target is neither a linear nor a convolution.
+        ValueError: a number is out of range, or weights of the base have no memory (meta).
+            `base` is left unchanged by all of these.
+    """
+    check_config(config)
+    _check_options(num_particles, head_init, share_trunk, fold, check_isolation)
+    _check_axes(base, batch_axes, output_axes)
+    check_base(base)
+    processes = Processes.of_mesh(mesh)
+    seeds = _seeds(seed, num_particles)
+    own_seeds = processes.own(seeds)
+    config, targets, saved = resolve(base, config)
+    check_targets(targets, saved)
+    if isinstance(share_trunk, str):
+        base.get_submodule(share_trunk)
+    redrawn = _redrawn_heads(base, saved, head_init)
+    base.requires_grad_(False)
+    layers = [_adapt(base, name, target, len(own_seeds)) for name, target in targets.items()]
+    heads = {name: _stack(base, name, module, len(own_seeds)) for name, module in saved.items()}
+    if head_init is None and redrawn:
+        warnings.warn(
+            f"modules_to_save {list(redrawn)} start from weights drawn anew for every particle, "
+            f'since {next(iter(redrawn.values()))}; head_init="copy" keeps what they hold, '
+            'head_init="reset" says that this is meant',
+            stacklevel=2,
+        )
+    for particle, particle_seed in enumerate(own_seeds):
+        generator = torch.Generator().manual_seed(particle_seed)
+        for layer in layers:
+            layer.reset_particle(particle, generator, config.init_lora_weights)
+        for name in redrawn:
+            heads[name].reset_particle(particle, generator)
+    _disable_fast_paths(base)
+    return ParticleModel(
+        base,
+        config,
+        len(own_seeds),
+        seeds,
+        share_trunk,
+        processes,
+        fold,
+        batch_axes,
+        output_axes,
+        check_isolation,
+    )
+
+
+def particle_seeds(seed: int, num_particles: int) -> list[int]:
+    """K well-separated seeds; that of particle k does not depend on K."""
+    # The golden-ratio multiplier keeps the particles of neighbouring seeds apart.
+    return [(seed * 0x9E3779B97F4A7C15 + k) % 2**63 for k in range(num_particles)]
+
+
+def _check_options(
+    num_particles: int,
+    head_init: str | None,
+    share_trunk: bool | str,
+    fold: str,
+    check_isolation: bool,
+) -> None:
+    checks.integer("num_particles", num_particles, 1, _MOST)
+    if head_init is not None:
+        checks.choice("head_init", head_init, ("reset", "copy"))
+    checks.choice("fold", fold, ("batch", "loop"))
+    checks.flag("check_isolation", check_isolation)
+    check_cut(share_trunk)
+    if share_trunk and fold == "loop":
+        raise ValueError('share_trunk needs fold="batch": in a loop nothing runs together')
+
+
+def _check_axes(base: nn.Module, inputs: Any, outputs: Any) -> None:
+    names = Names(base.forward)
+    for what, axes in (("batch_axes", inputs), ("output_axes", outputs)):
+        if isinstance(axes, int) and what == "output_axes":
+            axes = {"all": axes}
+        if not isinstance(axes, Mapping | None):
+            raise ValueError(f"{what} must be a mapping of names to axes; got {axes!r}")
+        for name, axis in (axes or {}).items():
+            if what == "batch_axes" and name not in names.order and not names.takes_any:
+                raise ValueError(f"{what}: forward has the arguments {names.order}; got {name!r}")
+            if axis is not None and (type(axis) is not int or axis < 0):
+                raise ValueError(
+                    f"{what}: an axis is an integer >= 0 or None; got {name}: {axis!r}"
+                )
+
+
+def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
+    if isinstance(seed, int):
+        return particle_seeds(seed, num_particles)
+    if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence):
+        raise ValueError(f"seed needs one integer or {num_particles} of them; got {seed!r}")
+    seeds = list(seed)
+    if len(seeds) != num_particles:
+        raise ValueError(f"seed needs one integer or {num_particles} of them; got {len(seeds)}")
+    if not all(type(s) is int and 0 <= s < 2**63 for s in seeds):
+        raise ValueError(f"seeds must be integers in [0, 2^63); got {seeds}")
+    # torch's generator reads 32 bits of them.
+    if len({s % 2**32 for s in seeds}) < num_particles:
+        raise ValueError(
+            "seeds must differ, in their lower 32 bits: particles that start identical have "
+            f"identical gradients and stay so under every method; got {seeds}"
+        )
+    return seeds
+
+
+def _redrawn_heads(
+    base: nn.Module, saved: dict[str, nn.Module], head_init: str | None
+) -> dict[str, str]:
+    """The modules to save whose copies are drawn anew, each with the reason."""
+    kept = vocabulary(base)
+    if head_init == "reset":
+        redrawn = dict.fromkeys(saved, 'head_init="reset" says so')
+    else:
+        redrawn = just_created(base, saved) if head_init is None else {}
+    return {name: why for name, why in redrawn.items() if saved[name] not in kept}
+
+
+def _adapt(base: nn.Module, name: str, target: Target, num_particles: int) -> LoraLayer:
+    layer = _layer_type(target.layer)(
+        target.layer, num_particles, target.rank, target.scaling, target.dropout
+    )
+    layer.train(target.layer.training)
+    _replace(base, name, layer)
+    return layer
+
+
+def _stack(base: nn.Module, name: str, module: nn.Module, num_particles: int) -> StackedModule:
+    stacked = StackedModule(module, num_particles)
+    stacked.train(module.training)
+    _replace(base, name, stacked)
+    return stacked
+
+
+def _layer_type(target: nn.Module) -> type[LoraLayer]:
+    if isinstance(target, nn.Conv2d):
+        return LoraConv2d
+    return LoraOpaqueLinear if has_own_forward(target) else LoraLinear
+
+
+def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+def _disable_fast_paths(base: nn.Module) -> None:
+    """In evaluation, nn.TransformerEncoderLayer would read the weights of its linears instead of
+    calling them."""
+    for module in base.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0

@@ -1,0 +1,222 @@
+"""Folders of K particles: PEFT adapters side by side, and the index that makes them one set."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from multilora import atomic, embeddings, peft_tensors
+from multilora.parallel import Processes
+from multilora.peft_format import (
+    CONFIG,
+    PICKLED,
+    WEIGHTS,
+    Expected,
+    check_same,
+    check_tensors,
+    read_config,
+    read_tensors,
+)
+
+if TYPE_CHECKING:
+    import peft
+
+# Format 1 has no list of its files; it is still read.
+FORMAT = 2
+_INDEX = "multilora.json"
+
+
+def save(
+    base: nn.Module,
+    config: peft.LoraConfig,
+    processes: Processes,
+    path: str | Path,
+    seeds: Sequence[int],
+    save_embedding_layers: bool | Literal["auto"],
+) -> None:
+    """Write every particle's adapter and the index; see `ParticleModel.save_pretrained`."""
+    whole = peft_tensors.of_all_processes(base, processes)
+    shared = embeddings.to_save(base, save_embedding_layers)
+
+    def write(folder: Path) -> None:
+        for particle in range(len(seeds)):
+            tensors = peft_tensors.of_particle(base, particle, whole) | shared
+            write_adapter(folder / f"particle_{particle}", tensors, config)
+        listed = {
+            name: {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": atomic.digest(folder / name),
+            }
+            for name in _names(len(seeds))
+        }
+        index = {"format": FORMAT, "num_particles": len(seeds), "seeds": seeds, "files": listed}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    replace(base, processes, path, write)
+
+
+def replace(
+    base: nn.Module, processes: Processes, path: str | Path, write: Callable[[Path], object]
+) -> None:
+    """Replace the files that write(folder) makes, all or none, from the first process."""
+    device = next(base.parameters()).device
+    processes.write(lambda: atomic.replace_files(Path(path), write), device)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.LoraConfig) -> None:
+    """Write one PEFT adapter into `folder`, whose parent is there."""
+    folder.mkdir(exist_ok=True)
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
+
+
+class Saved(NamedTuple):
+    """K adapters as they were read, each with the file that it is from."""
+
+    source: str
+    seeds: int | list[int]  # that the particles were made with; 0 where they are not known
+    configs: list[peft.LoraConfig]
+    config_files: list[Path]
+    tensors: list[dict[str, Tensor]]
+    tensor_files: list[Path]
+
+
+class _Adapter(NamedTuple):
+    config: peft.LoraConfig
+    config_file: Path
+    tensors: dict[str, Tensor]
+    tensor_file: Path
+
+
+def read(path: str | Path | Sequence[str | Path]) -> Saved:
+    """The adapters of a folder or of a sequence of them, checked as far as no model is needed."""
+    seeds: int | list[int] = 0
+    if isinstance(path, (str, os.PathLike)):
+        root = Path(path)
+        source = atomic.newest(root, _INDEX)
+        seeds, adapters = atomic.read_set(root, _INDEX, lambda: _read_root(root))
+    else:
+        folders = [Path(p) for p in path]
+        if not folders:
+            raise ValueError("at least one adapter folder is needed; got none")
+        source = "the list of folders"
+        adapters = [_read_folder(folder) for folder in folders]
+    configs, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
+    check_same(config_files, configs)
+    return Saved(str(source), seeds, configs, config_files, tensors, tensor_files)
+
+
+def _read_root(root: Path) -> tuple[list[int], list[_Adapter]]:
+    """The seeds of the K particles, and their adapters."""
+    index = atomic.newest(root, _INDEX)
+    seeds, listed = _read_index(index)
+    adapters = []
+    for particle in range(len(seeds)):
+        names = [f"particle_{particle}/{name}" for name in (CONFIG, WEIGHTS)]
+        found = [atomic.newest(root, name) for name in names]
+        for name, file in zip(names, found):
+            _require(file)
+            if listed is not None:
+                _check_listed(file, listed[name], index)
+        adapters.append(_read_adapter(*found))
+    return seeds, adapters
+
+
+def _read_folder(folder: Path) -> _Adapter:
+    """An adapter folder, which may be a particle's that is saved with the others."""
+    root, marker, inner = folder, CONFIG, ""
+    if atomic.newest(folder.parent, _INDEX).is_file() and folder.name.startswith("particle_"):
+        root, marker, inner = folder.parent, _INDEX, f"{folder.name}/"
+
+    def read() -> _Adapter:
+        config, weights, pickled = (
+            atomic.newest(root, f"{inner}{name}") for name in (CONFIG, WEIGHTS, PICKLED)
+        )
+        if os.path.lexists(pickled) and not os.path.lexists(weights):
+            weights = pickled
+        _require(config)
+        _require(weights)
+        return _read_adapter(config, weights)
+
+    return atomic.read_set(root, marker, read)
+
+
+def _require(file: Path) -> None:
+    atomic.require_file(file, f"{file.parent} is no PEFT adapter folder")
+
+
+def _read_adapter(config: Path, weights: Path) -> _Adapter:
+    return _Adapter(read_config(config), config, read_tensors(weights), weights)
+
+
+def _names(num_particles: int) -> list[str]:
+    """The files of K particles, relative to their folder."""
+    return [f"particle_{k}/{name}" for k in range(num_particles) for name in (CONFIG, WEIGHTS)]
+
+
+def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None]:
+    """The seeds of the K particles; the size and digest of each file, None in format 1."""
+    atomic.require_file(file, f"{file.parent} holds no particle model")
+    index = atomic.read_json(file)
+    if lacking := [key for key in ("format", "num_particles", "seeds") if key not in index]:
+        raise ValueError(f"{file} is damaged: it lacks {lacking}")
+    version, particles, seeds = index["format"], index["num_particles"], index["seeds"]
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"{file} has format {version!r}; this version reads 1 to {FORMAT}")
+    if not isinstance(seeds, list):
+        raise ValueError(f"{file} is damaged: its seeds are a {type(seeds).__name__}")
+    if type(particles) is not int or particles < 1 or len(seeds) != particles:
+        raise ValueError(f"{file} is damaged: {particles!r} particles, {len(seeds)} seeds")
+    for seed in seeds:
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"{file} is damaged: its seed {seed!r} is no integer in [0, 2^63)")
+    if version == 1:
+        return seeds, None
+    listed = index.get("files")
+    if not isinstance(listed, dict):
+        raise ValueError(f"{file} is damaged: its files are a {type(listed).__name__}")
+    names = _names(particles)
+    if sorted(listed) != sorted(names):
+        raise ValueError(
+            f"{file} is damaged: it lists {sorted(listed)}, and {particles} particles have {names}"
+        )
+    for name, entry in listed.items():
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise ValueError(f"{file} is damaged: {name} has {entry!r} for bytes and sha256")
+    return seeds, listed
+
+
+def _check_listed(file: Path, listed: dict[str, Any], index: Path) -> None:
+    """Raise ValueError where `file` is not the one in the index."""
+    size = file.stat().st_size
+    if size != listed["bytes"]:
+        raise ValueError(
+            f"{file} is damaged or of another save: it has {size} bytes, and {index} lists "
+            f"{listed['bytes']}"
+        )
+    if atomic.digest(file) != listed["sha256"]:
+        raise ValueError(
+            f"{file} is damaged or of another save: its SHA-256 is not the one in {index}"
+        )
+
+
+def check(saved: Saved, expected: Mapping[str, Expected], whose: str) -> None:
+    """Raise ValueError, naming the file, where an adapter does not fit, or one the others."""
+    for file, loaded in zip(saved.tensor_files, saved.tensors):
+        check_tensors(file, loaded, expected, whose)
+        for key, tensor in loaded.items():
+            if expected[key].is_shared and not torch.equal(tensor, saved.tensors[0][key]):
+                raise ValueError(
+                    f"{file}: {key} is not that of {saved.tensor_files[0]}; particles share buffers"
+                )

@@ -1,0 +1,90 @@
+"""Stacked tensors of K particles <-> the tensors of K PEFT adapters, under PEFT's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from multilora.layers import LoraConv2d, LoraLayer, lora_layers, stacked_modules
+from multilora.parallel import Processes
+from multilora.peft_format import PREFIX, Expected, computing_dtype
+
+
+def of_all_processes(base: nn.Module, processes: Processes) -> dict[Tensor, Tensor]:
+    """Every stacked tensor of `base`, with the particles of all processes."""
+    stacked = _stacked(base)
+    return dict(zip(stacked, processes.gather_all(stacked)))
+
+
+def of_particle(
+    base: nn.Module, particle: int, whole: Mapping[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """One particle's tensors under PEFT's names and in PEFT's shapes.
+
+    whole: the stacked tensor to read in place of each of `base`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, layer in lora_layers(base):
+        A, B = whole[layer.lora_A][particle], whole[layer.lora_B][particle]
+        tensors |= of_adapter(name, layer, A, B)
+    for name, stacked in stacked_modules(base):
+        for inner, parameter in stacked.module.named_parameters():
+            tensors[f"{PREFIX}{name}.{inner}"] = whole[parameter][particle]
+        tensors |= of_buffers(name, stacked.module)
+    return tensors
+
+
+def of_adapter(name: str, layer: LoraLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The factors A (r, d_in) and B (d_out, r) of one adapter."""
+    if isinstance(layer, LoraConv2d):
+        A = A.view(A.shape[0], *layer.base_layer.weight.shape[1:])
+        B = B[..., None, None]
+    return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+
+
+def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers of a module to save, which the particles share."""
+    parameters = dict(module.named_parameters())
+    return {
+        f"{PREFIX}{name}.{inner}": value
+        for inner, value in module.state_dict().items()
+        if inner not in parameters
+    }
+
+
+def expected(base: nn.Module) -> dict[str, Expected]:
+    """What the file of one particle of `base` must hold."""
+    tensors = of_particle(base, 0, {p: p.detach() for p in _stacked(base)})
+    found = {key: Expected(tuple(t.shape), t.dtype) for key, t in tensors.items()}
+    for name, stacked in stacked_modules(base):
+        for key in of_buffers(name, stacked.module):
+            found[key] = found[key]._replace(is_shared=True)
+    for name, layer in lora_layers(base):
+        for factor in ("lora_A", "lora_B"):
+            key = f"{PREFIX}{name}.{factor}.weight"
+            found[key] = found[key]._replace(dtype=computing_dtype(layer.base_layer))
+    return found
+
+
+def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
+    """Copy the tensors of each particle of this process, which must fit, into `base`."""
+    slots: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    for name, layer in lora_layers(base):
+        slots[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        slots[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+    for name, stacked in stacked_modules(base):
+        slots |= {f"{PREFIX}{name}.{n}": p for n, p in stacked.module.named_parameters()}
+        shared |= of_buffers(name, stacked.module)
+    with torch.no_grad():
+        for particle, tensors in enumerate(particles):
+            for key, tensor in tensors.items():
+                slot = shared[key] if key in shared else slots[key][particle]
+                slot.copy_(tensor.reshape(slot.shape))
+
+
+def _stacked(base: nn.Module) -> list[Tensor]:
+    layers = [layer for _, layer in (*lora_layers(base), *stacked_modules(base))]
+    return [parameter for layer in layers for _, _, parameter in layer.stacked()]

@@ -1,4 +1,4 @@
-"""python -m bench: multilora against plain PyTorch, one line a case, and a JSON record.
+"""python -m bench: multilora against plain PyTorch, one line per case, and a JSON record.
 
 All peers of a case take turns in one process. A speed-up is the median over rounds of
 peer / multilora within the round, with its quartiles. No ratio is printed for a case whose check
@@ -8,28 +8,20 @@ failed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import memory
-from bench.cases import CASES
-from bench.measure import (
-    OURS,
-    Case,
-    check,
-    clock,
-    default_device,
-    interleave,
-    machine,
-    peak_memory,
-    quartiles,
-)
-
-RESULTS = Path(__file__).parent / "results"
+from bench import growth
+from bench.case import OURS, Case, case_dtype
+from bench.cases import CASES, gpu_cases
+from bench.check import check
+from bench.clocks import clock, interleave, peak_memory, quartiles
+from bench.device import default_device
+from bench.record import RESULTS, committed, machine, write
+from bench.roofline import floor
 
 
 def measure_case(
@@ -67,10 +59,12 @@ def measure_case(
     record["fastest_plain"] = min(plain, key=lambda name: timings[name].median)
     if case.yardstick:
         record["x_yardstick"] = {case.yardstick[0]: ours.median / timings[case.yardstick[0]].median}
-    if case.flops:
-        record["gflops"] = case.flops / ours.median / 1e9
-    if case.traffic:
-        record["gbytes"] = case.traffic * dtype.itemsize / ours.median / 1e9
+    if case.work is not None and case.rate == "flops":
+        record["gflops"] = case.work.flops / ours.median / 1e9
+    elif case.work is not None:
+        # The work is that of the case's half-precision form.
+        moved = case.work.bytes * dtype.itemsize / case_dtype(case).itemsize
+        record["gbytes"] = moved / ours.median / 1e9
     record["goals"] = {
         name: {"factor": factor, "met": record["speedup"][name][1] >= factor}
         for name, factor in case.goals.items()
@@ -116,21 +110,39 @@ def memory_line(result: dict[str, Any]) -> str:
     return f"{title} {sizes}: ×{result['ratio']:.3f} (goal {result['goal']:g}: {verdict})"
 
 
+def listing(only: str = "") -> str:
+    """The cases, those for a GPU with the least time on an H200, and the committed records."""
+    lines = ["cases of python -m bench:"]
+    lines += [f"  {case}" for case in CASES if only in str(case)]
+    lines.append("cases of python -m bench.gpu, and the least µs on an H200:")
+    for case in gpu_cases(backends=()):
+        if only in str(case):
+            least = "" if case.work is None else f"{floor(case.work) * 1e6:10.3g}"
+            lines.append(f"  {least:>10}  {case}")
+    return "\n".join([*lines, "records:", *(f"  {line}" for line in committed())])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m bench", description="multilora against plain PyTorch."
     )
     parser.add_argument("--out", default="latest", help="the record is results/OUT.json")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases and the committed records, run nothing"
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: too short to quote")
     parser.add_argument("--threads", type=int, help="PyTorch's threads")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of the cases that have a half-precision form; the others stay in float32",
+        help="dtype of the cases that have a half-precision form; the others stay in float32",
     )
     args = parser.parse_args()
+    if args.list:
+        print(listing(args.only))
+        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     device, low = default_device(), getattr(torch, args.dtype)
@@ -150,15 +162,13 @@ def main() -> int:
         print(line(record["cases"][-1]), flush=True)
     if with_memory:
         rows, repetitions = (8, 1) if args.quick else (32, 3)
-        record["memory"] = memory.compare(rows, repetitions)
+        record["memory"] = growth.compare_memory(rows, repetitions)
         for result in record["memory"]:
             print(memory_line(result))
 
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{args.out}.json"
-    # Six digits are more than any of these numbers has.
-    short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-    file.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
+    write(file, record)
     print(f"record: {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
     return 1 if any(r["failures"] for r in record["cases"]) else 0
 

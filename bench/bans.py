@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench.measure import OURS
+from bench.case import OURS
 
 
 def spoilt(results: dict[str, dict[str, Any]]) -> Callable[[str, str, str], str | None]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import multilora as ml
-from bench import cases
-from bench.cases import LinearSize
-from bench.compare import check_device
-from bench.measure import reason
+from bench import repetitions
+from bench.check import reason
+from bench.device import check_device
+from bench.repetitions import LinearSize
 from multilora.ops.dispatch import missing_reason
 
 #: ‖error‖ / ‖exact‖ of bfloat16 outputs: a few roundings, and far from a wrong offset.
@@ -27,7 +27,7 @@ def compiled(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
     """torch.compile(mode="reduce-overhead"), both directions, against eager mode, bit by bit."""
     size = LinearSize(64, 96, 33, masters=True) if tiny else LinearSize(768, 768, 197, masters=True)
     linear = size.inputs(torch.bfloat16, device)
-    logits = cases.logits_inputs(4, 64, 100, torch.bfloat16, device)
+    logits = repetitions.logits_inputs(4, 64, 100, torch.bfloat16, device)
     leaves = [linear.x, linear.lora_A, linear.lora_B]
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _large_linear(d_in: int, d_out: int, rows: int, device: torch.device) -> flo
 
 def _large_loss(rows: int, classes: int, device: torch.device) -> float:
     """The worst relative error of the losses and of sampled rows of the gradient."""
-    i = cases.logits_inputs(4, rows, classes, torch.bfloat16, device)
+    i = repetitions.logits_inputs(4, rows, classes, torch.bfloat16, device)
     z = i.logits.detach().requires_grad_()
     nll, divergence = ml.particle_loss(z, i.targets)
     (dz,) = torch.autograd.grad(nll.sum() + 0.02 * divergence, z)

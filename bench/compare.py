@@ -5,48 +5,31 @@ Nothing is timed whose outputs are wrong. What fails costs its own peer: the rea
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from bench.floors import Ceilings, floor
-from bench.measure import (
-    Case,
-    Unavailable,
+from bench.case import Case, Repetition, Unavailable, case_dtype, is_ours
+from bench.check import check, outputs_of, reason
+from bench.clocks import (
     capture,
-    check,
     clock,
+    host_microseconds,
     interleave,
-    is_ours,
-    outputs_of,
     peak_memory,
     quartiles,
-    reason,
 )
+from bench.device import check_device
+from bench.roofline import Ceilings, floor
 
 Note = Callable[[str], None]
 #: Repetitions that a number to quote has at least.
 ROUNDS = 30
-
-
-class BrokenDevice(BaseException):
-    """The CUDA context no longer works; only a new process helps. No handler of errors stops it."""
-
-
-def check_device(error: Exception, device: torch.device) -> None:
-    """Free what the failed peer held, and see whether CUDA still works."""
-    error.__traceback__ = None
-    try:
-        free_memory(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    except Exception as broken:
-        raise BrokenDevice(reason(error)) from broken
+#: What a sampler measures, "kernel" or "launched", and of which peer.
+Sampler = tuple[str, str]
 
 
 def measure_case(
@@ -60,178 +43,239 @@ def measure_case(
 ) -> dict[str, Any]:
     """The record of one case. Times are quartiles of seconds.
 
-    without: peers that are left out, and why. seconds: for the timing, once there are three rounds.
-    note: is told which peer comes next; beat: which is sampled.
+    Args:
+        without: the peers that are left out, and why.
+        seconds: for the timing, once there are three rounds.
+        note: is told which peer comes next.
+        beat: is told which peer is sampled.
     """
-    dtype = case_dtype(case)
-    record: dict[str, Any] = {
-        "group": case.group,
-        "name": case.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "failures": {name: why for name, why in without.items() if name in case.peers},
-        "skipped": {},
-        "not_captured": {},
-        "peak_bytes": {},
-        "host_us": {},
-    }
-    failures = record["failures"]
+    return Measurement(case, without, ceilings, device, note, beat).run(seconds)
 
-    def attempt(name: str, action: Callable[[], Any]) -> Any:
-        note(name)
+
+class Measurement:
+    """The measurement of one case, and its record as far as it is known."""
+
+    def __init__(
+        self,
+        case: Case,
+        without: dict[str, str],
+        ceilings: Ceilings | None,
+        device: torch.device,
+        note: Note,
+        beat: Note,
+    ):
+        self.case, self.ceilings, self.device = case, ceilings, device
+        self.note, self.beat = note, beat
+        self.dtype = case_dtype(case)
+        self.failures = {name: why for name, why in without.items() if name in case.peers}
+        self.skipped: dict[str, str] = {}
+        self.record: dict[str, Any] = {
+            "group": case.group,
+            "name": case.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "failures": self.failures,
+            "skipped": self.skipped,
+            "not_captured": {},
+            "peak_bytes": {},
+            "host_us": {},
+        }
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        case, record = self.case, self.record
+        makers = {name: make for name, make in case.peers.items() if name not in self.failures}
+        record["errors"] = {}
+        if case.stand_in is not None:
+            self.check_stand_in(case.stand_in, makers)
+            makers = {name: make for name, make in makers.items() if name not in self.failures}
+        inputs = case.inputs(self.dtype, self.device)
+        runs = self.make(makers, inputs)
+        if case.stand_in is None:
+            self.check_all(case, runs, self.dtype)
+        else:
+            self.compare_losses(runs)
+        runs = {n: r for n, r in runs.items() if n not in self.failures and n not in self.skipped}
+        if case.yardstick is not None:
+            name, make = case.yardstick
+            runs |= self.make({name: make}, inputs)
+        samplers = self.samplers(runs)
+        self.time(samplers, seconds)
+        if record.get("rounds", ROUNDS) < ROUNDS:
+            record["short_of_rounds"] = f"{record['rounds']} of {ROUNDS}: its time was over"
+        return record
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> Any:
+        """action(), or None with the reason in the record."""
+        self.note(name)
         try:
             value = action()
-            if device.type == "cuda":
+            if self.device.type == "cuda":
                 # What went wrong on the device is raised here, not in the next peer.
                 torch.cuda.synchronize()
             return value
         except Unavailable as error:
-            record["skipped"][name] = str(error)
+            self.skipped[name] = str(error)
         except Exception as error:
-            failures[name] = reason(error)
-            check_device(error, device)
+            self.failures[name] = reason(error)
+            check_device(error, self.device)
         return None
 
-    makers = {name: make for name, make in case.peers.items() if name not in failures}
-    if case.stand_in is not None:
-        _check_stand_in(case, makers, record, device, attempt)
-        makers = {name: make for name, make in makers.items() if name not in failures}
-    inputs = case.inputs(dtype, device)
-    runs = {name: attempt(name, lambda make=make: make(inputs)) for name, make in makers.items()}
-    runs = {name: run for name, run in runs.items() if run is not None}
-    if case.stand_in is None:
-        record["errors"] = {}
-        _check_all(case, runs, dtype, device, record, attempt)
-    else:
-        _compare_losses(runs, record, attempt)
-    out = (failures, record["skipped"])
-    runs = {name: run for name, run in runs.items() if not any(name in one for one in out)}
-    if case.yardstick is not None:
-        name, make = case.yardstick
-        run = attempt(name, lambda: make(inputs))
-        runs |= {} if run is None else {name: run}
+    def make(
+        self, makers: dict[str, Callable[[Any], Repetition]], inputs: Any
+    ) -> dict[str, Repetition]:
+        runs = {n: self.attempt(n, lambda make=make: make(inputs)) for n, make in makers.items()}
+        return {name: run for name, run in runs.items() if run is not None}
 
-    timer = clock(device)
-    samplers: dict[tuple[str, str], Callable[[], float]] = {}
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    for name, run in runs.items():
-        sampler = attempt(name, lambda run=run: timer.sampler(run))
-        if sampler is None:
-            continue
-        samplers["launched", name] = sampler
-        record["peak_bytes"][name] = attempt(name, lambda run=run: peak_memory(run, device))
-        if device.type != "cuda":
-            record["not_captured"][name] = "no CUDA graphs on a CPU"
-            continue
-        record["host_us"][name] = attempt(name, lambda run=run: host_microseconds(run))
-        try:
-            graph, outputs = capture(run, pool, torch.cuda.current_stream())
-            if is_ours(name) and case.stand_in is None:
-                record.setdefault("repeatable", {})[name] = _repeatable(run, graph, outputs)
-            outputs = None
-            samplers["kernel", name] = timer.replay_sampler(graph)
-        except Exception as error:
-            record["not_captured"][name] = reason(error)
-            outputs = None
-            check_device(error, device)
-            # A capture that broke off may keep its pool locked.
-            pool = torch.cuda.graph_pool_handle()
-    # A peer may have failed in a later step than its first sample.
-    samplers = {key: s for key, s in samplers.items() if key[1] not in failures}
-    until = time.perf_counter() + seconds
-    while any(is_ours(name) or case.ours_is_absent for _, name in samplers):
-        sampled = [""]
+    # --- correctness -----------------------------------------------------------------------------
 
-        def tell(key: tuple[str, str], sampled: list[str] = sampled) -> None:
-            sampled[0] = key[1]
-            beat(key[1])
+    def check_all(self, case: Case, runs: dict[str, Repetition], dtype: torch.dtype) -> None:
+        """Every output against float64; each peer is noted before it runs."""
 
-        limit = max(0.0, until - time.perf_counter())
-        try:
-            timings = interleave(samplers, 0.0, ROUNDS, limit=limit, beat=tell)
-        except Exception as error:
-            if not sampled[0]:
-                raise
-            # Out of memory, say: the others start again without it.
-            failures[sampled[0]] = f"while it was timed: {reason(error)}"
-            check_device(error, device)
-            samplers = {key: s for key, s in samplers.items() if key[1] != sampled[0]}
-            continue
-        _add_times(case, record, {key: t.samples for key, t in timings.items()}, ceilings)
-        break
-    if record.get("rounds", ROUNDS) < ROUNDS:
-        record["short_of_rounds"] = f"{record['rounds']} of {ROUNDS}: its time was over"
-    return record
+        def noted(name: str, run: Repetition) -> Repetition:
+            def attempted() -> Any:
+                outputs = self.attempt(name, run)
+                if outputs is None:
+                    raise RuntimeError("it failed")
+                return outputs
 
+            return attempted
 
-def case_dtype(case: Case) -> torch.dtype:
-    return torch.bfloat16 if case.half_precision else torch.float32
+        oracle = next(iter(case.peers))
+        if oracle not in runs:
+            self.failures |= dict.fromkeys(runs, f"unchecked: {oracle} cannot run")
+            return
+        checked = check(case, {n: noted(n, run) for n, run in runs.items()}, dtype, self.device)
+        worst = {name: max(errors.values()) for name, errors in checked.errors.items()}
+        self.record["errors"] |= worst
+        for name, why in checked.failures.items():
+            if name not in self.skipped:
+                self.failures.setdefault(name, why)
 
+    def check_stand_in(self, small: Case, makers: dict[str, Callable[[Any], Repetition]]) -> None:
+        """Check the small case in float32 against float64, in place of the large one."""
+        runs = self.make(makers, small.inputs(torch.float32, self.device))
+        self.record["checked_as"] = "a smaller batch in float32"
+        self.check_all(small, runs, torch.float32)
 
-def host_microseconds(run: Callable[[], Any], calls: int = 15) -> float:
-    """The median of what a call takes the host, which does not wait for the device; of a run that
-    waits by itself, the whole time."""
-    spent = []
-    for _ in range(calls):
-        # An empty queue: a full one makes the host wait.
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        spent.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return statistics.median(spent) * 1e6
+    def compare_losses(self, runs: dict[str, Repetition]) -> None:
+        """At full size, in half precision: nothing overflows, and all peers train the same."""
+        losses = {n: self.attempt(n, lambda r=r: r()["loss"].item()) for n, r in runs.items()}
+        losses = {name: loss for name, loss in losses.items() if loss is not None}
+        self.record["loss"] = losses
+        first = next(iter(losses.values()), math.nan)
+        for name, loss in losses.items():
+            # Written so that NaN fails.
+            if not abs(loss - first) <= 0.1 * abs(first):
+                self.failures[name] = (
+                    f"loss {loss:.4g}, that of {next(iter(losses))} is {first:.4g}"
+                )
 
+    # --- time ------------------------------------------------------------------------------------
 
-def _check_all(case, runs, dtype, device, record, attempt) -> None:
-    """Every output against float64, each peer noted before it runs."""
-    noted = {
-        name: lambda name=name, run=run: _run_noted(name, run, attempt)
-        for name, run in runs.items()
-    }
-    oracle = next(iter(case.peers))
-    if oracle not in runs:
-        record["failures"] |= dict.fromkeys(runs, f"unchecked: {oracle} cannot run")
-        return
-    checked = check(case, noted, dtype, device)
-    record["errors"] |= {name: max(errors.values()) for name, errors in checked.errors.items()}
-    for name, why in checked.failures.items():
-        if name not in record["skipped"]:
-            record["failures"].setdefault(name, why)
-
-
-def _run_noted(name, run, attempt):
-    outputs = attempt(name, run)
-    if outputs is None:
-        raise RuntimeError("it failed")
-    return outputs
-
-
-def _check_stand_in(case, makers, record, device, attempt) -> None:
-    """The small case in float32 against float64, in place of the large one."""
-    small = case.stand_in
-    inputs = small.inputs(torch.float32, device)
-    runs = {name: attempt(name, lambda make=make: make(inputs)) for name, make in makers.items()}
-    runs = {name: run for name, run in runs.items() if run is not None}
-    record["errors"] = {}
-    record["checked_as"] = "a smaller batch in float32"
-    _check_all(small, runs, torch.float32, device, record, attempt)
-
-
-def _compare_losses(runs, record, attempt) -> None:
-    """At full size, in half precision: that nothing overflows, and that all train the same."""
-    losses = {
-        name: attempt(name, lambda run=run: run()["loss"].item()) for name, run in runs.items()
-    }
-    record["loss"] = losses = {name: loss for name, loss in losses.items() if loss is not None}
-    first = next(iter(losses.values()), math.nan)
-    for name, loss in losses.items():
-        # Written so that NaN fails.
-        if not abs(loss - first) <= 0.1 * abs(first):
-            record["failures"][name] = (
-                f"loss {loss:.4g}, that of {next(iter(losses))} is {first:.4g}"
+    def samplers(self, runs: dict[str, Repetition]) -> dict[Sampler, Callable[[], float]]:
+        """Of every peer a sampler with its launches and, on a GPU, one of a graph's replay."""
+        timer = clock(self.device)
+        samplers: dict[Sampler, Callable[[], float]] = {}
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        for name, run in runs.items():
+            sampler = self.attempt(name, lambda run=run: timer.sampler(run))
+            if sampler is None:
+                continue
+            samplers["launched", name] = sampler
+            self.record["peak_bytes"][name] = self.attempt(
+                name, lambda run=run: peak_memory(run, self.device)
             )
+            if self.device.type != "cuda":
+                self.record["not_captured"][name] = "no CUDA graphs on a CPU"
+                continue
+            self.record["host_us"][name] = self.attempt(
+                name, lambda run=run: host_microseconds(run)
+            )
+            try:
+                graph, outputs = capture(run, pool, torch.cuda.current_stream())
+                if is_ours(name) and self.case.stand_in is None:
+                    same = _repeatable(run, graph, outputs)
+                    self.record.setdefault("repeatable", {})[name] = same
+                outputs = None
+                samplers["kernel", name] = timer.replay_sampler(graph)
+            except Exception as error:
+                self.record["not_captured"][name] = reason(error)
+                outputs = None
+                check_device(error, self.device)
+                # A capture that broke off may keep its pool locked.
+                pool = torch.cuda.graph_pool_handle()
+        return samplers
+
+    def time(self, samplers: dict[Sampler, Callable[[], float]], seconds: float) -> None:
+        # A peer may have failed in a later step than its first sample.
+        samplers = {key: s for key, s in samplers.items() if key[1] not in self.failures}
+        until = time.perf_counter() + seconds
+        while any(is_ours(name) or self.case.ours_is_absent for _, name in samplers):
+            sampled = [""]
+
+            def tell(key: Sampler, sampled: list[str] = sampled) -> None:
+                sampled[0] = key[1]
+                self.beat(key[1])
+
+            limit = max(0.0, until - time.perf_counter())
+            try:
+                timings = interleave(samplers, 0.0, ROUNDS, limit=limit, beat=tell)
+            except Exception as error:
+                if not sampled[0]:
+                    raise
+                # Out of memory, say: the others start again without it.
+                self.failures[sampled[0]] = f"while it was timed: {reason(error)}"
+                check_device(error, self.device)
+                samplers = {key: s for key, s in samplers.items() if key[1] != sampled[0]}
+                continue
+            samples = {key: t.samples for key, t in timings.items()}
+            for kind in ("kernel", "launched"):
+                self.add_times(kind, {name: s for (k, name), s in samples.items() if k == kind})
+            return
+
+    def add_times(self, kind: str, times: dict[str, list[float]]) -> None:
+        """The columns of kernel times, or of times with launches.
+
+        x_yardstick: a peer's time over the yardstick's. x_best_peer: the fastest plain peer's over
+        ours, quartiles over the rounds. roofline: the least time at this run's ceilings over the
+        time.
+        """
+        case, record = self.case, self.record
+        medians = {name: quartiles(s)[1] for name, s in times.items()}
+        if not medians:
+            return
+        record["rounds"] = len(next(iter(times.values())))
+        record[kind] = {name: quartiles(s) for name, s in times.items()}
+        columns: dict[str, Any] = {}
+        yardstick = None if case.yardstick is None else case.yardstick[0]
+        peers = {name: m for name, m in medians.items() if name != yardstick}
+        if yardstick in medians:
+            columns["x_yardstick"] = {n: m / medians[yardstick] for n, m in peers.items()}
+        plain = [name for name in peers if not is_ours(name) and name not in case.asides]
+        if plain:
+            best = min(plain, key=medians.get)
+            columns["best_peer"] = best
+            columns["x_best_peer"] = {
+                name: quartiles([b / o for b, o in zip(times[best], times[name])])
+                for name in medians
+                if is_ours(name)
+            }
+        if case.work is not None:
+            flops = case.work.flops + case.work.flops64
+            columns["tflops"] = {n: flops / m / 1e12 for n, m in peers.items()}
+            columns["gbytes"] = {n: case.work.bytes / m / 1e9 for n, m in peers.items()}
+            if self.ceilings is not None:
+                record["floor"] = least = floor(case.work, self.ceilings)
+                columns["roofline"] = {n: least / m for n, m in peers.items()}
+        if case.goal and "x_yardstick" in columns:
+            columns["goal"] = {
+                name: {"at_most": case.goal, "met": ratio <= case.goal}
+                for name, ratio in columns["x_yardstick"].items()
+                if is_ours(name)
+            }
+        record[f"{kind}_columns"] = columns
 
 
-def _repeatable(run, graph, outputs) -> dict[str, bool]:
+def _repeatable(run: Repetition, graph: Any, outputs: Any) -> dict[str, bool]:
     """Whether two runs, and a replay of the graph, give the same bits."""
     first, second = outputs_of(run, poisoned=False), outputs_of(run, poisoned=False)
     graph.replay()
@@ -241,58 +285,6 @@ def _repeatable(run, graph, outputs) -> dict[str, bool]:
         "run": all(torch.equal(first[name], second[name]) for name in first),
         "replay": all(torch.equal(first[name], replayed[name]) for name in first),
     }
-
-
-def _add_times(
-    case: Case,
-    record: dict[str, Any],
-    samples: dict[tuple[str, str], list[float]],
-    ceilings: Ceilings | None,
-) -> None:
-    """The columns, for kernel times and for times with launches.
-
-    x_yardstick: a peer's time over the yardstick's. x_best_peer: the fastest plain peer's over
-    ours, quartiles over the rounds. roofline: the floor at this run's ceilings over the time.
-    """
-    work = case.work
-    yardstick = None if case.yardstick is None else case.yardstick[0]
-    for kind in ("kernel", "launched"):
-        times = {name: s for (k, name), s in samples.items() if k == kind}
-        medians = {name: quartiles(s)[1] for name, s in times.items()}
-        if not medians:
-            continue
-        record["rounds"] = len(next(iter(times.values())))
-        record[kind] = {name: quartiles(s) for name, s in times.items()}
-        columns: dict[str, Any] = {}
-        if yardstick in medians:
-            base = medians[yardstick]
-            columns["x_yardstick"] = {n: m / base for n, m in medians.items() if n != yardstick}
-        plain = [n for n in medians if not is_ours(n) and n != yardstick and n not in case.asides]
-        if plain:
-            best = min(plain, key=medians.get)
-            columns["best_peer"] = best
-            columns["x_best_peer"] = {
-                name: quartiles([b / o for b, o in zip(times[best], times[name])])
-                for name in medians
-                if is_ours(name)
-            }
-        if work is not None:
-            flops = work.flops + work.flops64
-            columns["tflops"] = {n: flops / m / 1e12 for n, m in medians.items() if n != yardstick}
-            columns["gbytes"] = {
-                n: work.bytes / m / 1e9 for n, m in medians.items() if n != yardstick
-            }
-            if ceilings is not None:
-                least = floor(work, ceilings)
-                record["floor"] = least
-                columns["roofline"] = {n: least / m for n, m in medians.items() if n != yardstick}
-        if case.goal and "x_yardstick" in columns:
-            columns["goal"] = {
-                name: {"at_most": case.goal, "met": ratio <= case.goal}
-                for name, ratio in columns["x_yardstick"].items()
-                if is_ours(name)
-            }
-        record[f"{kind}_columns"] = columns
 
 
 def measure_ceilings(
@@ -343,12 +335,6 @@ def ceilings_of(result: dict[str, Any]) -> Ceilings | None:
     if "bytes" not in result:
         return None
     return Ceilings(result["flops"], result["bytes"], result["flops64"])
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def line(record: dict[str, Any]) -> str:

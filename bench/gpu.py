@@ -21,10 +21,10 @@ from typing import Any
 
 from bench import record
 from bench.compare import line
-from bench.floors import RESULTS
+from bench.device import default_device
 from bench.jobs import Group, Job, Stage, shown
 from bench.journal import Journal, state
-from bench.measure import commit, default_device
+from bench.record import RESULTS, commit
 from bench.supervise import Supervisor
 
 
@@ -62,10 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if args.device == "cpu" and not args.tiny:
         parser.error("the sizes are a GPU's; on a CPU, add --tiny for a smoke test")
-    return Run(args, plan.stages(args.device, args.tiny, **options), options).run()
+    return Session(args, plan.stages(args.device, args.tiny, **options), options).run()
 
 
-class Run:
+class Session:
+    """One call of the command: it adds to the journal and writes the record."""
+
     def __init__(self, args: argparse.Namespace, stages: list[Stage], options: dict[str, Any]):
         self.args, self.stages = args, stages
         self.until = time.time() + 60 * args.minutes

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.floors import Ceilings
-from bench.measure import Case
+from bench.case import Case
+from bench.roofline import Ceilings
 
 #: Seconds without a word from a worker after which it is taken to hang.
 SILENCE = 45.0

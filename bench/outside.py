@@ -218,7 +218,7 @@ def train(context: Context) -> dict[str, Any]:
 
 def particles(context: Context, count: int, images: int = 32) -> dict[str, Any]:
     """A step of CLIP ViT-B/32 with `count` particles, four at a time: memory and time."""
-    command = [sys.executable, "-m", "bench.many_particles", "--particles", str(count)]
+    command = [sys.executable, "-m", "bench.growth", "--particles", str(count)]
     command += ["--images", str(images), "--device", context.device.type]
     code, text = run(command, context, "particles", 120, merge=False)
     wrong = failed(code, text, 120)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 from bench import checks, compare, outside, probes, smoke
-from bench.gpu_cases import families, linear_sizes, llm_sizes
+from bench.case import Case, Unavailable, is_ours
+from bench.cases import families
 from bench.jobs import Context, Group, Job, Stage
-from bench.measure import Case, is_ours, machine
-from multilora.ops.dispatch import available_backends
+from bench.operators import linear_sizes, llm_sizes
+from bench.record import machine
+from multilora.ops.dispatch import BACKENDS, available_backends, missing_reason
 
 #: Groups of the smoke stage that run beside each other.
 AT_ONCE = 8
@@ -116,8 +119,6 @@ def machine_stage() -> Stage:
 
 def about(context: Context) -> dict[str, Any]:
     """The machine, and what backends it lacks."""
-    from multilora.ops.dispatch import BACKENDS, missing_reason
-
     device = context.device
     result = {"failures": {}, "machine": machine(device), "backends": {}}
     for name in BACKENDS:
@@ -175,18 +176,39 @@ def _compile_ahead(device: str) -> list[Group]:
     if device != "cuda":
         return []
 
-    def compile_share(share: int, context: Context) -> dict[str, Any]:
-        from bench.precompile import compile_calls
-
-        found = families(["triton"], context.tiny).values()
-        works = [case.work for cases in found for case in cases if case.work is not None]
-        return compile_calls([w.calls for w in works[share::COMPILERS]], context.beat)
-
     names = [f"compile ahead, {i + 1} of {COMPILERS}" for i in range(COMPILERS)]
     return [
-        Group(name, [Job(name, partial(compile_share, i), seconds=40.0, silence=90.0, always=True)])
+        Group(
+            name, [Job(name, partial(_compile_share, i), seconds=40.0, silence=90.0, always=True)]
+        )
         for i, name in enumerate(names)
     ]
+
+
+def _compile_share(share: int, context: Context) -> dict[str, Any]:
+    """Compile a share of the launches. One that does not compile is recorded; the others go on."""
+    missing = missing_reason("triton")
+    if missing is not None:
+        return {"failures": {}, "skipped": {"triton": missing}}
+    # It imports Triton, which is optional.
+    from multilora.ops.triton import common
+    from multilora.tools.kernels.precompile import fill_here
+
+    if common.INTERPRETED.value:
+        raise Unavailable("Triton's interpreter compiles nothing")
+    found = families(["triton"], context.tiny).values()
+    makers = [case.problem for cases in found for case in cases if case.problem is not None]
+    begun = time.time()
+    filled = fill_here([make() for make in makers[share::COMPILERS]], context.beat)
+    failures: dict[str, str] = {}
+    for name, why in filled.failures.items():
+        failures.setdefault(name.partition(",")[0], why.splitlines()[0][:300])
+    return {
+        "failures": failures,
+        "launches": filled.launches,
+        "codes": filled.compiled + filled.present,
+        "seconds": time.time() - begun,
+    }
 
 
 def _ask(question: Any, backend: str, context: Context) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from bench import compare
+from bench.case import Case, Unavailable
 from bench.jobs import Context, Group, Job, Stage
-from bench.measure import Case, Unavailable
 
 
 def stages(device: str, tiny: bool, slow: float = 0.0) -> list[Stage]:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 import multilora as ml
-from bench import cases
-from bench.cases import LinearSize
+from bench import repetitions
 from bench.checks import on_backend
-from bench.gpu_cases import Layers
+from bench.repetitions import Layers, LinearSize
 
 #: Outputs and gradients of one operator, in leaves that it is given.
 Operator = tuple[Callable[..., Any], list[Tensor]]
@@ -26,7 +25,7 @@ Operator = tuple[Callable[..., Any], list[Tensor]]
 def operators(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Operator]:
     """The differentiable operators on small inputs, as functions of their leaves."""
     linear = LinearSize(256, 320, 100, 4, 16, masters=True).inputs(dtype, device)
-    logits = cases.logits_inputs(4, 64, 100, dtype, device)
+    logits = repetitions.logits_inputs(4, 64, 100, dtype, device)
 
     def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return ml.lora_linear(x, linear.weight, A, B, linear.bias, linear.scaling)

@@ -1,14 +1,91 @@
-"""The record of a run: what its journal says, in the form that is committed."""
+"""Records: what a number depends on, and the JSON files that hold the numbers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.case import is_ours
 from bench.jobs import Stage
 from bench.journal import state
-from bench.measure import is_ours
+from multilora.ops import dispatch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a number depends on, without anything that names the host or its folders."""
+    names = ("multilora", "torch", "triton", "peft", "timm", "transformers", "numpy")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "backend": dispatch.current_backend(device.type),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """The commit, with "+" behind it where files differ from it; None outside a repository."""
+
+    def git(*args: str) -> str:
+        call = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # Records are written while others are measured; they do not change what is measured.
+        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """At once or not at all."""
+    # Six digits are more than any of these numbers has.
+    short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    fresh = file.with_suffix(".part")
+    fresh.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
+    fresh.replace(file)
+
+
+def committed(folder: Path = RESULTS) -> list[str]:
+    """One line per record in the folder, the newest first."""
+    found = []
+    for file in folder.rglob("*.json"):
+        record = json.loads(file.read_text())
+        about, cases = record["machine"], record.get("cases", record.get("growth", []))
+        wrong = sum(1 for case in cases if case.get("failures"))
+        name = file.relative_to(folder).with_suffix("")
+        text = f"{name}: {about['device']}, {len(cases)} cases, {wrong} with a failure"
+        found.append((about["date"], f"{about['date'][:10]}  {text}"))
+    return [line for _, line in sorted(found, reverse=True)]
 
 
 def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bool) -> dict:
@@ -61,15 +138,6 @@ def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bo
 def _named(name: str, result: dict[str, Any]) -> dict[str, Any]:
     group, _, rest = name.partition(", ")
     return {"group": group, "name": rest, "failures": {}, **result}
-
-
-def write(file: Path, record: dict[str, Any]) -> None:
-    """At once or not at all."""
-    # Six digits are more than any of these numbers has.
-    short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-    fresh = file.with_suffix(".part")
-    fresh.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
-    fresh.replace(file)
 
 
 def wrong(record: dict[str, Any]) -> list[str]:

@@ -7,8 +7,8 @@ import sys
 import torch
 
 from bench import smoke
+from bench.device import default_device
 from bench.jobs import Context
-from bench.measure import default_device
 
 
 def main(backend: str) -> int:

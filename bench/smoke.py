@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from bench import compare
-from bench.cases import LinearSize
-from bench.gpu_cases import Layers, LossSize, geometry_case, linear_case, loss_case, update_case
+from bench.case import OURS, Case, Unavailable
+from bench.check import check, outputs_of, reason
+from bench.device import check_device
 from bench.jobs import Context, Group, Job
-from bench.measure import OURS, Case, Unavailable, check, outputs_of, reason
+from bench.operators import LossSize, geometry_case, linear_case, loss_case, update_case
+from bench.repetitions import Layers, LinearSize
+from multilora.tools.kernels.sizes import VIT_B
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REPEATS = 20
@@ -57,7 +59,7 @@ GEOMETRIES = [
     Layers("odd", ((77, 130), (1, 3)), 5, 3),
     Layers("smallest", ((1, 1),), 1, 1),
     Layers("many particles", ((512, 2048),), 20, 4),
-    Layers("a block of a ViT-B", ((768, 768), (768, 2304), (768, 3072), (3072, 768)), 8, 8),
+    Layers("a block of a ViT-B", tuple(VIT_B), 8, 8),
 ]
 
 
@@ -167,7 +169,7 @@ def right(case: Case, backend: str, dtype: torch.dtype, context: Context) -> dic
             record["skipped"][name] = str(error)
         except Exception as error:
             record["failures"][name] = reason(error)
-            compare.check_device(error, device)
+            check_device(error, device)
     if ours not in runs:
         return record
     context.note(ours)
@@ -176,7 +178,7 @@ def right(case: Case, backend: str, dtype: torch.dtype, context: Context) -> dic
     # A plain peer is only there for the scale: fp16 overflows in some, which is not our failure.
     if ours in checked.failures:
         record["failures"][ours] = checked.failures[ours]
-        compare.check_device(RuntimeError(checked.failures[ours]), device)
+        check_device(RuntimeError(checked.failures[ours]), device)
         return record
     first = outputs_of(runs[ours])
     changed = set()

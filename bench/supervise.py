@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.bans import not_timed
-from bench.card import Card, spread
+from bench.case import is_ours
+from bench.device import Card, spread
 from bench.jobs import SILENCE, Group, Job, Stage
 from bench.journal import Journal, State, state
-from bench.measure import is_ours
 from bench.outside import shorten
 from bench.processes import Child, kill
 

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import floors, memory, tune, tuning
+from bench import growth, roofline, tune, tuning
+from bench.__main__ import listing
+from bench.case import Case, Repetition, Work
 from bench.cases import CASES
+from bench.check import check
+from bench.clocks import peak_memory
+from bench.device import default_device
 from bench.jobs import Context
-from bench.measure import Case, Run, check, default_device, peak_memory
 
 DEVICE = default_device()
 
@@ -30,7 +31,7 @@ def _prepare(case: Case):
     return runs, check(case, runs, torch.float32, DEVICE)
 
 
-def _synchronised(run: Run) -> Run:
+def _synchronised(run: Repetition) -> Repetition:
     if DEVICE.type == "cpu":
         return run
 
@@ -58,10 +59,10 @@ def test_case(benchmark, case, peer):
 def test_memory_of_particles():
     """K = 8 at the same rows holds at most 1.3 times what one particle does; small images."""
     particles, one = (
-        peak_memory(lambda k=k: memory.train(k, 8, "ensemble", 2, DEVICE, pixels=112), DEVICE)
+        peak_memory(lambda k=k: growth.train(k, 8, "ensemble", 2, DEVICE, pixels=112), DEVICE)
         for k in (8, 1)
     )
-    assert particles <= memory.GOAL * one
+    assert particles <= growth.ROWS_GOAL * one
 
 
 def test_tuning_changes_an_answer():
@@ -101,7 +102,6 @@ def test_tuning_keeps_what_is_right_and_fast(monkeypatch):
     monkeypatch.setattr(tuning.Tuner, "_time", seconds)
     peers = {"plain": plain, tuning.REFERENCE: plain, tuning.OURS: ours}
     case = Case("lora_linear forward", "a case", lambda d, _: torch.ones(3, dtype=d), peers)
-    case = replace(case, work=SimpleNamespace(calls=None))
     context = Context(torch.device("cpu"), True, "", "")
     noted: list[str] = []
     context.note = noted.append
@@ -127,55 +127,18 @@ def test_tuning_replaces_an_entry():
     assert tune.merge([one, other], [faster]) == [faster, other]
 
 
-def test_floor_of_a_small_layer():
+def test_work_of_a_small_layer():
     """d_in 2, d_out 3, 5 rows of each of 4 particles, rank 1, counted by hand."""
-    forward = floors.lora_linear(2, 3, 5, 4, 1, False, "forward")
+    forward = roofline.lora_linear(2, 3, 5, 4, 1, False, "forward")
     assert forward.flops == 4 * 5 * (2 * 2 * 3 + 2 * 1 * (2 + 3))
     assert forward.bytes == 2 * (4 * 5 * (2 + 3 + 1) + 2 * 3 + 3) + 4 * 4 * (2 + 3)
-    both = floors.lora_linear(2, 3, 5, 4, 1, False, "fwd + bwd")
+    both = roofline.lora_linear(2, 3, 5, 4, 1, False, "fwd + bwd")
     assert both.flops == 2 * 4 * 5 * 2 * 2 * 3 + 3 * 4 * 5 * 2 * (2 + 3)
-    assert floors.floor(floors.Work(79.0, 8.6), floors.Ceilings(79.0, 4.3, 1.0)) == 2.0
+    assert roofline.floor(Work(79.0, 8.6), roofline.Ceilings(79.0, 4.3, 1.0)) == 2.0
 
 
-def test_prediction():
-    """On two processors, of which the busier one has two of three programs."""
-    least, ceilings = floors.Work(79.0, 4.3), floors.Ceilings(79.0, 4.3, 1.0)
-    products = floors.Launch("", least, floors.Work(3 * 79.0, 4.3), 3)
-    assert floors.predict(products, ceilings, 2) == pytest.approx(4.0 + floors.LAUNCH)
-    memory = floors.Launch("", least, floors.Work(0.0, 2 * 4.3), 1)
-    assert floors.predict(memory, ceilings, 2) == pytest.approx(4.0 + floors.LAUNCH)
-
-
-def test_launches_of_a_small_layer():
-    """One tile of the forward: padded to its blocks, with the cast of lora_A before it."""
-    from multilora.ops.triton import common, configs
-
-    cast, gemm = floors.launches(floors.lora_linear(64, 64, 64, 1, 8, False, "forward").calls)
-    assert cast.does.bytes == 64 * 8 * (4 + 2)
-    config = configs.lora_gemm(1, 64, 64, 64, 8, torch.bfloat16, common.H200)
-    m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
-    assert (k, gemm.programs) == (64, 1)
-    assert gemm.does.flops == 2 * m * (n * (64 + r) + 64 * r)
-    assert gemm.least.flops == 2 * 64 * (64 * 64 + 2 * 64 * 8)
-    assert gemm.does.bytes == 2 * (4 * 64 * 64 - 64 * 64 + 64 + 2 * 64 * 8) + 4 * 64 * 8
-
-
-def test_every_kernel_has_a_floor():
-    """And no kernel does less than it has to."""
-    from multilora.ops import triton as backend
-
-    found = [one for _, work in floors.problems() for one in floors.launches(work.calls)]
-    sources = [file.read_text() for file in Path(backend.__file__).parent.glob("*.py")]
-    kernels = {
-        name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source, re.M)
-    }
-    assert {one.name.split()[0] for one in found if one.name.startswith("_")} == kernels
-    for one in found:
-        assert one.does.bytes >= one.least.bytes, one
-        assert floors.predict(one) >= floors.floor(one.least) + floors.LAUNCH, one
-
-
-def test_page_of_floors():
-    """FLOORS.md ends with what `python -m bench.floors` prints."""
-    page = Path(floors.__file__).with_name("FLOORS.md").read_text()
-    assert page.endswith(f"\n{floors.page()}\n")
+def test_list_has_the_cases_and_the_records():
+    text = listing("IBDR step")
+    assert text.count("IBDR step, digits ViT") == 4 and "IBDR step, Llama 7B" in text
+    assert "particle_loss" not in text
+    assert "cpu-epyc-2-threads: " in text and " 0 with a failure" in text

@@ -13,13 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bans, compare, floors, journal, outside, probes, record, smoke
-from bench.cases import LinearSize
-from bench.gpu_cases import gpu_cases, linear_case
+from bench import bans, compare, journal, outside, probes, record, roofline, smoke
+from bench.case import Case, Unavailable
+from bench.cases import gpu_cases
 from bench.jobs import Context, shown
-from bench.measure import Case, Unavailable
+from bench.operators import linear_case
 from bench.plan import stages
 from bench.processes import ROOT
+from bench.repetitions import LinearSize
 from bench.supervise import Supervisor
 
 OURS = "multilora (reference)"
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def _measure(case: Case, without=None) -> dict:
-    return compare.measure_case(case, without or {}, floors.H200, CPU, 0.0)
+    return compare.measure_case(case, without or {}, roofline.H200, CPU, 0.0)
 
 
 def _tiny(group: str) -> Case:
@@ -97,7 +98,7 @@ def test_a_peer_that_fails_while_it_is_timed_costs_itself():
         return lambda: run() if "multilora (late)" not in sampled else 1 / 0
 
     changed = replace(case, peers={**case.peers, "multilora (late)": late})
-    found = compare.measure_case(changed, {}, floors.H200, CPU, 0.0, beat=sampled.append)
+    found = compare.measure_case(changed, {}, roofline.H200, CPU, 0.0, beat=sampled.append)
     assert found["failures"] == {
         "multilora (late)": "while it was timed: ZeroDivisionError: division by zero"
     }
@@ -329,7 +330,7 @@ def test_state_of_a_journal():
     assert not found.open and not found.results and found.crashes == [crash]
 
 
-def test_record_is_one_that_info_reads():
+def test_record_has_the_machine_and_the_cases():
     events = [
         {"event": "call", "commit": "c"},
         {

@@ -1,13 +1,10 @@
 """python -m bench.tune: which launch configuration is the fastest on this GPU, at each size.
 
 The host functions of the Triton backend ask multilora.ops.triton.configs. For every question that
-a case of bench.gpu_cases makes them ask, the answer is changed one property at a time; what gives
+a case of bench.cases makes them ask, the answer is changed one property at a time; what gives
 the same outputs in less time is kept. Every case has a process of its own, and its configurations
 are compiled beforehand by many; one that ends the process is left out. The table is written after
-every case, and a second call goes on behind the first, as that of bench.gpu.
-
-With --predict, which needs no GPU, the table instead restates the rules for the sizes of
-`multilora kernels`, wherever nothing was measured.
+every case, and a second call goes on behind the first, as bench.gpu's does.
 
 Every entry: op (the function of configs), capability, dtype, sizes (what it was asked), config,
 record (where the times are), us (the whole case, by graph replay), ahead (whether the case is then
@@ -18,28 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.floors import RESULTS
-from bench.gpu_cases import families
+from bench.case import Case, Unavailable
+from bench.cases import families
+from bench.device import default_device
 from bench.jobs import Context, Group, Job, Stage
 from bench.journal import Journal, state
-from bench.measure import Case, Unavailable, default_device
 from bench.plan import machine_stage
+from bench.record import RESULTS
 from bench.supervise import Supervisor
-from bench.tuning import Question, Tuner, answering, entry
-from multilora.ops import triton as backend
+from bench.tuning import Tuner
 from multilora.ops.dispatch import missing_reason
-from multilora.ops.triton import common
-from multilora.ops.triton.common import A100, H200
-from multilora.tools.kernels.calls import problems
+from multilora.ops.triton.configs import TABLE
 
-TABLE = Path(backend.__file__).with_name("table.json")
 #: Seconds that one case is tuned for.
 SECONDS = 75.0
 #: Tuned first: the widths that a ViT-B has most of.
@@ -76,22 +69,6 @@ def _tune(case: Case, context: Context) -> dict[str, Any]:
     return Tuner(context, 5.0 if context.tiny else SECONDS).tune(case)
 
 
-def predict() -> list[dict[str, Any]]:
-    """The rules' answers to all that the problems of `multilora kernels` ask, for its chips."""
-    entries = []
-    for chip in (A100, H200):
-        asked: dict[Question, Any] = {}
-        common.compile_only(chip, lambda *_: None)
-        try:
-            with answering({}, asked, rules=True):
-                for problem in problems():
-                    problem.run()
-        finally:
-            common.compile_only(None, None)
-        entries += [entry(question, config) for question, config in asked.items()]
-    return entries
-
-
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`old` with the entries of `new` in the place of those that answer the same question."""
 
@@ -119,9 +96,8 @@ def main() -> int:
         help="of the record, the journal and the table, table.json [results/ and the package's]",
     )
     parser.add_argument("--table", type=Path, help="is read and written")
-    parser.add_argument("--record", help="the name of the record that the table is to cite")
+    parser.add_argument("--record", required=True, help="the record that the table is to cite")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
-    parser.add_argument("--predict", action="store_true", help="restate the rules; no GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default_device().type)
     parser.add_argument("--tiny", action="store_true", help="a smoke test: nothing to use")
     args = parser.parse_args()
@@ -129,18 +105,11 @@ def main() -> int:
     folder = args.out_dir or RESULTS
     if args.tiny and table == TABLE:
         parser.error("a smoke test must not write the table; give --table or --out-dir")
-    if args.record and not (folder / f"{args.record}.json").exists():
+    if not (folder / f"{args.record}.json").exists():
         parser.error(f"there is no record {args.record}.json in {folder}")
-    if not args.predict and not args.record:
-        parser.error("the table cites a record; give --record, or --predict")
     folder.mkdir(parents=True, exist_ok=True)
-    if not table.exists():
-        shutil.copyfile(TABLE, table)
-    entries = json.loads(table.read_text())
-    if args.predict:
-        entries = merge(predict(), [e for e in entries if e["record"] is not None])
-        write(table, entries)
-        return 0
+    known = next((file for file in (table, TABLE) if file.exists()), None)
+    entries = [] if known is None else json.loads(known.read_text())
     plan = stages(args.device, args.tiny, args.only)
     journal = Journal(folder / f"{args.record}-tune.journal.jsonl")
     told: set[str] = set()

@@ -16,24 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.compare import case_dtype, check_device
-from bench.floors import Calls
+from bench.case import Case, Repetition, case_dtype
+from bench.check import check, outputs_of, reason
+from bench.clocks import capture, clock, interleave
+from bench.device import check_device
 from bench.jobs import Context
-from bench.measure import (
-    Case,
-    Run,
-    capture,
-    check,
-    clock,
-    interleave,
-    outputs_of,
-    reason,
-)
-from bench.precompile import compile_calls
 from bench.processes import die_with_parent
 from multilora.ops import triton as backend
 from multilora.ops.triton import configs
 from multilora.ops.triton.common import cdiv
+from multilora.tools.kernels.calls import Problem
+from multilora.tools.kernels.precompile import fill_here
 
 OURS, REFERENCE = "multilora (triton)", "multilora (reference)"
 #: A change of some of a configuration's properties.
@@ -110,19 +103,16 @@ CHANGES: dict[str, Callable[[Any, dict[str, Any]], list[list[Change]]]] = {
 
 
 @contextlib.contextmanager
-def answering(
-    answers: dict[Question, Any], asked: dict[Question, Any], rules: bool = False
-) -> Iterator[None]:
-    """Let the host functions get `answers`, or else what configs says (with `rules`, without its
-    table); what they asked and got is added to `asked`."""
+def answering(answers: dict[Question, Any], asked: dict[Question, Any]) -> Iterator[None]:
+    """Let the host functions get `answers`, or else what configs says; what they asked and got is
+    added to `asked`."""
     # The package's functions hide its modules of the same names.
     modules = [sys.modules[f"{backend.__name__}.{n}"] for n in ("frobenius", "linear", "loss")]
     replaced = []
     for name in CHANGES:
         rule = getattr(configs, name)
-        own = inspect.unwrap(rule) if rules else rule
 
-        def answer(*args: Any, _name: str = name, _rule: Callable = own, **kwargs: Any) -> Any:
+        def answer(*args: Any, _name: str = name, _rule: Callable = rule, **kwargs: Any) -> Any:
             question = _question(_name, _rule, args, kwargs)
             asked[question] = answers.get(question) or _rule(*args, **kwargs)
             return asked[question]
@@ -162,12 +152,15 @@ class Compilers:
             )
 
     def compile(
-        self, calls: Calls, answers: list[dict[Question, Any]], beat: Callable[[str], None]
+        self,
+        problem: Callable[[], Problem],
+        answers: list[dict[Question, Any]],
+        beat: Callable[[str], None],
     ) -> None:
         if self.pool is None:
             return
         with contextlib.suppress(concurrent.futures.BrokenExecutor):
-            waiting = {self.pool.submit(_compile, calls, one) for one in answers}
+            waiting = {self.pool.submit(_compile, problem, one) for one in answers}
             until = time.time() + 60
             while waiting and time.time() < until:
                 _, waiting = concurrent.futures.wait(waiting, timeout=2)
@@ -178,9 +171,9 @@ class Compilers:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _compile(calls: Calls, answers: dict[Question, Any]) -> None:
+def _compile(problem: Callable[[], Problem], answers: dict[Question, Any]) -> None:
     with answering(answers, {}):
-        compile_calls([calls])
+        fill_here([problem()])
 
 
 class Tuner:
@@ -214,7 +207,7 @@ class Tuner:
         try:
             for question, changes in self._changes(best):
                 candidates = self._candidates(best, question, changes)
-                compilers.compile(case.work.calls, list(candidates.values()), self.context.beat)
+                compilers.compile(case.problem, list(candidates.values()), self.context.beat)
                 for name, tried in candidates.items():
                     if time.time() > self.until:
                         result["cut"] = f"in {name}, after {result['tried']} configurations"
@@ -254,7 +247,7 @@ class Tuner:
         return found
 
     def _ahead(
-        self, ours: Run, answers: dict[Question, Any], reference: Run, seconds: float
+        self, ours: Repetition, answers: dict[Question, Any], reference: Repetition, seconds: float
     ) -> bool:
         try:
             return seconds < self._time(reference, {})
@@ -266,7 +259,7 @@ class Tuner:
 
     def _try(
         self,
-        run: Run,
+        run: Repetition,
         answers: dict[Question, Any],
         right: dict[str, Tensor],
         tolerance: float,
@@ -289,7 +282,7 @@ class Tuner:
             check_device(error, self.device)
             return float("inf")
 
-    def _time(self, run: Run, answers: dict[Question, Any], launched: bool = False) -> float:
+    def _time(self, run: Repetition, answers: dict[Question, Any], launched: bool = False) -> float:
         with answering(answers, {}):
             sampler = self.clock.sampler(run)
             if self.device.type == "cuda" and not launched:

@@ -25,8 +25,10 @@ def main() -> int:
     import torch
 
     from bench import compare
+    from bench.case import Unavailable
+    from bench.check import reason
+    from bench.device import BrokenDevice, check_device, free_memory
     from bench.jobs import Context
-    from bench.measure import Unavailable, reason
 
     device = torch.device(task["device"])
     if device.type == "cuda":
@@ -57,7 +59,7 @@ def main() -> int:
             return {"failures": {}, "skipped": {"": str(error)}}
         except Exception as error:
             result = {"failures": {"": reason(error)}}
-            compare.check_device(error, device)
+            check_device(error, device)
             return result
 
     try:
@@ -77,8 +79,8 @@ def main() -> int:
             if group.ceilings:
                 result["ceilings"] = measured
             report(event="done", job=job.name, result=result)
-            compare.free_memory(device)
-    except compare.BrokenDevice as error:
+            free_memory(device)
+    except BrokenDevice as error:
         print(error, file=sys.stderr, flush=True)
         # At once: the destructors of a broken context can hang.
         os._exit(BROKEN)
@@ -88,15 +90,16 @@ def main() -> int:
 def ceilings(device: Any, tiny: bool) -> dict[str, Any]:
     """The machine's, measured beside what is divided by them; without them the cases still run."""
     from bench import compare
-    from bench.measure import reason
+    from bench.check import reason
+    from bench.device import check_device, free_memory
 
     try:
         return compare.measure_ceilings(device, tiny, seconds=1.0)
     except Exception as error:
-        compare.check_device(error, device)
+        check_device(error, device)
         return {"failure": reason(error)}
     finally:
-        compare.free_memory(device)
+        free_memory(device)
 
 
 def lack_of_memory(needed: float, device: Any) -> str | None:

@@ -247,20 +247,19 @@ def test_there_is_a_configuration_for_everything(chip):
                     assert configs.volume(K, 10**6, C, dtype, False, chip, backward).block_k >= K
 
 
-def test_the_table_is_of_this_version():
-    entries = json.loads(configs.TABLE.read_text())
-    assert entries and len(configs.table()) == len(entries)
-    for entry in entries:
-        rule = getattr(configs, entry["op"])
-        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["sizes"].items()}
-        chip = {80: A100, 90: H200}[entry["capability"]]
-        question = {**sizes, "dtype": getattr(torch, entry["dtype"]), "chip": chip}
-        config = rule(**question)
-        assert dataclasses.asdict(config) == entry["config"]
-        if entry["record"] is None:
-            # Not measured: it must say what the rule says, and cannot make a kernel the default.
-            assert config == rule.__wrapped__.__wrapped__(**question)
-            assert entry["us"] is None and entry["ahead"] is False
+def test_the_table_holds_measurements_only():
+    for entry in configs.table().values():
+        assert entry["record"] and entry["us"] > 0
+
+
+def test_an_absent_table_is_empty(monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "TABLE", tmp_path / "table.json")
+    read = configs.table.__wrapped__
+    assert read() == {}
+    sizes = {"particles": 4, "rows": 1000, "depth": 768, "cols": 768, "rank": 16}
+    entry = {"op": "lora_gemm", "capability": 90, "dtype": "bfloat16", "sizes": sizes}
+    configs.TABLE.write_text(json.dumps([entry]))
+    assert read() == {configs._key("lora_gemm", H200, torch.bfloat16, **sizes): entry}
 
 
 @pytest.fixture

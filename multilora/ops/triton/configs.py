@@ -1,10 +1,10 @@
 """Which launch configuration a problem gets: pure functions of its sizes, dtype and chip.
 
 Each function here is a rule with an answer for every size and every chip, known or not. table.json,
-which `python -m bench.tune` writes, goes before it: an entry answers the question that has its
-operator, capability, dtype and sizes; rows and examples may differ up to the next power of two.
-An entry says whether it was measured ("record", "us") or only restates the rule (both null). Where
-backend "cuda" was the faster one there, it also has "backend": "cuda".
+which `python -m bench.tune` writes and which is absent until then, goes before it: an entry answers
+the question that has its operator, capability, dtype and sizes; rows and examples may differ up to
+the next power of two. An entry names the "record" that it was measured in. If backend "cuda" was
+the faster one there, the entry also has "backend": "cuda".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
 def in_table(rule: Rule) -> Rule:
-    """The rule, or where the table has an entry for these arguments, the entry's configuration."""
+    """The rule, or the configuration of the table's entry for these arguments."""
     signature = inspect.signature(rule)
 
     @functools.wraps(rule)
@@ -45,8 +45,8 @@ def in_table(rule: Rule) -> Rule:
 
 @functools.cache
 def table() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The entries of table.json by what they answer."""
-    entries = json.loads(TABLE.read_text())
+    """The entries of table.json by what they answer; an absent file is an empty table."""
+    entries = json.loads(TABLE.read_text()) if TABLE.exists() else []
     return {
         _key(e["op"], Chip(e["capability"], 0), getattr(torch, e["dtype"]), **e["sizes"]): e
         for e in entries

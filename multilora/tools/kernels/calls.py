@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,6 +71,12 @@ def problems() -> Iterator[Problem]:
         yield loss(*sizes, torch.float32, "det")
 
 
+#: The calls that `multilora kernels` compiles for each kind of problem.
+_LINEAR = ("forward", "backward", "added")
+_GEOMETRY = ("gram", "distances", "backward", "mixtures")
+_LOSS = ("forward", "backward", "volume")
+
+
 def linear(
     particles: int,
     rows: int,
@@ -79,62 +85,130 @@ def linear(
     rank: int,
     dtype: torch.dtype,
     shared: bool = False,
+    calls: Sequence[str] = _LINEAR,
 ) -> Problem:
+    """lora_linear with float32 factors beside half-precision rows.
+
+    calls: any of "forward", "backward" and "added", the low-rank part over a base layer whose
+    product is its own.
+    """
     name = f"lora_linear {d_in}→{d_out} K{particles} T{rows} r{rank}{' shared' if shared else ''}"
-    sizes = (particles, rows, d_in, d_out, rank, dtype, shared)
+    sizes = (particles, rows, d_in, d_out, rank, dtype, shared, tuple(calls))
     return Problem(name, dtype, partial(_run_linear, *sizes))
 
 
 def _run_linear(
-    particles: int, rows: int, d_in: int, d_out: int, rank: int, dtype: torch.dtype, shared: bool
+    particles: int,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    rank: int,
+    dtype: torch.dtype,
+    shared: bool,
+    calls: tuple[str, ...],
 ) -> None:
-    # Half-precision layers have float32 masters.
     master = torch.promote_types(dtype, torch.float32)
     x = _meta(dtype, 1 if shared else particles, rows, d_in)
     weight, bias = _meta(dtype, d_out, d_in), _meta(dtype, d_out)
     lora_A, lora_B = _meta(master, particles, rank, d_in), _meta(master, particles, d_out, rank)
-    y, shrunk = backend.lora_linear(x, weight, lora_A, lora_B, bias, 2.0)
+    y, shrunk = _meta(dtype, particles, rows, d_out), _meta(dtype, particles, rows, rank)
     needs = [True, True, True]
-    backend.lora_linear_backward(y, x, weight, lora_A, lora_B, shrunk, 2.0, needs)
-    # Over a base layer whose product is its own.
-    shrunk = backend.lora_add_(y, x, lora_A, lora_B, 2.0)
-    backend.lora_linear_backward(y, x, None, lora_A, lora_B, shrunk, 2.0, needs)
+    if "forward" in calls:
+        y, shrunk = backend.lora_linear(x, weight, lora_A, lora_B, bias, 2.0)
+    if "backward" in calls:
+        backend.lora_linear_backward(y, x, weight, lora_A, lora_B, shrunk, 2.0, needs)
+    if "added" in calls:
+        shrunk = backend.lora_add_(y, x, lora_A, lora_B, 2.0)
+        backend.lora_linear_backward(y, x, None, lora_A, lora_B, shrunk, 2.0, needs)
 
 
 def geometry(
-    name: str, layers: list[tuple[int, int]], particles: int, rank: int, dtype: torch.dtype
+    name: str,
+    layers: Sequence[tuple[int, int]],
+    particles: int,
+    rank: int,
+    dtype: torch.dtype,
+    calls: Sequence[str] = _GEOMETRY,
 ) -> Problem:
+    """The geometry of all layers (d_in, d_out) of a model.
+
+    calls: any of "gram", "distances", "backward", "mixtures" (factor_gradients with mixtures per
+    pair and per particle) and "update" (factor_gradients as SVGD calls it: each particle moves by its own
+    gradient, and the distances' gradient is in float64).
+    """
     name = f"geometry {name}, {len(layers)} layers K{particles} r{rank}"
-    return Problem(name, dtype, partial(_run_geometry, layers, particles, rank, dtype))
+    sizes = (tuple(layers), particles, rank, dtype, tuple(calls))
+    return Problem(name, dtype, partial(_run_geometry, *sizes))
 
 
 def _run_geometry(
-    layers: list[tuple[int, int]], particles: int, rank: int, dtype: torch.dtype
+    layers: tuple[tuple[int, int], ...],
+    particles: int,
+    rank: int,
+    dtype: torch.dtype,
+    calls: tuple[str, ...],
 ) -> None:
     lora_A = [_meta(dtype, particles, rank, d_in) for d_in, _ in layers]
     lora_B = [_meta(dtype, particles, d_out, rank) for _, d_out in layers]
     scaling = [2.0] * len(layers)
-    for distance in (False, True):
-        D = backend.traces(lora_A, lora_B, scaling, distance)
-    backend.factor_gradients(D, lora_A, lora_B, scaling)
-    for mix in (D, D[:, 0]):
+    D = _meta(dtype, len(layers), particles, particles)
+    if "gram" in calls:
+        backend.traces(lora_A, lora_B, scaling, False)
+    if "distances" in calls:
+        D = backend.traces(lora_A, lora_B, scaling, True)
+    if "backward" in calls:
+        backend.factor_gradients(D, lora_A, lora_B, scaling)
+    for mix in (D, D[:, 0]) if "mixtures" in calls else ():
         backend.factor_gradients(D, lora_A, lora_B, scaling, mix, lora_A + lora_B)
+    if "update" in calls:
+        factors = lora_A + lora_B
+        backend.factor_gradients(D.double(), lora_A, lora_B, scaling, D[:, 0], factors)
 
 
 def loss(
-    particles: int, examples: int, classes: int, dtype: torch.dtype, kind: str = "logdet"
+    particles: int,
+    examples: int,
+    classes: int,
+    dtype: torch.dtype,
+    kind: str = "logdet",
+    calls: Sequence[str] = _LOSS,
 ) -> Problem:
+    """particle_loss of logits (K, N, C).
+
+    calls: any of "forward", "backward" and "volume", the volume alone with its backward.
+    """
     name = f"particle_loss K{particles} N{examples} C{classes} {kind}"
-    return Problem(name, dtype, partial(_run_loss, particles, examples, classes, dtype, kind))
+    sizes = (particles, examples, classes, dtype, kind, tuple(calls))
+    return Problem(name, dtype, partial(_run_loss, *sizes))
 
 
-def _run_loss(particles: int, examples: int, classes: int, dtype: torch.dtype, kind: str) -> None:
+def _run_loss(
+    particles: int,
+    examples: int,
+    classes: int,
+    dtype: torch.dtype,
+    kind: str,
+    calls: tuple[str, ...],
+) -> None:
     logits = _meta(dtype, particles, examples, classes)
     targets = _meta(torch.int64, examples)
-    nll, divergence, stats, core, count = backend.volume(logits, targets, 1e-4, kind, True)
-    backend.volume_backward(divergence, logits, targets, stats, core, nll, count)
-    value, stats, core = backend.volume(logits, targets, 1e-4, kind, False)
-    backend.volume_backward(value, logits, targets, stats, core)
+    if "forward" in calls or "backward" in calls:
+        nll, divergence, stats, core, count = _loss_outputs(logits, min(particles, classes))
+    if "forward" in calls:
+        nll, divergence, stats, core, count = backend.volume(logits, targets, 1e-4, kind, True)
+    if "backward" in calls:
+        backend.volume_backward(divergence, logits, targets, stats, core, nll, count)
+    if "volume" in calls:
+        value, stats, core = backend.volume(logits, targets, 1e-4, kind, False)
+        backend.volume_backward(value, logits, targets, stats, core)
+
+
+def _loss_outputs(logits: Tensor, side: int) -> list[Tensor]:
+    """Tensors like the outputs of particle_loss: nll, divergence, stats, core, count."""
+    particles, examples, _ = logits.shape
+    shapes = ((particles,), (), (3, particles, examples), (examples, side, side), ())
+    accumulator = torch.promote_types(logits.dtype, torch.float32)
+    return [_meta(accumulator, *shape) for shape in shapes]
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:

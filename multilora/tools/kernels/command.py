@@ -91,8 +91,8 @@ def _inspect(args: argparse.Namespace) -> int:
     target = args.target or "sm_90"
     chip, limit = TARGETS[target]
     try:
-        reports = machine_code.native_reports(target, knobs.nvidia.cuobjdump.path, args.only)
-        native = list(reports)
+        tool = knobs.nvidia.cuobjdump.path
+        native = list(machine_code.native_reports(target, tool, args.only))
     except FileNotFoundError as missing:
         native = []
         print(f"no CUDA C++ kernels: {missing}")
@@ -155,8 +155,8 @@ def _precompile(args: argparse.Namespace) -> int:
         raise ValueError(f"no problem has {args.only!r} in its name")
     start = time.perf_counter()
     filled = fill(chip, chosen, jobs)
-    for failure in filled.failures:
-        print(f"  FAILED: {failure}")
+    for name, why in filled.failures.items():
+        print(f"  FAILED: {name}: {why}")
     print(
         f"{filled.compiled} Triton codes compiled for sm_{chip.capability}, {filled.present} were "
         f"there, {len(filled.failures)} failed: {len(chosen)} problems, {jobs} processes, "

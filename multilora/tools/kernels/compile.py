@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from triton.runtime import driver
 from multilora.ops.triton import common
 from multilora.ops.triton.common import A100, H200, Chip
 from multilora.tools.kernels.calls import Problem
-from multilora.tools.kernels.machine_code import Report, count, run_tool
+from multilora.tools.kernels.machine_code import Report, count, match, run_tool
 
 #: What `multilora kernels --target` knows: the chip, and the bytes of shared memory that one
 #: thread block can have on it (CUDA programming guide, technical specifications).
@@ -130,17 +129,17 @@ def _report(name: str, problem: str, meta: dict[str, Any], compiled: Any) -> Rep
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(compiled.asm["ptx"])
         cubin.write_bytes(compiled.asm["cubin"])
-        target = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
+        target = match(r"\.target (sm_\w+)", compiled.asm["ptx"])[1]
         ptxas = get_ptxas(int(target[3:5])).path
         said = run_tool(ptxas, f"-arch={target}", "-v", "-o", f"{folder}/again.cubin", str(ptx))
         # The instructions alone, without the analysis that takes most of the tool's time.
         code = run_tool(triton.knobs.nvidia.nvdisasm.path, "-ndf", str(cubin))
-    stored = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    stored = match(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return Report(
         name,
         problem,
         " ".join(f"{key}={value}" for key, value in meta.items() if value not in ("", None)),
-        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        registers=int(match(r"Used (\d+) registers", said)[1]),
         spills=max(map(int, stored.groups())),
         shared=compiled.metadata.shared,
         wgmma=count(code, "HGMMA"),

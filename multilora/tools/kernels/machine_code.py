@@ -80,6 +80,14 @@ def count(code: str, instruction: str) -> int:
     return len(re.findall(rf"\b{instruction}\b", code))
 
 
+def match(pattern: str, text: str) -> re.Match[str]:
+    """The first match. Raises RuntimeError if a tool has printed something else."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"no {pattern!r} in {text[:200]!r}")
+    return found
+
+
 def is_serialized(code: str) -> bool:
     """Whether machine code waits behind every wgmma: ptxas says so only when it compiles."""
     products = count(code, "HGMMA")
@@ -121,7 +129,7 @@ def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Repo
     cuobjdump: the tool's path. Raises FileNotFoundError where there is no module.
     """
     spec = importlib.util.find_spec("multilora._C_cuda")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise FileNotFoundError(
             "multilora._C_cuda is not there: multilora was installed without nvcc"
         )
@@ -129,7 +137,7 @@ def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Repo
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     kernels = []
     for symbol, *usage in re.findall(pattern, run_tool(*dump, "-res-usage", spec.origin)):
-        name, configuration = re.search(_NAME, torch._C._demangle(symbol)).groups()
+        name, configuration = match(_NAME, torch._C._demangle(symbol)).groups()
         if only in f"{NATIVE} {name}" and target in _ONLY_ON.get(name, NATIVE_CODES):
             kernels.append((symbol, name, configuration, *map(int, usage)))
     if not kernels:

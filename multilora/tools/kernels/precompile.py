@@ -1,13 +1,14 @@
-"""Triton's cache on disk, filled before the first step, by several processes and without a GPU.
+"""Triton's cache on disk, filled before the first step.
 
-The host functions run on meta tensors, as in `compile`; each launch is then compiled as
-it would be at a step's first call, so that this finds it. Every process goes through all launches
-and compiles its share of those that Triton would tell apart.
+The host functions run on meta tensors, as in `compile`; each launch is compiled as the first step
+would compile it, so that the step finds the code in the cache. Several processes can share the
+work: each goes through all launches and compiles its share of those that Triton tells apart.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,84 +17,138 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
+from multilora.attach import get_particle_model
 from multilora.ops import dispatch
 from multilora.ops import triton as backend
 from multilora.ops._library import compute_on
 from multilora.ops.triton import common
 from multilora.ops.triton.common import Chip
+from multilora.tools.kernels import calls
 from multilora.tools.kernels.calls import Problem
 from multilora.tools.kernels.compile import as_on_a_gpu, playing
 
 
 @dataclass
 class Filled:
-    """How many codes were compiled, and were in the cache already; what Triton said where it could
-    not; and why an older Triton's launchers are still to be made at the first launch, if they are.
+    """The codes that were compiled and those that the cache already had.
+
+    launches: all launches, of which many need the same code. failures: "kernel, problem" -> what
+    Triton said. launchers: why an older Triton makes its C launchers at the first launch only, or
+    None if there is nothing left to make.
     """
 
     compiled: int = 0
     present: int = 0
-    failures: list[str] = field(default_factory=list)
+    launches: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
     launchers: str | None = None
+
+    def add(self, other: Filled) -> None:
+        self.compiled += other.compiled
+        self.present += other.present
+        self.launches += other.launches
+        self.failures |= other.failures
+        self.launchers = self.launchers or other.launchers
 
 
 def fill(chip: Chip, problems: list[Problem], jobs: int) -> Filled:
-    """Compile every launch of the problems into Triton's cache (TRITON_CACHE_DIR).
+    """Compile every launch of the problems into Triton's cache (TRITON_CACHE_DIR), without a GPU.
 
-    Raises RuntimeError in Triton's interpreter, which compiles nothing.
+    Raises:
+        RuntimeError: in Triton's interpreter, which compiles nothing.
     """
     if common.INTERPRETED.value:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter does not compile; unset it")
     if jobs == 1:
-        return _share(chip, problems, 1, 0)
+        return _fill_share(chip, problems, 1, 0)
     total = Filled()
-    # Not forked: a copy of a process that has threads, or a GPU, may hang.
+    # Spawned, not forked: a copy of a process that has threads, or a GPU, may hang.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        for part in pool.map(partial(_share, chip, problems, jobs), range(jobs)):
-            total.compiled += part.compiled
-            total.present += part.present
-            total.failures += part.failures
-            total.launchers = total.launchers or part.launchers
+        for part in pool.map(partial(_fill_share, chip, problems, jobs), range(jobs)):
+            total.add(part)
     return total
 
 
-def _share(chip: Chip, problems: list[Problem], jobs: int, job: int) -> Filled:
-    from triton import knobs
+def _fill_share(chip: Chip, problems: list[Problem], jobs: int, job: int) -> Filled:
+    filling = Filling(jobs, job)
+    with playing(chip, filling.compile):
+        filling.run(problems)
+    return filling.filled
 
-    filled, seen = Filled(), {}
 
-    def count(cache_hit: bool, **_: Any) -> None:
-        filled.present += cache_hit
-        filled.compiled += not cache_hit
+def fill_here(
+    problems: Iterable[Problem], beat: Callable[[str], None] = lambda kernel: None
+) -> Filled:
+    """Compile every launch of the problems for the current GPU, in this process.
 
-    def compile_launch(kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
+    Args:
+        beat: is called with a kernel's name before each compilation.
+
+    Raises:
+        RuntimeError: in Triton's interpreter, which compiles nothing.
+    """
+    if common.INTERPRETED.value:
+        raise RuntimeError("Triton's interpreter compiles nothing")
+    chip = common.chip(torch.device("cuda", torch.cuda.current_device()))
+    filling = Filling(beat=beat)
+    common.compile_only(chip, filling.compile)
+    try:
+        filling.run(problems)
+    finally:
+        common.compile_only(None, None)
+    return filling.filled
+
+
+class Filling:
+    """Compiles launches, the `job`-th of `jobs` shares of those that Triton tells apart."""
+
+    def __init__(
+        self, jobs: int = 1, job: int = 0, beat: Callable[[str], None] = lambda kernel: None
+    ):
+        self.jobs, self.job, self.beat = jobs, job, beat
+        self.filled = Filled()
+        self._problem: Problem | None = None
+        # Each specialisation and the process whose share it is.
+        self._seen: dict[Any, int] = {}
+        self._done: set[Any] = set()
+
+    def run(self, problems: Iterable[Problem]) -> None:
+        """Run the problems' host functions, whose launches must come to `compile`."""
+        before = knobs.compilation.listener
+        knobs.compilation.listener = self._count
+        try:
+            for self._problem in problems:
+                self._problem.run()
+        finally:
+            knobs.compilation.listener = before
+
+    def compile(self, kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
+        self.filled.launches += 1
         args = as_on_a_gpu(args)
         key = (kernel.__name__, specialisation(args), tuple(meta.items()))
-        if seen.setdefault(key, len(seen) % jobs) != job or key in done:
+        if self._seen.setdefault(key, len(self._seen) % self.jobs) != self.job:
             return
-        done.add(key)
+        if key in self._done:
+            return
+        self._done.add(key)
+        self.beat(kernel.__name__)
         try:
             compiled = kernel.warmup(*args, grid=grid, **meta)
-            filled.launchers = filled.launchers or _make_launcher(compiled)
+            self.filled.launchers = self.filled.launchers or _make_launcher(compiled)
         except Exception as error:
-            filled.failures.append(f"{kernel.__name__}, {problem}: {type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
+            self.filled.failures[f"{kernel.__name__}, {self._problem}"] = why
 
-    done: set[Any] = set()
-    before = knobs.compilation.listener
-    knobs.compilation.listener = count
-    try:
-        with playing(chip, compile_launch):
-            for problem in problems:
-                problem.run()
-    finally:
-        knobs.compilation.listener = before
-    return filled
+    def _count(self, cache_hit: bool, **_: Any) -> None:
+        self.filled.present += cache_hit
+        self.filled.compiled += not cache_hit
 
 
 def specialisation(arg: Any) -> Any:
-    """What Triton tells arguments apart by; for some a little more than it."""
+    """What Triton tells arguments apart by; for some arguments a little more than that."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, tuple):
@@ -106,7 +161,7 @@ def specialisation(arg: Any) -> Any:
 
 
 def _make_launcher(compiled: Any) -> str | None:
-    """Compile what calls the code, where Triton has a C function for each signature (3.6)."""
+    """Compile the function that calls the code: Triton 3.6 has one in C for each signature."""
     from triton.backends.nvidia import driver
 
     if not hasattr(driver, "make_launcher"):
@@ -127,8 +182,8 @@ def model_problem(
     dtype: torch.dtype,
     classes: int,
 ) -> Problem:
-    """The operators of the steps of a timm model: those that its layers call in a forward and a
-    backward, and the loss and the geometry of all of them."""
+    """The operators in a training step of a timm model: those that its layers call in a forward
+    and a backward, the loss, and the geometry of all layers."""
     sizes = (name, tuple(targets), particles, rank, batch, dtype, classes)
     return Problem(f"{name} K{particles} r{rank} B{batch}", dtype, partial(_run_model, *sizes))
 
@@ -142,32 +197,31 @@ def _run_model(
     dtype: torch.dtype,
     classes: int,
 ) -> None:
+    # Both take seconds to import, which the other problems can do without; timm is optional.
     import peft
-
-    from multilora.app.tasks.images import create_base
-    from multilora.attach import get_particle_model
+    import timm
 
     with torch.device("meta"):
-        base = create_base(name, classes, False).to(dtype)
+        try:
+            base = timm.create_model(name, pretrained=False, num_classes=classes).eval().to(dtype)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"timm could not create {name!r}: {why}") from error
         config = peft.LoraConfig(r=rank, target_modules=list(targets))
         model = get_particle_model(base, config, particles, check_isolation=False)
-        x = torch.empty(batch, *base.default_cfg["input_size"], dtype=dtype)
-        targets_of_rows = torch.empty(batch, dtype=torch.int64)
+        about: Any = base.default_cfg
+        x = torch.empty(batch, *about["input_size"], dtype=dtype)
     with dispatch.use_backend("triton"), _HostFunctions():
         model(x).sum().backward()
     adapters = model.adapters()
-    lora_A, lora_B = [a.lora_A.detach() for a in adapters], [a.lora_B.detach() for a in adapters]
-    scaling = [a.scaling for a in adapters]
-    D = backend.traces(lora_A, lora_B, scaling, True)
-    factors = lora_A + lora_B
-    backend.factor_gradients(D.double(), lora_A, lora_B, scaling, D[:, 0], factors)
-    logits = torch.empty(particles, batch, classes, dtype=dtype, device="meta")
-    nll, divergence, *saved, count = backend.volume(logits, targets_of_rows, 1e-4, "logdet", True)
-    backend.volume_backward(divergence, logits, targets_of_rows, *saved, nll, count)
+    layers = [(a.lora_A.shape[2], a.lora_B.shape[1]) for a in adapters]
+    master = adapters[0].lora_A.dtype
+    calls.geometry(name, layers, particles, rank, master, ("distances", "update")).run()
+    calls.loss(particles, batch, classes, dtype, calls=("forward", "backward")).run()
 
 
 class _HostFunctions(TorchDispatchMode):
-    """Inside, operators on meta tensors call their kernels' host functions too."""
+    """Inside, operators on meta tensors also call the host functions of their kernels."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

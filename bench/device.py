@@ -1,13 +1,44 @@
-"""The state of the GPU beside a measurement, read without a CUDA context of one's own."""
+"""The device: whether it still works, and the state of the card beside a measurement."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import shutil
 import subprocess
 from typing import Any
+
+import torch
+
+from bench.check import reason
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class BrokenDevice(BaseException):
+    """The CUDA context no longer works; only a new process helps. No handler of errors stops it."""
+
+
+def check_device(error: Exception, device: torch.device) -> None:
+    """Free what the failed peer held, and see whether CUDA still works."""
+    error.__traceback__ = None
+    try:
+        free_memory(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as broken:
+        raise BrokenDevice(reason(error)) from broken
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
 
 #: What nvidia-smi is asked for: name in the record -> its query.
 QUERIES = {

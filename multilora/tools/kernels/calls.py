@@ -133,8 +133,8 @@ def geometry(
     """The geometry of all layers (d_in, d_out) of a model.
 
     calls: any of "gram", "distances", "backward", "mixtures" (factor_gradients with mixtures per
-    pair and per particle) and "update" (factor_gradients as SVGD calls it: each particle moves by its own
-    gradient, and the distances' gradient is in float64).
+    pair and per particle) and "update" (factor_gradients as SVGD calls it: each particle moves by
+    its own gradient, and the distances' gradient is in float64).
     """
     name = f"geometry {name}, {len(layers)} layers K{particles} r{rank}"
     sizes = (tuple(layers), particles, rank, dtype, tuple(calls))

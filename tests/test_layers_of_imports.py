@@ -129,7 +129,6 @@ _DEFERRED = {
     "ops.hopper": "the switch of dispatch, which imports this module",
     "app.cli": "`multilora --help` and wrong options answer without loading torch's models",
     "tools.kernels.command": "Triton is optional",
-    "tools.kernels.precompile": "timm is optional",
 }
 
 
@@ -180,3 +179,42 @@ def test_the_package_only_passes_names_on():
     assert isinstance(exported, ast.Assign) and ast.unparse(exported.targets[0]) == "__all__"
     assert sorted(ast.literal_eval(exported.value)) == sorted(names)
     assert multilora.__all__ == ast.literal_eval(exported.value)
+
+
+# --- the benchmarks ------------------------------------------------------------------------------
+
+BENCH = ROOT.parent / "bench"
+BENCHES = {f"bench.{file.stem}": file for file in sorted(BENCH.glob("*.py"))}
+
+
+@pytest.mark.skipif(not BENCHES, reason="multilora is installed without its repository")
+def test_the_benchmarks_do_not_import_each_other_in_a_circle():
+    def needed(file):
+        tree = ast.parse(file.read_text())
+        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = set(imported_by(nodes, file))
+        # `from bench import record` imports a module, too.
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == "bench":
+                names |= {f"bench.{alias.name}" for alias in node.names}
+        return names & BENCHES.keys()
+
+    # The worker imports its task's modules when its output is redirected.
+    waiting = {name: needed(file) - {name} for name, file in BENCHES.items()}
+    assert {"bench.case", "bench.roofline"} <= waiting["bench.operators"]
+    done: set[str] = set()
+    while waiting:
+        ready = {name for name, needs in waiting.items() if needs <= done}
+        assert ready, f"modules that import one another: {waiting}"
+        done |= ready
+        waiting = {name: needs for name, needs in waiting.items() if name not in ready}
+
+
+@pytest.mark.parametrize("file", BENCHES.values(), ids=BENCHES)
+def test_the_benchmarks_import_no_application(file):
+    """The names of the package, its operators and its tools."""
+    tree = ast.parse(file.read_text())
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    for imported in imported_by(nodes, file):
+        inner = imported.partition("multilora.")[2].split(".")[0]
+        assert inner in ("", "ops", "tools"), imported

@@ -425,7 +425,7 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
 def test_what_is_proven_is_the_default_on_a_gpu(found, expected, monkeypatch):
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
-    monkeypatch.setattr("multilora.ops.records_backends", lambda op, args: found)
+    monkeypatch.setattr("multilora.ops.records.proven_backends", lambda op, args: found)
     # Backend "cuda" was not built here.
     monkeypatch.setattr(dispatch, "missing_reason", lambda name: "no" if name == "cuda" else None)
     with dispatch.as_requested(None):

@@ -22,7 +22,7 @@ from multilora.app import cli
 from multilora.app import run as training
 from multilora.app.settings import recommended
 from multilora.app.tasks import commonsense
-from readme import recipe
+from documents import recipe
 
 WINOGRANDE = {
     "sentence": "The cup did not fit the box because the _ was small.",
@@ -413,7 +413,7 @@ def test_train_learns_and_evaluate_gives_the_same_measures(run, capsys):
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
 
 
-def test_the_recipe_of_the_readme(folder, tmp_path, monkeypatch):
+def test_the_recipe_of_the_guide(folder, tmp_path, monkeypatch):
     (tmp_path / "MODEL_OR_FOLDER").symlink_to(folder)
     for part, size in (("Train", 20), ("Test", 10)):
         file = tmp_path / "ARC-Challenge" / f"ARC-Challenge-{part}.jsonl"

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from documents import recipe
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
@@ -17,7 +18,7 @@ from multilora.app.settings import recommended
 from multilora.app.tasks import vtab as vtab_task
 from multilora.app.tasks.images import Augmented, create_base, image_folder
 from multilora.app.tasks.vtab import vtab
-from readme import recipe
+from documents import recipe
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -79,7 +80,7 @@ def test_train_and_evaluate(kitti, tmp_path, capsys):
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
 
 
-def test_the_recipe_of_the_readme_for_vtab(kitti, tmp_path, monkeypatch):
+def test_the_recipe_of_the_guide_for_vtab(kitti, tmp_path, monkeypatch):
     kitti.rename(kitti.parent / "cifar")
     monkeypatch.chdir(tmp_path)
     assert cli.main([*recipe("--task vtab"), *SHORT]) == 0
@@ -90,7 +91,7 @@ def test_the_recipe_of_the_readme_for_vtab(kitti, tmp_path, monkeypatch):
     assert particle["r"] == 8 and particle["lora_alpha"] == 8
 
 
-def test_the_recipe_of_the_readme_for_images(kitti, tmp_path, monkeypatch):
+def test_the_recipe_of_the_guide_for_images(kitti, tmp_path, monkeypatch):
     for part, folder in (("train800", "train"), ("val200", "val")):
         for i in range(PARTS[part]):
             name = f"{i:06}.png"

@@ -1,10 +1,9 @@
-"""The README's loops as they stand there, and what loops put around a method."""
+"""The loops of docs/guides/loops.md as they stand there, and what loops put around a method."""
 
 import types
 
 import peft
 import pytest
-import timm
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
@@ -14,11 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import multilora as ml
 from models import FAMILIES, particles_of
 from multilora.optim import clip_grad_norm_
-from readme import block, sides
+from documents import block, sides
 
 K = 3
 METHODS = [ml.Ensemble, ml.SVGD, ml.IBDR]
-LOOPS = ["### In a PyTorch loop", "### With accelerate"]
+GUIDE = "docs/guides/loops.md"
+LOOPS = ["## In a PyTorch loop", "## With accelerate"]
 # transformers' old names.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-# --- the README's loops --------------------------------------------------------------------------
+# --- the guide's loops ---------------------------------------------------------------------------
 
 
 def examples():
@@ -35,7 +35,7 @@ def examples():
 
 
 def names(base, **more):
-    """What the README's loops find: `base`, `config` and `loader` are the reader's."""
+    """What the guide's loops find: `base`, `config` and `loader` are the reader's."""
     return {
         "torch": torch,
         "peft": peft,
@@ -59,7 +59,7 @@ def test_the_loop_trains_particles(heading, tmp_path, monkeypatch):
     family = FAMILIES["mlp"]
     before = mean_nll(ml.get_particle_model(family.build(torch.float32), family.config(), K + 1))
     scope = names(family.build(torch.float32))
-    exec(sides(block(heading, "diff"))[1], scope)
+    exec(sides(block(GUIDE, heading, "diff"))[1], scope)
     assert mean_nll(scope["model"]) < 0.9 * before
     assert scope["stats"].keys() >= {"loss", "nll", "divergence", "lambda"}
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
@@ -73,7 +73,7 @@ def test_the_loop_trains_particles(heading, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("heading", LOOPS)
 def test_an_ensemble_of_one_is_the_ordinary_loop(heading, tmp_path, monkeypatch):
-    before, after = sides(block(heading, "diff"))
+    before, after = sides(block(GUIDE, heading, "diff"))
     for line, other in (
         ("num_particles=4", "num_particles=1"),
         ("ml.IBDR(model, alpha=0.02)", "ml.Ensemble(model)"),
@@ -102,28 +102,6 @@ def test_an_ensemble_of_one_is_the_ordinary_loop(heading, tmp_path, monkeypatch)
         # Some 40 steps of AdamW, whose first ones amplify the rounding of small gradients.
         torch.testing.assert_close(particle[key], tensor, rtol=1e-3, atol=1e-4)
         assert (tensor - first[key]).abs().max() > 0.01
-
-
-def test_the_first_loop_trains_a_timm_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    asked, create = [], timm.create_model
-
-    def without_download(name, pretrained, **more):
-        asked.append((name, pretrained))
-        return create(name, pretrained=False, depth=2, **more)
-
-    monkeypatch.setattr(timm, "create_model", without_download)
-    images = TensorDataset(torch.randn(4, 3, 224, 224), torch.arange(4))
-    scope = {"loader": DataLoader(images, batch_size=2)}
-    exec(block("## In a loop of your own", "python"), scope)
-    assert asked == [("vit_small_patch16_224", True)]
-    assert scope["log_p"].shape == (4, 2, 10)
-    assert "'accuracy'" in capsys.readouterr().out
-    base = create("vit_small_patch16_224", depth=2, num_classes=10)
-    loaded = ml.load_particle_model(base, tmp_path / "particles")
-    for mine, saved in zip(scope["model"].particle_parameters(), loaded.particle_parameters()):
-        assert torch.equal(mine, saved)
-    assert all(a.lora_B.abs().max() > 0 for a in loaded.adapters())
 
 
 # --- mixed precision, accumulation, compilation, checkpointing ---------------------------------

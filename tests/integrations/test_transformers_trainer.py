@@ -21,7 +21,7 @@ import multilora as ml
 from models import FAMILIES, VOCABULARY, particles_of
 from multilora.integrations.transformers import ParticleTrainer
 from processes import run_in_processes
-from readme import block
+from documents import block
 
 K = 3
 TOKENS = 5
@@ -475,7 +475,7 @@ def test_two_processes_train_as_one(tmp_path):
 
 
 def test_a_tokenizers_answers(tmp_path, monkeypatch):
-    """The README's trainer, on questions with one-word answers and a tokenizer made for them."""
+    """The guide's trainer, on questions with one-word answers and a tokenizer made for them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     questions = {
@@ -516,8 +516,10 @@ def test_a_tokenizers_answers(tmp_path, monkeypatch):
         "tokenizer": tokenizer,
     }  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    code = block("### With transformers' Trainer", "python")
-    shown = 'TrainingArguments("out", bf16=True, learning_rate=1e-3, num_train_epochs=3)'
+    code = block("docs/guides/loops.md", "## With transformers' Trainer", "python")
+    shown = """TrainingArguments(
+        "out", bf16=torch.cuda.is_available(), learning_rate=1e-3, num_train_epochs=3
+    )"""
     assert shown in code
     # As shown, but for what a random base needs and a test does not.
     code = code.replace(

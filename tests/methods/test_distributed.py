@@ -17,7 +17,7 @@ import multilora as ml
 from models import FAMILIES, logits_of, perturb
 from multilora.attach import particle_seeds
 from processes import run_in_processes
-from readme import block
+from documents import block
 
 ROOT = Path(__file__).parents[2]
 K, B = 4, 8
@@ -270,24 +270,10 @@ def test_particles_are_saved_and_predict_together(tmp_path):
         torch.testing.assert_close(tensor, soups[1][name])
 
 
-PREAMBLE = """
-import peft, torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-import multilora as ml
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 4))
-config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
-x = torch.randn(2048, 6)
-dataset = TensorDataset(x, (x[:, 0] > 0).long())
-"""
-
-
-def test_the_script_that_the_readme_shows(tmp_path):
+def test_the_script_that_the_guide_shows(tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(PREAMBLE + block("### On many devices", "python"))
+    code = block("docs/guides/distributed.md", "## On many devices", "python")
+    script.write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*torchrun, "--nproc-per-node", "4", str(script)],
@@ -298,7 +284,7 @@ def test_the_script_that_the_readme_shows(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     scope = {}
-    exec(PREAMBLE, scope)
+    exec(code.partition("\ndevice =")[0], scope)  # its data and its base
     base, (x, y) = scope["base"], scope["dataset"].tensors
     model = ml.load_particle_model(base, tmp_path / "particles")
     assert model.num_particles == 4

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import multilora as ml
 from models import FAMILIES, logits_of, particles_of
 from multilora.methods.passes import gradients
-from readme import block
+from documents import block
 
 K = 5
 METHODS = {
@@ -304,7 +304,7 @@ def test_trainable_numbers_of_bellas_clip():
     assert sum(p[0].numel() for p in model.particle_parameters()) == 368_640
 
 
-def test_the_loop_that_the_readme_shows():
+def test_the_loop_that_the_guide_shows():
     family = FAMILIES["mlp"]
     x = torch.randn(64, 6)
     y = (x[:, 0] > 0).long()
@@ -315,7 +315,7 @@ def test_the_loop_that_the_readme_shows():
         "config": family.config(),
     }
     scope["loader"] = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)] * 8
-    exec(block("### With many particles", "python"), scope)
+    exec(block("docs/guides/many_particles.md", "## With many particles", "python"), scope)
     model, p = scope["model"], scope["probabilities"]
     assert p.shape == (100, 8, 4) and model.num_particles == 100
     untrained = ml.get_particle_model(family.build(torch.float32), family.config(), 100)

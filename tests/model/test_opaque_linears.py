@@ -23,7 +23,7 @@ from multilora.calls import Call
 from multilora.layers import LoraLinear, LoraOpaqueLinear, has_own_forward
 from oracles import relative_error
 from processes import run_in_processes
-from readme import block
+from documents import block
 
 K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
 
@@ -484,14 +484,14 @@ def test_bitsandbytes(bits, tmp_path):
     assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
 
 
-def test_the_quantised_base_of_the_readme(tmp_path, monkeypatch):
+def test_the_quantised_base_of_the_guide(tmp_path, monkeypatch):
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "MODEL_OR_FOLDER")
     monkeypatch.chdir(tmp_path)
     scope = {"peft": peft, "ml": ml}
-    exec(block("### Over a quantised base", "python"), scope)
+    exec(block("docs/guides/quantised.md", "## QLoRA with particles", "python"), scope)
     model = scope["model"]
     layers = dict(model.lora_layers())
     assert len(layers) == 4 and model.num_particles == 4

@@ -1,0 +1,64 @@
+"""What pages of the documentation take from their reader: models, batches, files.
+
+Each function returns names for the code of a page; `<!-- test: with NAME -->` calls it.
+"""
+
+import copy
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import multilora as ml
+
+
+class _Blocks(nn.Module):
+    """A model with a list of blocks, of which the last one is adapted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def block_model() -> dict[str, Any]:
+    config = peft.LoraConfig(r=2, target_modules=["blocks.2.0", "blocks.2.2"])
+    return {
+        "base": _Blocks(),
+        "config": config,
+        "x": torch.randn(8, 6),
+        "y": torch.arange(8) % 4,
+    }
+
+
+def saved_particles() -> dict[str, Any]:
+    """Three saved particles, and copies of the base that they were trained over."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = ml.get_particle_model(copy.deepcopy(base), config, 3, head_init="reset")
+    for adapter in model.adapters():
+        nn.init.normal_(adapter.lora_B)
+    model.save_pretrained("particles")
+    return {"peft": peft, "ml": ml, "base": base, "base_again": lambda: copy.deepcopy(base)}
+
+
+def vit_steps() -> dict[str, Any]:
+    """A small ViT and batches of images for it."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3) for _ in range(3)]
+    return {
+        "base": VisionTransformer(**sizes, num_classes=5),
+        "config": peft.LoraConfig(r=2, target_modules=["qkv"]),
+        "loader": batches,
+    }

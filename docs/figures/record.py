@@ -24,9 +24,9 @@ import multilora as ml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))  # for bench, which is not installed
 from bench.measure import machine  # noqa: E402
-from multilora import training  # noqa: E402
-from multilora.settings import Settings  # noqa: E402
-from multilora.tasks import digits  # noqa: E402
+from multilora.app import run as application  # noqa: E402
+from multilora.app.settings import Settings  # noqa: E402
+from multilora.app.tasks.digits import digits  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "digits"
 BINS = 15
@@ -41,7 +41,7 @@ def run(method: str, particles: int, seed: int) -> dict:
     cpu: list[float] = []
     started = [0.0]
     made: list[ml.ParticleModel] = []
-    make_method, evaluate = training.make_method, training.evaluate
+    make_method, evaluate = application.make_method, application.evaluate
     predictions: list = []
 
     def remember(name, model, *more):
@@ -65,10 +65,10 @@ def run(method: str, particles: int, seed: int) -> dict:
     settings = Settings(method=method, particles=particles, seed=seed)
     with (
         tempfile.TemporaryDirectory() as out,
-        mock.patch.object(training, "make_method", remember),
-        mock.patch.object(training, "evaluate", keep),
+        mock.patch.object(application, "make_method", remember),
+        mock.patch.object(application, "evaluate", keep),
     ):
-        result = training.train(settings, Path(out) / "run", on_step=look)
+        result = application.train(settings, Path(out) / "run", on_step=look)
     log_p = ml.metrics.log_mean(predictions[0].log())
     return {
         "method": method,

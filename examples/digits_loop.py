@@ -85,8 +85,7 @@ def main() -> None:
             print(f"epoch {epoch + 1}:", {name: round(v.item(), 3) for name, v in stats.items()})
 
     test = DataLoader(held_out, batch_size=256)
-    labels = torch.cat([label for _, label in test])
-    measures = ml.metrics.evaluate(ml.predict(model, test, log=True), labels)
+    measures = ml.metrics.evaluate(*ml.metrics.predict_loader(model, test))
     print("members:", [round(a, 3) for a in measures["member_accuracy"]])
     for name in ("accuracy", "nll", "ece", "brier", "mutual_information"):
         print(f"{name}: {measures[name]:.3f}")

@@ -14,23 +14,21 @@ import multilora as ml
 
 
 class _Blocks(nn.Module):
-    """A model with a list of blocks, of which the last one is adapted."""
+    """A model with a list of blocks, of which the last two are adapted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(3)
-        )
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
         self.head = nn.Linear(6, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = block(x).tanh()
         return self.head(x)
 
 
 def block_model() -> dict[str, Any]:
-    config = peft.LoraConfig(r=2, target_modules=["blocks.2.0", "blocks.2.2"])
+    config = peft.LoraConfig(r=2, target_modules=["blocks.2", "blocks.3"])
     return {
         "base": _Blocks(),
         "config": config,
@@ -48,17 +46,5 @@ def saved_particles() -> dict[str, Any]:
     for adapter in model.adapters():
         nn.init.normal_(adapter.lora_B)
     model.save_pretrained("particles")
-    return {"peft": peft, "ml": ml, "base": base, "base_again": lambda: copy.deepcopy(base)}
-
-
-def vit_steps() -> dict[str, Any]:
-    """A small ViT and batches of images for it."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4) % 3) for _ in range(3)]
-    return {
-        "base": VisionTransformer(**sizes, num_classes=5),
-        "config": peft.LoraConfig(r=2, target_modules=["qkv"]),
-        "loader": batches,
-    }
+    untouched = copy.deepcopy(base)
+    return {"base": base, "base_again": lambda: copy.deepcopy(untouched)}

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from documents import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -17,7 +17,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     ["_version", "atomic", "calls", "checks", "fold", "optim", "randomness"],
     ["_C", "_C_cuda"],
-    ["ops.common", "ops.native"],
+    ["ops.common", "ops.dispatch", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction"],
@@ -126,7 +126,6 @@ def test_imports_run_one_way(file):
 # Modules whose functions import some of ours, and why they do.
 _DEFERRED = {
     "model": "the old names of `attach`, which imports this module, for one release",
-    "ops.hopper": "the switch of dispatch, which imports this module",
     "app.cli": "`multilora --help` and wrong options answer without loading torch's models",
     "tools.kernels.command": "Triton is optional",
 }
@@ -167,6 +166,18 @@ def test_operators_import_torch_and_nothing_else(file):
         package = name_of(file).removeprefix("ops.").split(".")[0]
         allowed |= imported == f"multilora.{NATIVE.get(package)}"
         assert allowed or imported.startswith("multilora.ops"), imported
+
+
+@pytest.mark.parametrize("file", [f for f in MODULES if name_of(f).startswith("ops.")], ids=name_of)
+def test_only_dispatch_knows_the_reference(file):
+    # A backend that imports it could fall back silently.
+    assert "multilora.ops.reference" not in imports(file)
+    names = {alias for node in ast.walk(ast.parse(file.read_text())) for alias in _names(node)}
+    assert "reference" not in names
+
+
+def _names(node: ast.AST) -> list[str]:
+    return [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
 
 
 def test_the_package_only_passes_names_on():

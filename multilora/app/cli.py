@@ -358,9 +358,25 @@ def _info(args: argparse.Namespace) -> int:
         print(f"multilora.{module}: {_built(module)}")
     print(f"used by default: {_default(dispatch)}")
     _print_kernels()
+    _print_operators(dispatch.left_to_reference())
     print("CUDA C++ kernels: experimental, never run on a GPU; none is a default")
     print("backend cuda: lora_linear's thin products are Triton's passes, without Triton PyTorch's")
     return 0
+
+
+def _print_operators(table: dict[str, dict[str, str | None]]) -> None:
+    """Which operators each backend computes where it is asked for by name."""
+    width, names = max(map(len, table)), next(iter(table.values()))
+    print("".join((f"{'operator':{width}}", *(f"{name:>11}" for name in names))))
+    left: dict[tuple[str, str], list[str]] = {}
+    for op, reasons in table.items():
+        cells = ("its own" if reason is None else "reference" for reason in reasons.values())
+        print("".join((f"{op:{width}}", *(f"{cell:>11}" for cell in cells))))
+        for name, reason in reasons.items():
+            if reason is not None:
+                left.setdefault((name, reason), []).append(op)
+    for (name, reason), ops in left.items():
+        print(f"backend {name} leaves {', '.join(ops)} to the reference: {reason}")
 
 
 def _built(module: str) -> str:

@@ -73,7 +73,7 @@ class Operator:
         """Give the operator its gradient; `backward` calls operators only, so that it compiles."""
 
         def save(ctx, inputs, output):
-            ctx.backend = dispatch.requested()
+            ctx.request = dispatch.requested()
             setup_context(ctx, inputs, output)
 
         run = on_kept_backend(backward)
@@ -110,6 +110,7 @@ def define(
     name = schema.split("(", 1)[0]
     if function is None:
         compute = _computations[name] = compute or _by_name(name)
+        dispatch.OPERATORS.append(name)
 
         def function(*args):
             backend = dispatch.module_of(name, args)
@@ -190,14 +191,14 @@ def _is_tensors(arg: Any) -> bool:
 
 
 def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` on the backend that was asked for in its forward, which is ctx.backend: it may run
-    on autograd's own thread, and later."""
+    """`backward` under ctx.request, what was asked for in its forward: it may run on autograd's own
+    thread, and later."""
 
     @functools.wraps(backward)
     def run(ctx, *grads):
-        if dispatch.is_requested(ctx.backend):
+        if dispatch.is_requested(ctx.request):
             return backward(ctx, *grads)
-        with dispatch.as_requested(ctx.backend):
+        with dispatch.as_requested(ctx.request):
             return backward(ctx, *grads)
 
     return run

@@ -1,6 +1,7 @@
 """What every backend and caller agrees on."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,3 +52,49 @@ def wrong_target(logits: Tensor, targets: Tensor, place: int) -> ValueError:
         f"targets must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}; got "
         f"{targets[place].item()} for logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
     )
+
+
+#: Which argument of an operator the logits are.
+LOGITS_OF = {
+    "gram_volume": 0,
+    "gram_volume_backward": 1,
+    "particle_loss": 0,
+    "particle_loss_backward": 2,
+}
+
+
+def too_many_particles(op: str, args: tuple[Any, ...], most: int) -> str | None:
+    """Why kernels that hold `most` particles refuse these logits, or None; so they do backward."""
+    particles = args[LOGITS_OF[op]].shape[0]
+    return f"the kernels hold at most {most} particles at once" if particles > most else None
+
+
+def empty_linear(x: Tensor, weight: Tensor, lora_A: Tensor, bias: Tensor | None):
+    """y and S of a linear without rows or without features: a sum over nothing is zero."""
+    particles, rank, _ = lora_A.shape
+    y = x.new_zeros(particles, x.shape[1], weight.shape[0])
+    # Without output features S is not zero, but nothing reads it.
+    shrunk = x.new_zeros(particles, x.shape[1], rank)
+    return y if bias is None else y.add_(bias), shrunk
+
+
+def empty_gradients(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB of a linear without rows or without features; empty where not needed."""
+    dx, dA, dB = (
+        t.new_zeros(t.shape if need else 0) for t, need in zip((x, lora_A, lora_B), needs)
+    )
+    return dx, dA, dB
+
+
+def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:
+    """dX = dS·A (K, T, d_in); (1, T, d_in), summed over the particles, where they share x."""
+    if shared:
+        return torch.mm(by_row(d_shrunk), lora_A.flatten(0, 1)).unsqueeze(0)
+    return torch.bmm(d_shrunk, lora_A)
+
+
+def by_row(d_shrunk: Tensor) -> Tensor:
+    """(K, T, r) -> (T, K·r)."""
+    return d_shrunk.mT.flatten(0, 1).T

@@ -1,12 +1,21 @@
 """The CPU backend: C++ kernels (csrc/cpu) for the geometry and the volume."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from multilora import _C
 from multilora.ops.common import accumulator, core_dtype, wrong_target
 from multilora.ops.native import DTYPES, NativeKernels, dense_classes, volume_kind
-from multilora.ops.reference import lora_add_, lora_linear, lora_linear_backward
+
+_VENDORS = "its products are the vendor's GEMM, which no kernel of ours beats on a CPU"
+LEAVES = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_"), _VENDORS)
+
+
+def refuses(op: str, args: tuple[Any, ...]) -> str | None:
+    """Why the kernels do not take these arguments, or None: they take all."""
+    return None
 
 
 class _CpuKernels(NativeKernels):
@@ -53,10 +62,9 @@ volume = _kernels.volume
 volume_backward = _kernels.volume_backward
 
 __all__ = [
+    "LEAVES",
     "factor_gradients",
-    "lora_add_",
-    "lora_linear",
-    "lora_linear_backward",
+    "refuses",
     "traces",
     "volume",
     "volume_backward",

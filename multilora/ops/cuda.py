@@ -1,14 +1,35 @@
 """The CUDA backend: C++ kernels (csrc/cuda) for the geometry, the volume and, on Hopper, the
 linear's large products (hopper.py)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from multilora import _C_cuda
-from multilora.ops.common import accumulator, check_targets, core_dtype
+from multilora.ops import hopper
+from multilora.ops.common import (
+    LOGITS_OF,
+    accumulator,
+    check_targets,
+    core_dtype,
+    too_many_particles,
+)
 from multilora.ops.hopper import lora_linear, lora_linear_backward
 from multilora.ops.native import DTYPES, NativeKernels, dense_classes, stream, volume_kind
-from multilora.ops.reference import lora_add_
+
+LEAVES = {"lora_add_": "its products are thin, and bound by reading x and y: the vendor's GEMM's"}
+
+
+def refuses(op: str, args: tuple[Any, ...]) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    if op in LOGITS_OF:
+        return too_many_particles(op, args, _C_cuda.most_particles)
+    if op == "lora_linear":
+        return hopper.refuses(*args[:3])
+    if op == "lora_linear_backward":
+        return hopper.refuses(*args[1:4])
+    return None
 
 
 class _CudaKernels(NativeKernels):
@@ -57,12 +78,6 @@ class _CudaKernels(NativeKernels):
     ) -> tuple[Tensor, Tensor]:
         """Fill value (N,) and the first rows of losses (K + 1, N). -> stats, core"""
         particles, examples, classes = logits.shape
-        if particles > self.module.most_particles:
-            raise NotImplementedError(
-                f"the CUDA kernels hold at most {self.module.most_particles} particles at once; "
-                f"got logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: "
-                "use_backend('reference') has no limit"
-            )
         # On a GPU the kernel itself reports it, at the next synchronisation.
         if targets.device.type == "cpu":
             check_targets(logits, targets)
@@ -102,10 +117,11 @@ volume = _kernels.volume
 volume_backward = _kernels.volume_backward
 
 __all__ = [
+    "LEAVES",
     "factor_gradients",
-    "lora_add_",
     "lora_linear",
     "lora_linear_backward",
+    "refuses",
     "traces",
     "volume",
     "volume_backward",

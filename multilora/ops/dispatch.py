@@ -1,4 +1,14 @@
-"""Which backend computes an operator: one switch, one point of decision."""
+"""Which backend computes an operator: one switch, one point of decision.
+
+A backend is a module with seven functions (those of reference.py), and with
+
+- `LEAVES`, a dict from an operator to the reason why this backend has no kernel for it: the
+  reference computes it, also where the backend was asked for by name;
+- `refuses(op, args)`, the reason why its kernels do not take these arguments, or None.
+
+Nothing falls back silently: under a request, what a backend refuses raises, except where the user
+has named another backend for it.
+"""
 
 import contextlib
 import contextvars
@@ -9,7 +19,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,27 +36,52 @@ BACKENDS = {
 #: Where it is not set, they take the best that the CPU has.
 CPU_LEVEL = "MULTILORA_CPU_LEVEL"
 
+#: Every operator that asks for a backend; `_library.define` adds them.
+OPERATORS: list[str] = []
+
+
+class Request(NamedTuple):
+    """The backend that was asked for, and the one that may compute what it refuses."""
+
+    name: str
+    otherwise: str | None = None
+
+    def __str__(self) -> str:
+        return ",".join(name for name in self if name)
+
+
+def _from_environment() -> Request | None:
+    """MULTILORA_BACKEND: "cuda", or "cuda,reference" for cuda and otherwise the reference."""
+    name, _, otherwise = os.environ.get("MULTILORA_BACKEND", "").partition(",")
+    return Request(name.strip(), otherwise.strip() or None) if name.strip() else None
+
+
 # What holds where no `use_backend` does.
-_by_environment: str | None = os.environ.get("MULTILORA_BACKEND") or None
+_by_environment = _from_environment()
 
 
-class _Request:
-    """An open `use_backend`; of name None, that nothing is asked for."""
+class _Block:
+    """An open `use_backend`, or, with the request None, an order to use the defaults."""
 
-    __slots__ = ("is_open", "name")
+    __slots__ = ("is_open", "request")
 
-    def __init__(self, name: str | None):
-        self.name, self.is_open = name, True
+    def __init__(self, request: Request | None):
+        self.request, self.is_open = request, True
 
 
-# Those of this thread (or asyncio task), the innermost last, and those of all threads. Blocks may
-# be left in any order and by any thread, so each closes its own request, and restores nothing.
-_here: contextvars.ContextVar[tuple[_Request, ...]] = contextvars.ContextVar("here", default=())
-_everywhere: list[_Request] = []
+# The blocks of this thread (or asyncio task), the innermost last, and those of all threads. Blocks
+# may be left in any order and by any thread, so each closes itself, and restores nothing.
+_here: contextvars.ContextVar[tuple[_Block, ...]] = contextvars.ContextVar("here", default=())
+_everywhere: list[_Block] = []
+
+# The modules of the backends that have been used. (sys.modules has a module before another thread
+# has completed it.)
+_modules: dict[str, ModuleType] = {}
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why."""
+    """A backend was asked for by name, and cannot run here or does not take these arguments; the
+    message says why."""
 
 
 def missing_reason(name: str) -> str | None:
@@ -165,65 +200,76 @@ def _require(name: str) -> None:
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, otherwise: str | None = None) -> Iterator[None]:
     """Run every multilora operator inside the `with` block on one backend.
 
-    name: "reference" | "cpu" | "triton" | "cuda". The environment variable MULTILORA_BACKEND
-    does the same for a whole process.
+    The environment variable MULTILORA_BACKEND ("cuda", or "cuda,reference" with `otherwise`) does
+    the same for a whole process.
 
     The choice holds in the thread (the asyncio task) that enters the block, whatever others choose,
     and in threads that choose nothing themselves. The backward of an operator runs on the backend
     of its forward, on any thread and after the block too; that of a compiled function runs on what
     is asked for at that time.
 
-    Raises BackendUnavailableError, with the reason, where that backend cannot run here: an
-    explicit request never falls back to another backend. An operator raises it in a thread that
-    chooses nothing while others choose different backends.
+    An explicit request never falls back silently. Some operators have no kernel in some backends,
+    and run on the reference: `multilora info` lists them.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda".
+        otherwise: a backend that computes what the first one refuses, such as shapes and dtypes
+            that its kernels do not take: "reference" takes everything.
+
+    Raises:
+        BackendUnavailableError: with the reason, where a backend cannot run here. An operator
+            raises it, with the shapes, where its backend refuses the arguments and there is no
+            `otherwise`, and in a thread that chooses nothing while others choose different ones.
     """
-    _require(name)
-    request = _Request(name)
-    _here.set((*_still_open(), request))
-    _everywhere.append(request)
+    request = Request(name, otherwise)
+    for backend in filter(None, request):
+        _require(backend)
+    block = _Block(request)
+    _here.set((*_still_open(), block))
+    _everywhere.append(block)
     try:
         yield
     finally:
-        request.is_open = False
-        _everywhere.remove(request)
+        block.is_open = False
+        _everywhere.remove(block)
         _here.set(_still_open())
 
 
-def _still_open() -> tuple[_Request, ...]:
-    return tuple(request for request in _here.get() if request.is_open)
+def _still_open() -> tuple[_Block, ...]:
+    return tuple(block for block in _here.get() if block.is_open)
 
 
-def requested() -> str | None:
-    """The backend that is asked for here and now, or None."""
-    for request in reversed(_here.get()):
-        if request.is_open:
-            return request.name
+def requested() -> Request | None:
+    """What is asked for here and now, or None."""
+    for block in reversed(_here.get()):
+        if block.is_open:
+            return block.request
     if not _everywhere:
         return _by_environment
-    names = {request.name for request in tuple(_everywhere)}
-    if len(names) > 1:
+    requests = {block.request for block in tuple(_everywhere)}
+    if len(requests) > 1:
         raise BackendUnavailableError(
-            f"threads ask for the backends {', '.join(sorted(names))} at the same time, and this "
-            "one for none: put its work into a use_backend block of its own"
+            f"threads ask for the backends {', '.join(sorted(map(str, requests)))} at the same "
+            "time, and this one for none: put its work into a use_backend block of its own"
         )
-    return names.pop() if names else _by_environment
+    return requests.pop() if requests else _by_environment
 
 
-def is_requested(name: str | None) -> bool:
-    """Whether `as_requested(name)` would change nothing in this thread."""
-    for request in reversed(_here.get()):
-        if request.is_open:
-            return request.name == name
-    return not _everywhere and name == _by_environment
+def is_requested(request: Request | None) -> bool:
+    """Whether `as_requested(request)` would change nothing in this thread."""
+    for block in reversed(_here.get()):
+        if block.is_open:
+            return block.request == request
+    return not _everywhere and request == _by_environment
 
 
 @contextlib.contextmanager
-def as_requested(name: str | None) -> Iterator[None]:
-    """Run the block as if `requested()` were `name` in this thread; others notice nothing."""
-    token = _here.set((_Request(name),))
+def as_requested(request: Request | None) -> Iterator[None]:
+    """Run the block as if `requested()` were `request` in this thread; others notice nothing."""
+    token = _here.set((_Block(request),))
     try:
         yield
     finally:
@@ -233,10 +279,14 @@ def as_requested(name: str | None) -> Iterator[None]:
 def current_backend(device: str = "meta") -> str:
     """The backend that was asked for; else the default for tensors on `device` ("cpu", "cuda"),
     where no record of a GPU's kernel says otherwise."""
-    name = requested()
-    if name is not None:
-        _require(name)
-        return name
+    request = requested()
+    if request is None:
+        return _default(device)
+    _require(request.name)
+    return request.name
+
+
+def _default(device: str) -> str:
     if device != "cpu":
         return "reference"
     reason = _missing_cpu()
@@ -246,22 +296,86 @@ def current_backend(device: str = "meta") -> str:
 
 
 def backend_of(op: str, args: tuple[Any, ...]) -> str:
-    """The name of the backend that computes operator `op` for these arguments now."""
+    """The name of the backend that computes operator `op` for these arguments now.
+
+    Raises BackendUnavailableError where the one that was asked for does not take them.
+    """
+    request = requested()
+    if request is None:
+        return _unasked(op, args)
+    refusals = []
+    for name in filter(None, request):
+        _require(name)
+        reason = _refusal(name, op, args)
+        if reason is None:
+            return "reference" if _leaves(name, op, args) else name
+        refusals.append(f"{name!r} does not: {reason}")
+    message = (
+        f"backend {str(request)!r} was asked for (use_backend or MULTILORA_BACKEND) to compute "
+        f"{op} of {_described(op, args)}, but {', and '.join(refusals)}"
+    )
+    if request.otherwise is None:
+        message += (
+            f"; use_backend({request.name!r}, otherwise='reference') or MULTILORA_BACKEND="
+            f"{request.name},reference lets the reference compute what {request.name!r} refuses"
+        )
+    raise BackendUnavailableError(message)
+
+
+def _unasked(op: str, args: tuple[Any, ...]) -> str:
+    """The default for these arguments."""
     device = first_tensor(args).device.type
-    name = current_backend(device)
+    # A GPU's kernel runs by default only where a record on this kind of chip says that it is right,
+    # and ahead. The CPU's kernels are, at every size that was measured.
+    if device == "cuda" and missing_reason("triton") is None:
+        for proven in importlib.import_module("multilora.ops.records").proven_backends(op, args):
+            if missing_reason(proven) is None and _refusal(proven, op, args) is None:
+                return proven
+    name = _default(device)
+    return "reference" if _leaves(name, op, args) else name
+
+
+def _refusal(name: str, op: str, args: tuple[Any, ...]) -> str | None:
+    """Why this backend does not take these arguments, or None, also for what it leaves."""
+    device = first_tensor(args).device.type
     if not _runs_on(name, device):
         here, there = ("the CPU", "a GPU") if device == "cpu" else ("a GPU", "the CPU")
-        raise BackendUnavailableError(
-            f"backend {name!r} was asked for (use_backend or MULTILORA_BACKEND), but {op} got "
-            f"tensors on {here}: move them to {there}"
-        )
-    # Without a request, a GPU's kernel runs only where a record on this kind of chip says that it
-    # is right, and ahead. The CPU's are, at every size that was measured.
-    if device == "cuda" and requested() is None and missing_reason("triton") is None:
-        for proven in importlib.import_module("multilora.ops.records").proven_backends(op, args):
-            if missing_reason(proven) is None:
-                return proven
-    return name
+        return f"the tensors are on {here}, move them to {there}"
+    return None if _leaves(name, op, args) else _module(name).refuses(op, args)
+
+
+def _leaves(name: str, op: str, args: tuple[Any, ...]) -> bool:
+    """Whether this backend has no kernel for the operator."""
+    # Without a weight it is the gradient of lora_add_, and goes where that goes.
+    if op == "lora_linear_backward" and args[2] is None:
+        op = "lora_add_"
+    return op in _module(name).LEAVES
+
+
+def left_to_reference() -> dict[str, dict[str, str | None]]:
+    """Operator -> backend -> why the reference computes it there, or None where the backend does.
+
+    The backends are those that can be asked for here.
+    """
+    modules = {name: _module(name) for name in available_backends()}
+    return {op: {name: m.LEAVES.get(op) for name, m in modules.items()} for op in OPERATORS}
+
+
+def backends_of(op: str, device: str | None = None) -> list[str]:
+    """The available backends, for tensors on `device`, that have kernels for `op`."""
+    return [name for name in available_backends(device) if op not in _module(name).LEAVES]
+
+
+def _described(op: str, args: tuple[Any, ...]) -> str:
+    """The tensors among the arguments: names, shapes, dtypes."""
+    tensors = []
+    for argument, value in zip(getattr(torch.ops.multilora, op).default._schema.arguments, args):
+        if isinstance(value, Tensor):
+            tensors.append(f"{argument.name} {tuple(value.shape)} {value.dtype}")
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+            shapes = [str(tuple(t.shape)) for t in value[:3]] + ["..."] * (len(value) > 3)
+            tensors.append(f"{argument.name} [{', '.join(shapes)}] {value[0].dtype}")
+    return ", ".join(tensors)
 
 
 def _runs_on(name: str, device: str) -> bool:
@@ -281,20 +395,22 @@ def module_of(op: str, args: tuple[Any, ...]) -> ModuleType:
         and first.is_cpu
         and _missing_cpu() is None
     ):
-        name = "cpu"
-    else:
-        name = backend_of(op, args)
-    return _modules.get(name) or _load(name)
+        return _module_on_cpu(op)
+    return _module(backend_of(op, args))
 
 
-def _load(name: str) -> ModuleType:
+@functools.cache
+def _module_on_cpu(op: str) -> ModuleType:
+    """The default on a CPU, where its kernels are there."""
+    return _module("reference" if op in _module("cpu").LEAVES else "cpu")
+
+
+def _module(name: str) -> ModuleType:
     """The module of a backend."""
-    # Not sys.modules, where another thread's module is before it is complete.
-    _modules[name] = importlib.import_module(BACKENDS[name])
-    return _modules[name]
-
-
-_modules: dict[str, ModuleType] = {}
+    module = _modules.get(name)
+    if module is None:
+        module = _modules[name] = importlib.import_module(BACKENDS[name])
+    return module
 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:

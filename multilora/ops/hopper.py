@@ -4,12 +4,10 @@ y = [x | S]·[W | sB]ᵀ and dX = [dY | dS]·[W ; A] are single products with th
 last step (csrc/cuda/lora_gemm.cu). The thin ones, S = x Aᵀ, dS = s·dY·B, dA = dSᵀ·x and
 dB = s·dYᵀ·S, are the passes of the Triton backend where that can run on the device
 (`passes_of`): a pass reads x or dY once for all that it gives. Elsewhere they are PyTorch's, which
-read x twice more and dY twice more. `multilora info` says which.
+read x twice more and dY twice more. Where x needs no gradient they are all of the backward.
+`multilora info` says which runs.
 
-float32 and float64, chips other than compute capability 9.0, widths that are not multiples of 8
-(the kernel's copies need rows of a multiple of 16 bytes) and an input that all particles share
-leave the GEMM to the vendor's library: there, where x needs no gradient, and without a weight, the
-reference runs.
+`refuses` says what the kernel does not take.
 
 Dims: K particles, T rows, r rank, and r filled to a multiple of 8 in what the kernel copies.
 """
@@ -25,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multilora import _C_cuda
-from multilora.ops import reference
+from multilora.ops import dispatch
+from multilora.ops.common import empty_gradients, empty_linear
 from multilora.ops.native import DTYPES, stream
 
 
@@ -38,8 +37,8 @@ def lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """x (K or 1, T, d_in) -> y (K, T, d_out) and S = x Aᵀ (K, T, r)."""
-    if not _is_ours(x, weight, lora_A):
-        return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
+    if 0 in (x.shape[1], *weight.shape):
+        return empty_linear(x, weight, lora_A, bias)
     rank = lora_A.shape[1]
     x = _aligned(x)
     shrunk = _shrink(x, lora_A, lora_B)
@@ -51,7 +50,7 @@ def lora_linear(
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
@@ -59,25 +58,39 @@ def lora_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
-    needs_x, needs_A, needs_B = needs
-    if not (needs_x and weight is not None and _is_ours(x, weight, lora_A)):
-        return reference.lora_linear_backward(
-            grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
-        )
+    if 0 in (x.shape[1], *weight.shape):
+        return empty_gradients(x, lora_A, lora_B, needs)
     x, grad = _aligned(x), _aligned(grad)
-    thin = _pytorchs if passes_of(x.device.type) is None else _passes
-    d_shrunk, dA, dB = thin(grad, x, lora_A, lora_B, shrunk, scaling, needs_A, needs_B)
+    thin = _by_pytorch if passes_of(x.device.type) is None else _by_passes
+    d_shrunk, dA, dB = thin(grad, x, lora_A, lora_B, shrunk, scaling, needs)
+    if not needs[0]:
+        return x.new_empty(0), dA, dB
+    assert d_shrunk is not None
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     _gemm(dx, grad, weight, d_shrunk, _expander(lora_A, 1, 1.0, x.dtype), None, w_depth_first=True)
     return dx, dA, dB
 
 
+def refuses(x: Tensor, weight: Tensor, lora_A: Tensor) -> str | None:
+    """Why the kernel does not take this problem, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return "the GEMM is one for float16 and bfloat16"
+    if x.shape[0] != lora_A.shape[0]:
+        return "the GEMM reads rows of its own for each particle, and here all share theirs"
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return (
+            "the GEMM copies rows of a multiple of 16 bytes: d_in and d_out must be multiples of 8"
+        )
+    if _processors(x.device) == 0:
+        return "the GEMM is one for compute capability 9.0 (Hopper)"
+    return None
+
+
+@functools.cache
 def passes_of(device: str) -> ModuleType | None:
     """The Triton backend's linear, which has the thin passes, where Triton runs on this kind of
     device; else None."""
-    from multilora.ops import dispatch
-
-    if dispatch.missing_reason("triton") is not None or not dispatch._runs_on("triton", device):
+    if "triton" not in dispatch.available_backends(device):
         return None
     return importlib.import_module("multilora.ops.triton.linear")
 
@@ -91,65 +104,56 @@ def _shrink(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     return passes.shrink(x, lora_A, _filled(lora_B, 2))
 
 
-def _pytorchs(
+def _by_pytorch(
     grad: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
     scaling: float,
-    needs_A: bool,
-    needs_B: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dS (K, T, filled r), dA (K, r, d_in), dB (K, d_out, r), each by a product of its own."""
-    dA, dB = lora_A.new_empty(0), lora_B.new_empty(0)
-    d_shrunk = torch.bmm(grad, _expander(lora_B, 2, scaling, x.dtype))
-    if needs_A:
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """-> dS (K, T, filled r), dA (K, r, d_in), dB (K, d_out, r), each by one product.
+
+    dS is None where neither dx nor dA is needed.
+    """
+    needs_x, needs_A, needs_B = needs
+    d_shrunk, dA, dB = None, lora_A.new_empty(0), lora_B.new_empty(0)
+    if needs_x or needs_A:
+        d_shrunk = torch.bmm(grad, _expander(lora_B, 2, scaling, x.dtype))
+    if d_shrunk is not None and needs_A:
         dA = torch.bmm(d_shrunk[..., : lora_A.shape[1]].mT, x).to(lora_A.dtype)
     if needs_B:
         dB = torch.bmm(grad.mT, shrunk).mul_(scaling).to(lora_B.dtype)
     return d_shrunk, dA, dB
 
 
-def _passes(
+def _by_passes(
     grad: Tensor,
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     shrunk: Tensor,
     scaling: float,
-    needs_A: bool,
-    needs_B: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs: list[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """The same by the Triton backend's passes: one over dY and one over x."""
-    rank = lora_A.shape[1]
+    rank, passes = lora_A.shape[1], passes_of(x.device.type)
+    assert passes is not None
     factors = (_filled(lora_A, 1), _filled(lora_B, 2), _filled(shrunk, 2))
-    d_shrunk, dA, dB = passes_of(x.device.type).thin_gradients(
-        grad, x, *factors, scaling, [True, needs_A, needs_B]
-    )
-    if needs_A:
+    d_shrunk, dA, dB = passes.thin_gradients(grad, x, *factors, scaling, needs)
+    if needs[1]:
         dA = dA[:, :rank].contiguous()
-    if needs_B:
+    if needs[2]:
         dB = dB[..., :rank].contiguous()
     return d_shrunk, dA, dB
-
-
-def _is_ours(x: Tensor, weight: Tensor, lora_A: Tensor) -> bool:
-    """Whether the kernel computes this."""
-    return (
-        x.dtype in (torch.float16, torch.bfloat16)
-        and x.shape[0] == lora_A.shape[0]
-        and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-        and 0 not in (*x.shape, *weight.shape)
-        and _processors(x.device) > 0
-    )
 
 
 @functools.cache
 def _processors(device: torch.device) -> int:
     """How many blocks of the kernel run at a time; none on chips that are not its own."""
     if device.type != "cuda":
-        # The tests: two blocks are enough to have tiles divided, and more than one for each.
+        # In the tests two blocks are enough to have tiles divided, and more than one for each.
         return 2
     if torch.cuda.get_device_capability(device) != (9, 0):
         return 0

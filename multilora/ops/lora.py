@@ -130,7 +130,7 @@ class _AddInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, lora_A, lora_B, scaling):
         shrunk = _add_in_place(y, x, lora_A, lora_B, scaling)
-        ctx.backend = dispatch.requested()
+        ctx.request = dispatch.requested()
         _save_low_rank(ctx, x, lora_A, lora_B, shrunk, scaling)
         # Return the memory under a new tensor. If y itself were marked dirty, autograd would copy
         # the whole gradient three times where y is a view, as every F.linear of 3-D rows returns.

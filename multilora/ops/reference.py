@@ -8,7 +8,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,19 @@ from multilora.ops.common import (
     IGNORE_INDEX,
     TABLE_IS_NOT_THERE,
     accumulator,
+    by_row,
     check_targets,
     core_dtype,
+    expand_gradient,
 )
+
+#: It computes every operator, for all arguments.
+LEAVES: dict[str, str] = {}
+
+
+def refuses(op: str, args: tuple[Any, ...]) -> None:
+    """Nothing."""
+
 
 # --- lora_linear ---------------------------------------------------------------------------------
 
@@ -104,7 +114,7 @@ def lora_linear_backward(
         elif shared:
             # The rows are the same for all particles, so dY is summed before the large product.
             dx = torch.mm(grad.sum(0), weight)
-            dx = dx.addmm_(_by_row(turned.mT), A.flatten(0, 1)).unsqueeze(0)
+            dx = dx.addmm_(by_row(turned.mT), A.flatten(0, 1)).unsqueeze(0)
         else:
             dx = torch.mm(grad.flatten(0, 1), weight).view(particles, rows, d_in)
             dx = dx.baddbmm_(turned.mT, A)
@@ -121,18 +131,6 @@ def lora_linear_backward(
     if dx is None:
         dx = x.new_empty(0)
     return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB
-
-
-def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:
-    """dX = dS·A (K, T, d_in); (1, T, d_in), summed over the particles, where they share x."""
-    if shared:
-        return torch.mm(_by_row(d_shrunk), lora_A.flatten(0, 1)).unsqueeze(0)
-    return torch.bmm(d_shrunk, lora_A)
-
-
-def _by_row(d_shrunk: Tensor) -> Tensor:
-    """(K, T, r) -> (T, K·r)."""
-    return d_shrunk.mT.flatten(0, 1).T
 
 
 # --- adapter geometry ----------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def python(program: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_expected_backends_are_here():
     # A CI job names the backends that it exists to test, so that none is left out unseen.
+    # That each runs its own kernels: test_which_kernel_runs.py.
     names = os.environ.get("MULTILORA_EXPECT_BACKENDS", "reference").split(",")
     missing = {name: dispatch.missing_reason(name.strip()) for name in names if name.strip()}
     assert not any(missing.values()), missing
@@ -53,7 +54,13 @@ def fake_backend(monkeypatch):
         calls.append("backward")
         return [torch.full_like(t, 7.0) for t in (*lora_A, *lora_B)]
 
-    module = SimpleNamespace(traces=traces, factor_gradients=factor_gradients, calls=calls)
+    module = SimpleNamespace(
+        traces=traces,
+        factor_gradients=factor_gradients,
+        LEAVES={},
+        refuses=lambda op, args: None,
+        calls=calls,
+    )
     monkeypatch.setitem(dispatch.BACKENDS, "fake", "fake_kernels")
     monkeypatch.setitem(dispatch._modules, "fake", module)
     return module
@@ -187,7 +194,8 @@ def test_the_backward_of_lora_add_runs_on_the_backend_of_its_forward(monkeypatch
     with ml.use_backend("reference"):
         value = lora_add(y, x, lora_A, lora_B).sum()
     value.backward()
-    assert asked == [("lora_add_", "reference"), ("lora_linear_backward", "reference")]
+    here = dispatch.Request("reference")
+    assert asked == [("lora_add_", here), ("lora_linear_backward", here)]
 
 
 def test_nesting_restores(fake_backend):

@@ -17,7 +17,7 @@ from oracles import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = oracles.each_backend("lora_gram")
 
 # Inputs are float32 and exact, sums are float64, the result is rounded once to float32 (6e-8).
 FP32 = 1e-5

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+import multilora as ml
 from multilora.ops import dispatch
 from multilora.ops import triton as backend
 from multilora.ops.triton import blocks, common, configs, frobenius
@@ -155,8 +156,9 @@ def test_factors_with_more_than_2_to_the_31_elements(is_B, far):
 
 def test_gram_matrices_with_more_elements_than_32_bits_count():
     A, B = torch.zeros(1, 1, 1).expand(800, 60, 3), torch.zeros(1, 1, 1).expand(800, 4, 60)
-    with pytest.raises(NotImplementedError, match=r"46340 rows.*48000 rows"):
-        backend.traces([A], [B], [1.0], False)
+    refusal = pytest.raises(ml.BackendUnavailableError, match=r"\(800, 60, 3\).*46340.*not 48000")
+    with ml.use_backend("triton"), refusal:
+        ml.lora_gram(A, B)
 
 
 # --- alignment -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from oracles import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = oracles.each_backend("lora_add_")
 
 
 def problem(K=3, lead=(5,), d_in=7, d_out=11, rank=2, dtype=torch.float32, shared=False):

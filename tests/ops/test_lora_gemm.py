@@ -297,31 +297,58 @@ def test_views_and_odd_storage_offsets(calls):
     assert len(calls) == 3
 
 
-def test_what_is_left_to_the_vendors_library(calls):
-    for dtype in (torch.float32, torch.float64):
-        x, weight, A, B, _ = operands(2, (6,), 16, 24, 4, dtype, dtype)
-        got = ml.lora_linear(x, weight, A, B, None, 0.5)
-        assert relative_error(got, oracles.lora_linear(x, weight, A, B, None, 0.5)) < 1e-6
-    x, weight, A, B, _ = operands(2, (6,), 16, 24, 4, torch.bfloat16, torch.bfloat16)
-    ml.lora_linear(x[:1], weight, A, B)
-    assert ml.lora_linear(x[:, :0], weight, A, B).shape == (2, 0, 24)
+REFUSED = {
+    "float32": ((2, (6,), 16, 24, 4, torch.float32, torch.float32), "float16 and bfloat16"),
+    "float64": ((2, (6,), 16, 24, 4, torch.float64, torch.float64), "float16 and bfloat16"),
+    "input width": ((2, (6,), 12, 16, 4, BF16, BF16), "d_in and d_out"),
+    "output width": ((2, (6,), 16, 20, 4, BF16, BF16), "d_in and d_out"),
+    "shared input": ((2, (6,), 16, 24, 4, BF16, BF16), "all share"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_kernel_does_not_take_is_refused(name, calls):
+    problem, why = REFUSED[name]
+    x, weight, A, B, _ = operands(*problem)
+    x = x[:1] if name == "shared input" else x
+    with pytest.raises(ml.BackendUnavailableError, match=f"(?s){why}.*otherwise='reference'") as e:
+        ml.lora_linear(x, weight, A, B)
+    assert str(tuple(x.shape)) in str(e.value) and str(tuple(B.shape)) in str(e.value)
+    # With the user's permission it is the reference's, and so is its backward.
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    with ml.use_backend("cuda", otherwise="reference"):
+        y = ml.lora_linear(x, weight, A, B)
+    y.sum().backward()
+    with ml.use_backend("reference"):
+        expected = ml.lora_linear(x, weight, A, B)
+        grads = torch.autograd.grad(expected.sum(), leaves)
+    assert torch.equal(y, expected) and calls == []
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, grads))
+
+
+def test_nothing_to_multiply(calls):
+    x, weight, A, B, bias = operands(2, (6,), 16, 24, 4, BF16, torch.float32)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    for rows, features in ((0, 16), (6, 0)):
+        some = x[:, :rows, :features], weight[:, :features], A[..., :features], B
+        y = ml.lora_linear(*some, bias.bfloat16())
+        assert torch.equal(y, bias.bfloat16().expand(2, rows, 24))
+        for grad, leaf in zip(torch.autograd.grad(y.sum(), leaves), leaves):
+            assert torch.equal(grad, torch.zeros_like(leaf))
     assert calls == []
 
 
-def test_no_large_product_where_x_needs_no_gradient(calls):
-    x, weight, A, B, _ = operands(2, (6,), 16, 24, 4, torch.bfloat16, torch.float32)
-    A.requires_grad_()
-    ml.lora_linear(x, weight, A, B).sum().backward()
-    assert A.grad.shape == A.shape and calls == ["rows"]
-
-
-@pytest.mark.parametrize("d_in, d_out", [(12, 16), (16, 20)])
-def test_widths_that_the_copies_cannot_take(d_in, d_out, calls):
-    x, weight, A, B, _ = operands(2, (6,), d_in, d_out, 4, torch.bfloat16, torch.bfloat16)
-    got = ml.lora_linear(x, weight, A, B)
-    # Two roundings to bfloat16, of 4e-3 each.
-    assert relative_error(got, oracles.lora_linear(x, weight, A, B)) < 1e-2
-    assert calls == []
+def test_no_large_product_where_x_needs_no_gradient(calls, thin_products):
+    x, weight, A, B, _ = operands(2, (6,), 16, 24, 4, BF16, torch.float32)
+    leaves = [A.requires_grad_(), B.requires_grad_()]
+    y = ml.lora_linear(x, weight, A, B)
+    upstream = torch.randn_like(y)
+    got = [torch.autograd.grad(y, leaf, upstream, retain_graph=True)[0] for leaf in leaves]
+    expected = double_gradients(lambda A, B: oracles.lora_linear(x, weight, A, B), leaves, upstream)
+    for gradient, right in zip(got, expected):
+        # dS or S is rounded to bfloat16 in between.
+        assert relative_error(gradient, right) < 1e-2
+    assert calls == ["rows"]
 
 
 def test_tile_widths():

@@ -134,8 +134,9 @@ import torch
 from multilora.ops import dispatch
 print(dispatch.backend_of("lora_gram", (torch.ones(1),)))
 print(dispatch.backend_of("lora_gram", (torch.ones(1, device="meta"),)))
+print(dispatch.backend_of("lora_linear", (torch.ones(1),)))
 """
-    assert succeed(python(program)).split() == ["cpu", "reference"]
+    assert succeed(python(program)).split() == ["cpu", "reference", "reference"]
 
 
 # --- what setup.py builds ------------------------------------------------------------------------

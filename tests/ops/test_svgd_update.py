@@ -7,7 +7,7 @@ import oracles
 from multilora.ops import svgd_update
 from oracles import check_operator, relative_error
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = oracles.each_backend("svgd_update")
 
 # Computed in float64 from exact inputs and rounded once to the output's dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}

@@ -425,13 +425,14 @@ def test_nothing_is_the_default_without_a_record(monkeypatch):
 def test_what_is_proven_is_the_default_on_a_gpu(found, expected, monkeypatch):
     on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     monkeypatch.setattr(dispatch, "first_tensor", lambda args: on_gpu)
+    factors = ([torch.ones(2, 1, 3)], [torch.ones(2, 3, 1)], [1.0])
     monkeypatch.setattr("multilora.ops.records.proven_backends", lambda op, args: found)
     # Backend "cuda" was not built here.
     monkeypatch.setattr(dispatch, "missing_reason", lambda name: "no" if name == "cuda" else None)
     with dispatch.as_requested(None):
-        assert dispatch.backend_of("lora_gram", ()) == expected
+        assert dispatch.backend_of("lora_gram", factors) == expected
     with ml.use_backend("reference"):
-        assert dispatch.backend_of("lora_gram", ()) == "reference"
+        assert dispatch.backend_of("lora_gram", factors) == "reference"
 
 
 def test_cpu_tensors_without_the_interpreter(monkeypatch):

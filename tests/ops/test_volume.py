@@ -18,7 +18,7 @@ from oracles import (
     relative_error,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = oracles.each_backend("gram_volume")
 
 # The value is a sum of logarithms of eigenvalues >= eps = 1e-4 of a matrix that float32 knows to
 # about 1e-7; divided by its own size, K log(1/eps), the error stays below 1e-5. In the gradient the
@@ -458,8 +458,16 @@ def test_more_particles_than_the_gpus_kernels_hold(backend):
         assert relative_error(value, oracles.gram_volume(logits, targets)) < VALUE
         return
     for function in (ml.gram_volume, ml.particle_loss):
-        with pytest.raises(NotImplementedError, match=r"32 particles.*\(33, 2, 40\).*\(2,\)"):
+        with pytest.raises(
+            ml.BackendUnavailableError, match=r"\(33, 2, 40\).*\(2,\).*32 particles.*otherwise="
+        ):
             function(logits, targets)
+    with ml.use_backend(backend, otherwise="reference"):
+        value = ml.gram_volume(logits.requires_grad_(), targets)
+    # The gradient goes where the value went.
+    value.sum().backward()
+    assert relative_error(value, oracles.gram_volume(logits, targets)) < VALUE
+    assert logits.grad.isfinite().all()
 
 
 functions = pytest.mark.parametrize("function", [ml.gram_volume, ml.particle_loss])

@@ -4,6 +4,7 @@ Written from the mathematics alone; shares no line with multilora/ops. Autograd 
 functions gives the gradients.
 """
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -15,6 +16,19 @@ from multilora.ops._library import compute_on
 
 #: What kind of device the tests compute on.
 DEVICE = torch.get_default_device().type
+
+
+def each_backend(op: str, but: tuple[str, ...] = ()) -> list[pytest.MarkDecorator]:
+    """For pytestmark: every test of the file once on every backend that has kernels for `op`.
+
+    Backend "cuda" executes its kernels' PTX on a CPU, slowly: tests ask for it by name there.
+    """
+    but = (*but, "cuda") if DEVICE == "cpu" else but
+    names = [name for name in dispatch.backends_of(op, DEVICE) if name not in but]
+    return [
+        pytest.mark.usefixtures("backend"),
+        pytest.mark.parametrize("backend", names, indirect=True),
+    ]
 
 
 def delta_weights(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:

@@ -479,16 +479,17 @@ class _Plan:
 _MOST_ROWS = 46_340
 
 
+def refuses(lora_A: list[Tensor]) -> str | None:
+    """Why the kernels do not take these factors, or None."""
+    rows = max(A.shape[0] * A.shape[1] for A in lora_A)
+    if rows > _MOST_ROWS:
+        return f"the kernels hold Gram matrices of at most {_MOST_ROWS} rows (17 GB), not {rows}"
+    return None
+
+
 def _plan_of(lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float]) -> _Plan:
     first = lora_A[0]
     sizes = tuple((A.shape[1], A.shape[2], B.shape[1]) for A, B in zip(lora_A, lora_B))
-    particles, rank = first.shape[0], max(rank for rank, _, _ in sizes)
-    if particles * rank > _MOST_ROWS:
-        raise NotImplementedError(
-            f"the Triton kernels hold Gram matrices of at most {_MOST_ROWS} rows (17 GB); got "
-            f"{particles} particles of rank {rank}, {particles * rank} rows: "
-            "use_backend('reference') has no limit"
-        )
     return _plan(first.shape[0], sizes, tuple(scaling), first.dtype, chip(first.device))
 
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from multilora.ops import reference
-from multilora.ops.common import accumulator
+from multilora.ops.common import accumulator, empty_gradients, empty_linear, expand_gradient
 from multilora.ops.triton import configs
 from multilora.ops.triton.blocks import aligned
 from multilora.ops.triton.common import Chip, Launch, chip, precision
@@ -76,7 +75,7 @@ def lora_linear(
     particles, rank, d_in = lora_A.shape
     rows, d_out = x.shape[1], weight.shape[0]
     if 0 in (rows, d_in, d_out):
-        return reference.lora_linear(x, weight, lora_A, lora_B, bias, scaling)
+        return empty_linear(x, weight, lora_A, bias)
     x, weight = aligned(x), aligned(weight)
     if bias is not None:
         bias = aligned(bias)
@@ -157,7 +156,7 @@ def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     particles, d_out, _ = lora_B.shape
     rows = x.shape[1]
     if 0 in (rows, x.shape[2], d_out):
-        return reference.lora_add_(y, x, lora_A, lora_B, scaling)
+        return x.new_zeros(particles, rows, lora_A.shape[1])
     shrunk = shrink(aligned(x), lora_A, lora_B)
     # A product as thin as this is y's one read and one write: the vendor's does no more.
     y = y.view(particles, rows, d_out)
@@ -180,9 +179,7 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad (K, T, d_out) -> dx (as x), dA (K, r, d_in), dB (K, d_out, r), or empty."""
     if 0 in (x.shape[1], x.shape[2], grad.shape[2]):
-        return reference.lora_linear_backward(
-            grad, x, weight, lora_A, lora_B, shrunk, scaling, needs
-        )
+        return empty_gradients(x, lora_A, lora_B, needs)
     x, grad = aligned(x), aligned(grad)
     problem = _problem(x, lora_A, lora_B, scaling)
     d_shrunk, dA, dB = _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
@@ -190,7 +187,7 @@ def lora_linear_backward(
         return x.new_empty(0), dA, dB
     shared = x.shape[0] != lora_A.shape[0]
     if weight is None:
-        return reference.expand_gradient(d_shrunk, lora_A.to(x.dtype), shared), dA, dB
+        return expand_gradient(d_shrunk, lora_A.to(x.dtype), shared), dA, dB
     weight = aligned(weight)
     # The rows are the same for all particles, so dY is summed before the large product.
     rest = grad.sum(0, keepdim=True) if shared else grad

@@ -22,7 +22,7 @@ from bench.clocks import (
     peak_memory,
     quartiles,
 )
-from bench.device import check_device
+from bench.device import check_device, synchronize
 from bench.roofline import Ceilings, floor
 
 Note = Callable[[str], None]
@@ -108,9 +108,8 @@ class Measurement:
         self.note(name)
         try:
             value = action()
-            if self.device.type == "cuda":
-                # What went wrong on the device is raised here, not in the next peer.
-                torch.cuda.synchronize()
+            # What went wrong on the device is raised here, not in the next peer.
+            synchronize(self.device)
             return value
         except Unavailable as error:
             self.skipped[name] = str(error)

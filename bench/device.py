@@ -19,6 +19,12 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; what went wrong on it is raised here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class BrokenDevice(BaseException):
     """The CUDA context no longer works; only a new process helps. No handler of errors stops it."""
 
@@ -28,8 +34,7 @@ def check_device(error: Exception, device: torch.device) -> None:
     error.__traceback__ = None
     try:
         free_memory(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     except Exception as broken:
         raise BrokenDevice(reason(error)) from broken
 

@@ -25,7 +25,7 @@ from bench.device import default_device
 from bench.jobs import Group, Job, Stage, shown
 from bench.journal import Journal, state
 from bench.record import RESULTS, commit
-from bench.supervise import Supervisor
+from bench.supervise import Supervisor, Task
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,18 +74,8 @@ class Session:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         self.file = args.out_dir / f"{args.out}.json"
         self.journal = Journal(args.out_dir / f"{args.out}.journal.jsonl")
-        self.supervisor = Supervisor(
-            stages,
-            self.journal,
-            self.until,
-            plan=args.plan_of,
-            device=args.device,
-            tiny=args.tiny,
-            options=options,
-            folder=args.out_dir,
-            name=args.out,
-            changed=self.write,
-        )
+        task = Task(args.plan_of, args.device, args.tiny, args.out_dir, args.out, options)
+        self.supervisor = Supervisor(stages, self.journal, self.until, task, self.write)
         self.told = len(self.journal.events)
 
     def run(self) -> int:

@@ -27,7 +27,7 @@ import torch
 
 import multilora as ml
 from bench.clocks import interleave, peak_memory, quartiles
-from bench.device import default_device
+from bench.device import default_device, synchronize
 from bench.processes import ROOT
 from bench.record import RESULTS, machine, write
 
@@ -79,8 +79,7 @@ def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
     def step() -> None:
         method.backward(lambda: (model(x), y))
         optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     if on_gpu:
         # Kernels are loaded in the first step.
@@ -135,13 +134,11 @@ def trunk(
         return torch.cat([p.grad.flatten() for p in model.particle_parameters()])
 
     def step(shared: bool) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         backward(shared)
         optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         return time.perf_counter() - start
 
     state = algorithm.state_dict()

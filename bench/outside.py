@@ -19,9 +19,11 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from bench.jobs import Context
 from bench.processes import ROOT, kill, start
+from multilora.ops.dispatch import missing_reason
 
 TESTS = ("lora_linear", "lora_add", "geometry", "volume", "svgd_update")
 #: Bytes of a log that are kept: of a longer one the beginning and the end.
@@ -188,6 +190,36 @@ _OUTCOME = re.compile(
     r"^(?:\[gw\d+\] \[ *\d+%\] (?P<state>[A-Z]+) (?P<test>\S.*)"
     r"|(?P<name>\S+::.*?) (?P<outcome>[A-Z]+)\b.*\[ *\d+%\])$"
 )
+
+
+def gpu_tests(context: Context, file: str, backend: str, seconds: float = 110.0) -> dict[str, Any]:
+    """A file of tests/gpu on one backend, in a process of its own; the errors that it measured."""
+    missing = missing_reason(backend)
+    if missing is not None:
+        return {"failures": {}, "skipped": {backend: missing}}
+    environment = {"MULTILORA_TEST_DEVICE": context.device.type}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "-m", "gpu", "-k", backend]
+        command += ["-p", "no:cacheprovider", "--color=no", "--tb=short", f"--junitxml={report}"]
+        code, text = run(command, context, file, seconds, environment)
+        found = junit(report) if report.exists() else {"failures": {}}
+    # A process that was ended has written no report.
+    if not found["failures"]:
+        found["failures"] = failed(code, text, seconds)
+    return found
+
+
+def junit(report: Path) -> dict[str, Any]:
+    """The failures in pytest's report, and the property "error" of every test that has one."""
+    found: dict[str, Any] = {"failures": {}}
+    for test in ElementTree.parse(report).iter("testcase"):
+        name = test.get("name", "")
+        for wrong in [*test.findall("failure"), *test.findall("error")]:
+            found["failures"][name] = (wrong.get("message") or "it failed")[:300]
+        for one in test.iter("property"):
+            found[name] = float(one.get("value", "nan"))
+    return found
 
 
 def summary(lines: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import checks, compare, outside, probes, smoke
+from bench import compare, outside, probes, smoke
 from bench.case import Case, Unavailable, is_ours
 from bench.cases import families
 from bench.jobs import Context, Group, Job, Stage
@@ -25,6 +25,11 @@ from multilora.ops.dispatch import BACKENDS, available_backends, missing_reason
 AT_ONCE = 8
 #: Processes that fill Triton's cache for the sizes that follow.
 COMPILERS = 4
+#: The files of tests/gpu. Determinism, and graphs captured by hand, are checked with every case.
+GPU_TESTS = {
+    "torch.compile": "test_compiled_graphs.py",
+    "large offsets": "test_large_offsets.py",
+}
 
 
 def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
@@ -68,7 +73,7 @@ def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
             [group("ViT-B steps"), group("Llama steps"), Group("programs", _program_jobs(tiny))],
         ),
     ]
-    rest = [group("torch.compile"), Group("large offsets", _large_jobs(backends))]
+    rest = [group("torch.compile"), Group("large offsets", _gpu_test_jobs(backends))]
     if tests:
         rest.insert(0, Group("tests", [Job("tests", outside.tests, seconds=150.0)]))
     found.append(
@@ -212,7 +217,7 @@ def _compile_share(share: int, context: Context) -> dict[str, Any]:
 
 
 def _ask(question: Any, backend: str, context: Context) -> dict[str, Any]:
-    """A probe's or a check's answer for one backend, unless that ended its process before."""
+    """A probe's answer for one backend, unless that ended its process before."""
     peer = f"multilora ({backend})"
     if peer in context.without:
         return {"failures": {peer: context.without[peer]}}
@@ -233,16 +238,15 @@ def _probe_groups(backends: Sequence[str]) -> list[Group]:
     ]
 
 
-def _large_jobs(backends: Sequence[str]) -> list[Job]:
+def _gpu_test_jobs(backends: Sequence[str]) -> list[Job]:
     return [
         Job(
             f"check: {name} ({backend})",
-            partial(_ask, function, backend),
-            seconds=12.0,
-            silence=120.0,
+            partial(outside.gpu_tests, file=file, backend=backend),
+            seconds=16.0,
             memory=40e9 if name == "large offsets" else 4e9,
         )
-        for name, function in checks.CHECKS.items()
+        for name, file in GPU_TESTS.items()
         for backend in backends
     ]
 

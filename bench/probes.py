@@ -15,8 +15,10 @@ from torch import Tensor
 
 import multilora as ml
 from bench import repetitions
-from bench.checks import on_backend
+from bench.check import reason
+from bench.device import check_device, synchronize
 from bench.repetitions import Layers, LinearSize
+from multilora.ops.dispatch import missing_reason
 
 #: Outputs and gradients of one operator, in leaves that it is given.
 Operator = tuple[Callable[..., Any], list[Tensor]]
@@ -49,6 +51,31 @@ def with_gradients(function: Callable[..., Any], inputs: list[Tensor]) -> list[T
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
     return [t.detach() for t in (*outputs, *grads)]
+
+
+def on_backend(
+    backend: str,
+    computations: dict[str, Callable[[], Any]],
+    right: Callable[[Any], bool],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What each computation gave on that backend, and the failures. Raises BrokenDevice where the
+    device works no longer: what comes after would be blamed for it."""
+    result: dict[str, Any] = {"failures": {}}
+    missing = missing_reason(backend)
+    if missing is not None:
+        return result | {"skipped": {backend: missing}}
+    for name, compute in computations.items():
+        try:
+            with ml.use_backend(backend):
+                result[name] = compute()
+            synchronize(device)
+            if not right(result[name]):
+                result["failures"][name] = str(result[name])
+        except Exception as error:
+            result["failures"][name] = reason(error)
+            check_device(error, device)
+    return result
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from bench import smoke
-from bench.device import default_device
+from bench.device import default_device, synchronize
 from bench.jobs import Context
 
 
@@ -20,8 +18,7 @@ def main(backend: str) -> int:
             result = job.run(context)
             print(job.name, result["failures"], result["skipped"], flush=True)
             wrong += bool(result["failures"])
-    if context.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(context.device)
     return 1 if wrong else 0
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,25 @@ class Running:
         return self.spent + max(0.0, time.time() - self.begun)
 
 
-class Supervisor:
-    """options: what the plan is made with again in the workers, beside device and tiny.
+@dataclass(frozen=True)
+class Task:
+    """What the workers need to make the same plan again, and where all files are written.
 
-    changed: is called when the journal has something new. out: the folder of all files.
+    plan: a module with a function `stages(device, tiny, **options)`. name: the files' first part.
+    """
+
+    plan: str
+    device: str
+    tiny: bool
+    folder: Path
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Supervisor:
+    """Runs the groups of the stages until the time `until`, and keeps the journal.
+
+    changed: is called when the journal has something new.
     """
 
     def __init__(
@@ -64,22 +80,15 @@ class Supervisor:
         stages: list[Stage],
         journal: Journal,
         until: float,
-        *,
-        plan: str,
-        device: str,
-        tiny: bool,
-        options: dict[str, Any],
-        folder: Path,
-        name: str,
+        task: Task,
         changed: Callable[[], None] = lambda: None,
     ):
         self.stages, self.journal, self.until = stages, journal, until
-        self.task = {"plan": plan, "device": device, "tiny": tiny, "options": options}
-        self.task |= {"folder": str(folder.resolve()), "name": name}
-        self.log = folder / f"{name}.log"
+        self.task = {**vars(task), "folder": str(task.folder.resolve())}
+        self.log = task.folder / f"{task.name}.log"
         self.changed = changed
         self.jobs = {j.name: j for s in stages for g in s.every_group() for j in g.jobs}
-        self.card = Card(device.split(":")[0])
+        self.card = Card(task.device.split(":")[0])
         self.read_card = 0.0
         self.starts: Counter[str] = Counter()
         self.crashes: Counter[str] = Counter()

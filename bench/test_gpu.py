@@ -21,7 +21,7 @@ from bench.operators import linear_case
 from bench.plan import stages
 from bench.processes import ROOT
 from bench.repetitions import LinearSize
-from bench.supervise import Supervisor
+from bench.supervise import Supervisor, Task
 
 OURS = "multilora (reference)"
 CPU = torch.device("cpu")
@@ -358,6 +358,26 @@ def test_a_command_is_stopped(tmp_path):
     assert "begun" in (tmp_path / "x.commands.log").read_text()
 
 
+def test_report_of_the_tests_for_a_gpu(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        """
+def test_right(record_property):
+    record_property("error", 0.5)
+
+
+def test_wrong(record_property):
+    record_property("error", 2.0)
+    assert 2.0 < 1.0, "y"
+"""
+    )
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True)
+    found = outside.junit(report)
+    assert found.pop("failures").keys() == {"test_wrong"}
+    assert found == {"test_right": 0.5, "test_wrong": 2.0}
+
+
 def test_summary_of_tests():
     lines = [
         "[gw0] [ 25%] PASSED tests/ops/test_volume.py::test_values[reference-3 particles] ",
@@ -431,8 +451,8 @@ def test_another_card_is_refused(tmp_path):
             self.journal.add(event="done", job="machine", result=result)
 
     plan = [stage for stage in stages("cpu", True) if stage.name in ("machine", "ViT-B")]
-    task = {"plan": "", "device": "cpu", "tiny": True, "options": {}, "name": "x"}
-    found = Elsewhere(plan, known, time.time() + 60, folder=tmp_path, **task)
+    task = Task("", "cpu", True, tmp_path, "x")
+    found = Elsewhere(plan, known, time.time() + 60, task)
     assert "of one, this is another" in found.run(["a"])
     results = journal.state(known.events).results
     assert results["machine"]["machine"]["device"] == "one" and "a" in results

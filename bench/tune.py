@@ -28,7 +28,7 @@ from bench.jobs import Context, Group, Job, Stage
 from bench.journal import Journal, state
 from bench.plan import machine_stage
 from bench.record import RESULTS
-from bench.supervise import Supervisor
+from bench.supervise import Supervisor, Task
 from bench.tuning import Tuner
 from multilora.ops.dispatch import missing_reason
 from multilora.ops.triton.configs import TABLE
@@ -125,18 +125,9 @@ def main() -> int:
             write(table, entries)
             print(f"{job}: {_summary(result)}", flush=True)
 
-    supervisor = Supervisor(
-        plan,
-        journal,
-        time.time() + 60 * args.minutes,
-        plan="bench.tune",
-        device=args.device,
-        tiny=args.tiny,
-        options={"only": args.only},
-        folder=folder,
-        name=f"{args.record}-tune",
-        changed=changed,
-    )
+    options = {"only": args.only}
+    task = Task("bench.tune", args.device, args.tiny, folder, f"{args.record}-tune", options)
+    supervisor = Supervisor(plan, journal, time.time() + 60 * args.minutes, task, changed)
     # What is known from an earlier call belongs into the table too.
     changed()
     why = supervisor.run([])

@@ -25,9 +25,7 @@ def main() -> int:
     import torch
 
     from bench import compare
-    from bench.case import Unavailable
-    from bench.check import reason
-    from bench.device import BrokenDevice, check_device, free_memory
+    from bench.device import BrokenDevice, free_memory
     from bench.jobs import Context
 
     device = torch.device(task["device"])
@@ -43,25 +41,6 @@ def main() -> int:
     context.beat = lambda peer: report(event="beat", peer=peer)
     report(event="beat", peer="")
 
-    def run(job: Any) -> dict[str, Any]:
-        missing = lack_of_memory(job.memory, device)
-        waited = time.time()
-        # Groups that run beside this one give theirs back.
-        while missing is not None and time.time() - waited < 20:
-            time.sleep(1.0)
-            context.beat("")
-            missing = lack_of_memory(job.memory, device)
-        if missing is not None:
-            return {"failures": {}, "skipped": {"": missing}}
-        try:
-            return job.run(context)
-        except Unavailable as error:
-            return {"failures": {}, "skipped": {"": str(error)}}
-        except Exception as error:
-            result = {"failures": {"": reason(error)}}
-            check_device(error, device)
-            return result
-
     try:
         measured: dict[str, Any] = {}
         if group.ceilings:
@@ -74,7 +53,7 @@ def main() -> int:
             context.without = task["without"].get(job.name, {})
             context.note = lambda peer, job=job: report(event="at", job=job.name, peer=peer)
             started = time.time()
-            result = run(job)
+            result = run(job, context)
             result["seconds_spent"] = time.time() - started
             if group.ceilings:
                 result["ceilings"] = measured
@@ -85,6 +64,31 @@ def main() -> int:
         # At once: the destructors of a broken context can hang.
         os._exit(BROKEN)
     return 0
+
+
+def run(job: Any, context: Any) -> dict[str, Any]:
+    """The job's result; if it cannot run here or fails, the reason."""
+    from bench.case import Unavailable
+    from bench.check import reason
+    from bench.device import check_device
+
+    missing = lack_of_memory(job.memory, context.device)
+    waited = time.time()
+    # Groups that run beside this one give theirs back.
+    while missing is not None and time.time() - waited < 20:
+        time.sleep(1.0)
+        context.beat("")
+        missing = lack_of_memory(job.memory, context.device)
+    if missing is not None:
+        return {"failures": {}, "skipped": {"": missing}}
+    try:
+        return job.run(context)
+    except Unavailable as error:
+        return {"failures": {}, "skipped": {"": str(error)}}
+    except Exception as error:
+        result = {"failures": {"": reason(error)}}
+        check_device(error, context.device)
+        return result
 
 
 def ceilings(device: Any, tiny: bool) -> dict[str, Any]:

@@ -203,17 +203,17 @@ def gpu_tests(context: Context, file: str, backend: str, seconds: float = 110.0)
         command = [sys.executable, "-m", "pytest", f"tests/gpu/{file}", "-m", "gpu", "-k", backend]
         command += ["-p", "no:cacheprovider", "--color=no", "--tb=short", f"--junitxml={report}"]
         code, text = run(command, context, file, seconds, environment)
-        found = junit(report) if report.exists() else {"failures": {}}
-    # A process that was ended has written no report.
-    if not found["failures"]:
-        found["failures"] = failed(code, text, seconds)
-    return found
+        # A process that was ended in a test has written no report.
+        found = junit(report) if report.exists() else {}
+    return found or {"failures": failed(code, text, seconds)}
 
 
 def junit(report: Path) -> dict[str, Any]:
-    """The failures in pytest's report, and the property "error" of every test that has one."""
-    found: dict[str, Any] = {"failures": {}}
-    for test in ElementTree.parse(report).iter("testcase"):
+    """The failures in pytest's report, and the property "error" of every test that has one; {} if
+    no test ran."""
+    tests = list(ElementTree.parse(report).iter("testcase"))
+    found: dict[str, Any] = {"failures": {}} if tests else {}
+    for test in tests:
         name = test.get("name", "")
         for wrong in [*test.findall("failure"), *test.findall("error")]:
             found["failures"][name] = (wrong.get("message") or "it failed")[:300]

@@ -35,7 +35,7 @@ def measure_case(
         "group": case.group,
         "name": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        # Of every peer's worst output.
+        # The error of each peer's worst output.
         "error": {name: max(errors.values()) for name, errors in checked.errors.items()},
         "failures": checked.failures,
     }
@@ -62,7 +62,7 @@ def measure_case(
     if case.work is not None and case.rate == "flops":
         record["gflops"] = case.work.flops / ours.median / 1e9
     elif case.work is not None:
-        # The work is that of the case's half-precision form.
+        # The work counts the bytes of the case's half-precision form.
         moved = case.work.bytes * dtype.itemsize / case_dtype(case).itemsize
         record["gbytes"] = moved / ours.median / 1e9
     record["goals"] = {

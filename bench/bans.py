@@ -9,7 +9,7 @@ from bench.case import OURS
 
 
 def spoilt(results: dict[str, dict[str, Any]]) -> Callable[[str, str, str], str | None]:
-    """From the jobs' results -> (operator and passes of a case, backend, dtype) -> why it is not
+    """A function (operator and passes of a case, backend, dtype) -> why it is not
     timed, or None.
 
     A wrong forward spoils every pass; a wrong backward leaves the forward.
@@ -34,7 +34,7 @@ def spoilt(results: dict[str, dict[str, Any]]) -> Callable[[str, str, str], str 
     return why
 
 
-#: What a whole step runs.
+#: The cases whose correctness a whole step needs.
 _OF_STEPS = {
     "IBDR step": [("lora_linear fwd + bwd", "bfloat16"), ("particle_loss fwd + bwd", "bfloat16")],
     "SVGD step": [("lora_linear fwd + bwd", "bfloat16"), ("SVGD update", "float32")],

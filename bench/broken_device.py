@@ -1,4 +1,4 @@
-"""A pytest plugin (-p bench.broken_device): a process whose CUDA context is broken is left at once.
+"""A pytest plugin (-p bench.broken_device) that leaves a process whose CUDA context is broken.
 
 An illegal access makes every later test of its process fail. pytest-xdist replaces a worker that
 ends, and says in which test it did.

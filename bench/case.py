@@ -24,8 +24,8 @@ class Unavailable(Exception):
     """A peer that cannot take part here; the message says why."""
 
 
-#: One repetition of a peer. What it returns is checked, not timed; a list holds one tensor a
-#: particle or a layer, and stands for the stacked tensor.
+#: One repetition of a peer. What it returns is checked, not timed; a list holds one tensor per
+#: particle or per layer, and stands for the stacked tensor.
 Repetition = Callable[[], dict[str, Tensor | list[Tensor]]]
 
 
@@ -33,7 +33,7 @@ Repetition = Callable[[], dict[str, Tensor | list[Tensor]]]
 class Work:
     """What one repetition needs at least.
 
-    Apart are flops of float64 products (flops64) and what runs outside the tensor cores (flops32).
+    flops64 are those of float64 products, flops32 those outside the tensor cores, flops the rest.
     """
 
     flops: float = 0.0

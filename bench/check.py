@@ -35,7 +35,7 @@ def check(
     oracle = outputs_of(make_oracle(case.inputs(torch.float64, device)))
     eps = torch.finfo(dtype).eps
     errors, largest, failures = {}, {}, {}
-    # One peer's outputs at a time: those of a large case fill gigabytes.
+    # Keep one peer's outputs at a time: those of a large case fill gigabytes.
     for name, run in runs.items():
         try:
             outputs = outputs_of(run, poisoned=is_ours(name))
@@ -60,7 +60,7 @@ def check(
 
 
 def reason(error: BaseException) -> str:
-    """The error in one line, short enough for a record."""
+    """The error in one line that is short enough for a record."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
@@ -106,7 +106,7 @@ def _largest(t: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """torch.empty is filled with NaN, so that an element that nobody writes is seen."""
+    """Fill torch.empty with NaN, which shows an element that nobody writes."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

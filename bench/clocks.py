@@ -23,7 +23,7 @@ from bench.case import Repetition
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one sample a round."""
+    """Seconds per call, one sample per round."""
 
     samples: list[float] = field(repr=False)
 
@@ -46,7 +46,7 @@ def interleave(
     limit: float = math.inf,
     beat: Callable[[Any], None] = lambda name: None,
 ) -> dict[Any, Timing]:
-    """Take samples in rounds, one of each sampler a round and in an order of its own each round.
+    """Take samples in rounds: one sample of each sampler per round, in a new random order.
 
     Rounds go on for `seconds` and for `rounds` of them at least, but not beyond `limit` seconds
     once there are three. beat: is told the name of every sampler before it is called.
@@ -74,7 +74,7 @@ def clock(device: torch.device) -> CpuClock | CudaClock:
 
 class CpuClock:
     def sampler(self, run: Repetition) -> Callable[[], float]:
-        """A sample is the mean over as many calls as take 2 ms. Two calls go before."""
+        """A sample is the mean over as many calls as take 2 ms, after two calls to warm up."""
         for _ in range(2):
             run()
         calls = max(1, round(2e-3 / self._sample(run, 1)))
@@ -94,14 +94,14 @@ class CudaClock:
         self.cache = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
     def sampler(self, run: Repetition) -> Callable[[], float]:
-        """The call as the host launches it: what it launches late counts. Three calls go before."""
+        """The call as the host launches it, with late launches; three calls warm up."""
         for _ in range(3):
             run()
         return lambda: self._sample(run)
 
     def replay_sampler(self, graph: torch.cuda.CUDAGraph) -> Callable[[], float]:
         """The kernels alone: the device is kept busy until the host has launched the graph. Three
-        replays go before."""
+        replays warm up."""
         for _ in range(2):
             graph.replay()
         torch.cuda.synchronize()
@@ -109,12 +109,12 @@ class CudaClock:
         graph.replay()
         launched = time.perf_counter() - launched
         torch.cuda.synchronize()
-        # In cycles of about half a nanosecond.
+        # A cycle takes about half a nanosecond.
         delay = round((2 * launched + 5e-5) * 2e9)
         return lambda: self._sample(graph.replay, delay)
 
     def _sample(self, call: Callable[[], Any], delay: int = 0) -> float:
-        """delay: cycles that the device is to spin; 0: it waits for the host."""
+        """delay: cycles for which the device spins; with 0, it waits for the host."""
         self.cache.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if delay:
@@ -150,11 +150,11 @@ def capture(
 
 
 def host_microseconds(run: Callable[[], Any], calls: int = 15) -> float:
-    """The median of what a call takes the host, which does not wait for the device; of a run that
-    waits by itself, the whole time."""
+    """The median time that a call takes the host, without waiting for the device. If the run itself
+    waits, that is its whole time."""
     spent = []
     for _ in range(calls):
-        # An empty queue: a full one makes the host wait.
+        # Empty the queue: a full one makes the host wait.
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
@@ -176,7 +176,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # The profiler's library complains on stderr where a machine has no GPU.
+    # The profiler's library complains on stderr if the machine has no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True

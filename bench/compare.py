@@ -26,7 +26,7 @@ from bench.device import check_device, synchronize
 from bench.roofline import Ceilings, floor
 
 Note = Callable[[str], None]
-#: Repetitions that a number to quote has at least.
+#: The fewest repetitions for a number to quote.
 ROUNDS = 30
 #: What a sampler measures, "kernel" or "launched", and of which peer.
 Sampler = tuple[str, str]
@@ -108,7 +108,7 @@ class Measurement:
         self.note(name)
         try:
             value = action()
-            # What went wrong on the device is raised here, not in the next peer.
+            # Raise here what went wrong on the device, not in the next peer.
             synchronize(self.device)
             return value
         except Unavailable as error:
@@ -171,7 +171,7 @@ class Measurement:
     # --- time ------------------------------------------------------------------------------------
 
     def samplers(self, runs: dict[str, Repetition]) -> dict[Sampler, Callable[[], float]]:
-        """Of every peer a sampler with its launches and, on a GPU, one of a graph's replay."""
+        """For every peer, a sampler with its launches and, on a GPU, one of a graph's replay."""
         timer = clock(self.device)
         samplers: dict[Sampler, Callable[[], float]] = {}
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
@@ -292,7 +292,7 @@ def measure_ceilings(
     shapes: Sequence[tuple[int, int, int]] = (),
     seconds: float = 10.0,
 ) -> dict[str, float]:
-    """What this machine reaches: bytes a second of a copy, operations a second of products.
+    """What this machine reaches: bytes per second in a copy, operations per second in products.
 
     shapes: (rows, d_in, d_out) of base products, whose seconds are listed too.
     """
@@ -337,7 +337,7 @@ def ceilings_of(result: dict[str, Any]) -> Ceilings | None:
 
 
 def line(record: dict[str, Any]) -> str:
-    """The case in one line, each peer by kernel time where there is one."""
+    """The case in one line, with each peer's kernel time if there is one."""
     parts = [f"{record['group']:<28} {record['name']:<36}"]
     for name in (n for n in record.get("launched", {}) if is_ours(n)):
         kind = "kernel" if name in record.get("kernel", {}) else "launched"

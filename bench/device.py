@@ -20,13 +20,13 @@ def default_device() -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; what went wrong on it is raised here."""
+    """Wait for a GPU, and raise what went wrong on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class BrokenDevice(BaseException):
-    """The CUDA context no longer works; only a new process helps. No handler of errors stops it."""
+    """The CUDA context no longer works and only a new process helps; no `except Exception` here."""
 
 
 def check_device(error: Exception, device: torch.device) -> None:
@@ -45,7 +45,7 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-#: What nvidia-smi is asked for: name in the record -> its query.
+#: Name in the record -> nvidia-smi's query.
 QUERIES = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -83,7 +83,7 @@ class Card:
         try:
             return self._by_nvml() if self._handle is not None else self._by_tool()
         except Exception:
-            # A driver that answers nothing must not end the run.
+            # A driver that does not answer must not end the run.
             return None
 
     def _by_nvml(self) -> dict[str, float]:
@@ -121,7 +121,7 @@ class Card:
 
 
 def spread(samples: list[dict[str, float]]) -> dict[str, list[float]]:
-    """Least, middle and most of each number."""
+    """The least, the middle and the largest value of each number."""
     result = {}
     for name in samples[0] if samples else ():
         values = sorted(s[name] for s in samples if name in s)

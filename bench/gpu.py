@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a smoke test: nothing to quote")
     parser.add_argument("--no-tests", action="store_true", help="leave out the operators' tests")
     parser.add_argument("--commit", help="for the record, where no repository can tell")
-    # For rehearsals: a plan with faults, and with seconds that its jobs take.
+    # For rehearsals: a plan with faults, and the seconds that its jobs take.
     parser.add_argument("--plan-of", default="bench.plan", metavar="MODULE", help=argparse.SUPPRESS)
     parser.add_argument("--slow", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -100,7 +100,7 @@ class Session:
 
     def wanted(self, stage: Stage, group: Group, job: Job) -> bool:
         names = (stage.name, group.name, job.name)
-        # Without the build no kernel of the backend "cuda" is there.
+        # Jobs that always run: without the build, the backend "cuda" has no kernels.
         return (
             not self.args.only
             or job.always
@@ -108,15 +108,15 @@ class Session:
         )
 
     def again(self, results: dict[str, dict[str, Any]]) -> list[str]:
-        """The jobs whose results are not to count. A case whose peer failed its correctness has
-        that as a failure."""
+        """The jobs whose results are forgotten: those of --again, and with --failed those with a
+        failure, which includes cases without a peer that failed its correctness."""
         names = [n for n in self.supervisor.jobs if any(text in n for text in self.args.again)]
         if self.args.failed:
             names += [name for name, result in results.items() if result.get("failures")]
         return names
 
     def write(self) -> None:
-        """The record, and a line for everything that is new."""
+        """Write the record, and print a line about everything that is new."""
         new, self.told = self.journal.events[self.told :], len(self.journal.events)
         for event in new:
             if event["event"] == "done":

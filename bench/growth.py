@@ -35,9 +35,9 @@ FOLDER = RESULTS / "many_particles"
 PARTICLES, CHUNK = (4, 100, 20), 4
 #: Trainable numbers per particle: 12 blocks · 2 linears · r (768 + 3072).
 TRAINABLE = 368_640
-#: At most so many times the memory: of K = 8 against K = 1 on the same rows, of K = 100 against 4.
+#: Goals: at most so many times the memory, K = 8 against 1 on the same rows, and K = 100 against 4.
 ROWS_GOAL, MEMORY_GOAL = 1.3, 1.25
-#: At least so many times as fast.
+#: Goal: a step with the shared trunk is at least so many times as fast.
 TRUNK_GOAL = 1.8
 TARGETS = {
     "mlp": r"blocks\.(8|9|10|11)\.mlp\.fc[12]",
@@ -65,10 +65,10 @@ def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
     model = bella_model(particles).to(device).train()
     trainable = sum(p[0].numel() for p in model.particle_parameters())
     if trainable != TRAINABLE:
-        raise AssertionError(f"{trainable} trainable numbers a particle, not {TRAINABLE}")
+        raise AssertionError(f"{trainable} trainable numbers per particle, not {TRAINABLE}")
     method = ml.SVGD(model, particle_chunk=CHUNK)
     optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-3)
-    # A step in the middle of training: AdamW's state is there.
+    # Make AdamW's state, as in the middle of a training.
     for p in model.particle_parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -82,7 +82,7 @@ def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
         synchronize(device)
 
     if on_gpu:
-        # Kernels are loaded in the first step.
+        # The first step loads the kernels.
         step()
         optimizer.zero_grad()
         torch.cuda.reset_peak_memory_stats(device)
@@ -188,7 +188,7 @@ def train(
     model = ml.get_particle_model(base, config, particles).train()
     algorithm = METHODS[method](model)
     optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-3)
-    # An image for every row also where particles could share them: equal inputs on both sides.
+    # One image per row even if particles could share images: both sides have equal inputs.
     x = torch.randn(particles, rows // particles, 3, pixels, pixels, device=device)
     y = torch.randint(10, (rows // particles,), device=device)
     for _ in range(steps):
@@ -255,8 +255,8 @@ def in_fresh_process(*options: str) -> dict[str, Any]:
 
 
 def status(field: str) -> int:
-    """A size that Linux keeps for this process. getrusage's ru_maxrss would not do: a process
-    inherits it from the one that started it."""
+    """A size that Linux keeps for this process. (The ru_maxrss of getrusage is inherited from the
+    process that started it.)"""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

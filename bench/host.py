@@ -57,7 +57,7 @@ def functions(particles: int, rows: int, d_in: int, d_out: int, rank: int) -> di
 
 
 def measure(named: dict[str, Callable], rounds: int, calls: int = 5) -> dict[str, list[float]]:
-    """Seconds of this thread's CPU time a call, one sample a round, in an order of its own each."""
+    """This thread's CPU seconds per call, one sample per round, each round in a random order."""
     for function in named.values():
         for _ in range(3):
             function()
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # Small tensors: the allocator and the casts are to take no time.
+    # Tensors are small, so that the allocator and the casts take no time.
     named = functions(particles=4, rows=16, d_in=64, d_out=64, rank=8)
     with mock.patch.object(dispatch, "module_of", lambda op, args: triton):
         samples = measure(named, args.rounds)

@@ -1,4 +1,4 @@
-"""What the GPU's bench is made of: jobs, in groups of a process each, in stages."""
+"""The parts of bench.gpu's plan: jobs, in groups with a process each, in stages."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from bench.case import Case
 from bench.roofline import Ceilings
 
-#: Seconds without a word from a worker after which it is taken to hang.
+#: A worker that reports nothing for so many seconds is taken to hang.
 SILENCE = 45.0
 
 
 @dataclass
 class Context:
-    """What a job is given in its worker.
+    """What a worker gives to its jobs.
 
     without: peers that are left out, and why. note: is told which peer comes next, beat: that the
     job goes on, and with which peer. folder: where logs may be written. until: when the time of
@@ -38,7 +38,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """name: its own. run: in the worker -> its result, whose "failures" say what was wrong.
+    """A job, which `run` does in the worker; the result's "failures" say what was wrong.
 
     group, operator: a peer that broke a process is left out of the rest of the group, and, after
     its second time, of all jobs of the operator.
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Jobs that share a process. ceilings: whether it measures the machine's again before them."""
+    """Jobs that share a process. ceilings: whether it measures the machine's ceilings first."""
 
     name: str
     jobs: list[Job]
@@ -67,7 +67,7 @@ class Group:
 
     @property
     def seconds(self) -> float:
-        """Expected, with what it takes to start a process and to import PyTorch."""
+        """Expected seconds, including the start of a process and the import of PyTorch."""
         return 6.0 + sum(job.seconds for job in self.jobs)
 
     @property
@@ -92,7 +92,7 @@ class Stage:
 
     @property
     def seconds(self) -> float:
-        """Expected."""
+        """Expected seconds."""
         total = sum(group.seconds for group in self.groups) / self.at_once
         longest = [group.seconds for group in [*self.groups, *self.background]]
         return max([total, *longest])

@@ -1,4 +1,4 @@
-"""What happened, one JSON line an event, in a file that outlives every process that writes it.
+"""The journal: one JSON line per event, in a file that outlives every process that writes it.
 
 Events: "call" (a run of the command begins: what it was asked, on which machine), "begin" (of a job
 in a worker), "at" (which peer of the job comes next), "done" (a job's result), "crash" (a worker
@@ -29,18 +29,18 @@ class Journal:
             raise BlockingIOError(f"another run writes {path}") from None
         size = os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
-            # Behind the half line of a run that was killed.
+            # A run that was killed may have left half a line.
             os.write(self._file, b"\n")
 
     def add(self, **event: Any) -> None:
-        # As a reader will see it: keys are text, tuples are lists.
+        # Keep the event as a reader will see it: keys are text, tuples are lists.
         line = json.dumps(event)
         self.events.append(json.loads(line))
         os.write(self._file, line.encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a journal, without half lines; [] where there is none."""
+    """The events of a journal, without half lines; [] if there is no file."""
     events = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
@@ -54,8 +54,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class State:
-    """What the events leave: results by job, crashes, how often each job was begun, and `open`:
-    the jobs that were begun and have not ended, each with the peer that it was at."""
+    """What the events amount to: results by job, crashes, how often each job was begun, and `open`,
+    the jobs that were begun and have not ended, each with the peer that was running."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     crashes: list[dict[str, Any]] = field(default_factory=list)
@@ -79,7 +79,7 @@ def state(events: list[dict[str, Any]]) -> State:
         elif kind == "at":
             s.open[job] = e["peer"]
         elif kind == "done":
-            # The call tells the commit.
+            # The call has the commit.
             s.results[job] = {**e["result"], "call": max(0, len(s.calls) - 1)}
             s.open.pop(job, None)
         elif kind == "crash":

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 
 def by_default(make: Callable[[Any], Repetition]) -> dict[str, Callable[[Any], Repetition]]:
-    """multilora as it is by default, beside its reference backend, which is plain PyTorch."""
+    """multilora with its default backend and with the reference, which is plain PyTorch."""
     return {"reference backend": partial(on_backend, "reference", make), OURS: make}
 
 
@@ -107,7 +107,7 @@ def _cpu_linears() -> list[Case]:
 
 def _cpu_geometry() -> list[Case]:
     # The definition takes seconds for 12 layers, and the K² differences of its backward tens of GB.
-    # In the blocks' linears of a ViT-B, the reference is plain enough.
+    # For the linears of a ViT-B, the reference backend is the plain peer.
     few = [(768, 3072)] * VIT_B_BLOCKS
     many = [VIT_B[i] for i in (1, 0, 2, 3)] * VIT_B_BLOCKS
     found = []
@@ -176,7 +176,7 @@ def _cpu_losses() -> list[Case]:
 
 # --- lora_linear on a GPU ------------------------------------------------------------------------
 
-#: At most this many times the base GEMM on the same rows: forward, forward and backward.
+#: Goals: at most so many times the base GEMM on the same rows, in the forward and in both passes.
 _GOALS = {
     (768, 768): (1.11, 1.37),
     (768, 2304): (1.11, 1.26),
@@ -209,8 +209,8 @@ def linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
     makers = {"naive loop": wrap(linear_loop)}
     makers |= {name: wrap(partial(linear_stacked, function)) for name, function in stacked.items()}
     if passes != "backward":
-        # Its active adapter is the only one that can be differentiated: no backward of a forward
-        # of all adapters.
+        # PEFT can differentiate the active adapter only, so after a forward of all adapters there
+        # is no backward.
         for autocast in (True, False):
             name = f"PEFT autocast_adapter_dtype={autocast}"
             makers[name] = partial(linear_peft, passes, autocast)
@@ -228,16 +228,16 @@ def linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
         work=_linear_work(size, passes),
         problem=partial(_linear_problem, size, passes),
         goal=0.0 if size.shared else {"forward": forward, "fwd + bwd": both}.get(passes, 0.0),
-        # It is inference only: bfloat16 rounds a small ΔW away.
+        # Merging is for inference only: bfloat16 rounds a small ΔW away.
         asides=frozenset({"merged"}),
         cost=8.0 if size.d_in * size.d_out >= 4096**2 else 4.0,
-        # In float64 the inputs, the outputs and what is between, and all peers' outputs in turn.
+        # The inputs, outputs and intermediate tensors in float64, and one peer's outputs.
         memory=48.0 * size.particles * size.rows * (size.d_in + size.d_out),
     )
 
 
 def compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: bool) -> list[Case]:
-    """The best plain forms under torch.compile; apart, because compiling them takes long."""
+    """The best plain forms under torch.compile; they come late, because compiling takes long."""
     wrap = PASSES["fwd + bwd"]
     linear = partial(linear_stacked, compiled(peers.lora_baddbmm))
     loss = partial(loss_of, compiled(peers.particle_loss_masked))
@@ -256,7 +256,7 @@ def compiled_cases(sizes: Sequence[LinearSize], backends: Sequence[str], tiny: b
 
 
 def third_party_cases(sizes: Sequence[LinearSize], backends: Sequence[str]) -> list[Case]:
-    """Libraries that change PyTorch or transformers when they are imported: after all others."""
+    """Libraries that change PyTorch or transformers when imported; they come last."""
     others = {"unsloth matmul_lora": linear_unsloth, "quack gemm_add": linear_quack}
     found = []
     for size in sizes[1::3]:
@@ -324,7 +324,7 @@ def geometry_cases(backends: Sequence[str], tiny: bool) -> list[Case]:
 
 def geometry_case(layers: Layers, passes: str, backends: Sequence[str]) -> Case:
     plain = {"factor products": peers.frobenius_by_factors}
-    # The ΔW of a whole 7B decoder take seconds a call.
+    # The ΔW of a whole 7B decoder take seconds per call.
     if len(layers.widths) < 100:
         plain = {"ΔW Gram GEMM": peers.frobenius_by_gram, **plain}
     makers = {

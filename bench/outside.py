@@ -1,4 +1,4 @@
-"""Jobs that run a command of their own: the build, the operators' tests, a training, the sanitizer.
+"""Jobs that run a command: the build, the tests, a training, the sanitizer.
 
 Their whole output is kept: it goes into the record's folder, in NAME.commands.log.
 """
@@ -26,7 +26,7 @@ from bench.processes import ROOT, kill, start
 from multilora.ops.dispatch import missing_reason
 
 TESTS = ("lora_linear", "lora_add", "geometry", "volume", "svgd_update")
-#: Bytes of a log that are kept: of a longer one the beginning and the end.
+#: Bytes of a log that are kept; a longer one keeps its beginning and its end.
 LOG = 6 * 2**20
 
 
@@ -38,8 +38,11 @@ def run(
     environment: dict[str, str] | None = None,
     merge: bool = True,
 ) -> tuple[int | None, str]:
-    """The exit code, or None where it was stopped after `seconds` or when the run's time was over,
-    and what it printed. merge: whether stderr is a part of that; it is in the log."""
+    """Run a command -> its exit code and what it printed.
+
+    The code is None if the command was stopped, after `seconds` or when the run's time was over.
+    merge: whether the text includes stderr, which goes into the log in any case.
+    """
     seconds = max(1.0, min(seconds, context.until - time.time()))
     file = Path(context.folder) / f"{context.name}.commands.log"
     begun = time.time()
@@ -63,7 +66,7 @@ def run(
             if process.poll() is not None:
                 break
             if time.time() - begun > seconds:
-                # Its own workers end with it or by themselves.
+                # Its workers end with it or by themselves.
                 process.send_signal(signal.SIGINT)
                 time.sleep(2.0)
                 kill(process)
@@ -83,7 +86,7 @@ def run(
 
 
 def shorten(file: Path, most: int = LOG) -> None:
-    """Cut the middle out of a file that is longer."""
+    """Cut the middle out of a longer file."""
     data = file.read_bytes()
     if len(data) > most:
         file.write_bytes(data[: most // 2] + b"\n... cut ...\n" + data[-most // 2 :])
@@ -102,8 +105,10 @@ def failed(code: int | None, text: str, seconds: float) -> dict[str, str]:
 
 
 def build(context: Context) -> dict[str, Any]:
-    """multilora._C_cuda, where it is missing or older than its sources and nvcc is there. A build
-    that fails is a failure, no reason to go without the kernels."""
+    """Build multilora._C_cuda if it is missing or older than its sources, and nvcc is there.
+
+    A build that fails is a failure, not a reason to go on without the kernels.
+    """
     module = _module()
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc").split()[0])
     if module is not None and module.stat().st_mtime >= _newest_source():
@@ -133,7 +138,7 @@ def _newest_source() -> float:
 
 
 def _loads() -> dict[str, Any]:
-    """In a process of its own: a module that does not fit may end it."""
+    """Load the module in a new process: a module that does not fit may end it."""
     code = "from multilora import _C_cuda as m; from multilora.ops.dispatch import missing_reason; "
     code += "print(m.build_info()); print(missing_reason('cuda') or 'available')"
     done = subprocess.run(
@@ -149,8 +154,8 @@ def _loads() -> dict[str, Any]:
 
 
 def tests(context: Context, seconds: float = 150.0) -> dict[str, Any]:
-    """The operators' tests on the device. A test that hangs is ended by pytest-timeout, where it is
-    there; a process whose CUDA context is broken is replaced (bench.broken_device)."""
+    """The operators' tests on the device. pytest-timeout, if installed, ends a test that hangs; a
+    process whose CUDA context is broken is replaced (bench.broken_device)."""
     device = context.device.type
     files = [f"tests/ops/test_{name}.py" for name in TESTS]
     present = [name for name in files if (ROOT / name).exists()]
@@ -177,7 +182,7 @@ def tests(context: Context, seconds: float = 150.0) -> dict[str, Any]:
         "files": present,
         "missing": [name for name in files if name not in present],
         "absent": absent,
-        # None: stopped, because its time was over.
+        # None if it was stopped because its time was over.
         "exit_code": code,
         "seconds": time.time() - begun,
         **found,
@@ -193,7 +198,7 @@ _OUTCOME = re.compile(
 
 
 def gpu_tests(context: Context, file: str, backend: str, seconds: float = 110.0) -> dict[str, Any]:
-    """A file of tests/gpu on one backend, in a process of its own; the errors that it measured."""
+    """A file of tests/gpu on one backend, in a new process, and the errors that it measured."""
     missing = missing_reason(backend)
     if missing is not None:
         return {"failures": {}, "skipped": {backend: missing}}
@@ -223,10 +228,10 @@ def junit(report: Path) -> dict[str, Any]:
 
 
 def summary(lines: list[str]) -> dict[str, Any]:
-    """How many tests had which outcome, also of a run that was stopped, and what failed."""
+    """How many tests had which outcome, even if the run was stopped, and what failed."""
     found = [match for match in map(_OUTCOME.match, lines) if match]
     states = [(m["state"] or m["outcome"], m["test"] or m["name"]) for m in found]
-    # The lines at the end say why, too.
+    # The lines at the end also say why.
     why = [one[:300] for one in lines if one.startswith(("FAILED ", "ERROR "))]
     return {
         "outcomes": dict(Counter(state for state, _ in states)),
@@ -258,8 +263,11 @@ def particles(context: Context, count: int, images: int = 32) -> dict[str, Any]:
 
 
 def sanitizer(context: Context, tool: str, backend: str) -> dict[str, Any]:
-    """compute-sanitizer over the smallest problems of one backend. It may take wgmma's reads of
-    what cp.async wrote for a race: what it says is to be read, and nothing is banned for it."""
+    """compute-sanitizer over the smallest problems of one backend.
+
+    It may take wgmma's reads of what cp.async wrote for a race, so a person must read its report,
+    and no peer is left out because of it.
+    """
     program = shutil.which("compute-sanitizer")
     if program is None:
         return {"failures": {}, "skipped": {"": "compute-sanitizer is not there"}}

@@ -25,7 +25,7 @@ def lora_loop(
     bias: Tensor,
     scaling: float,
 ) -> list[Tensor]:
-    """Three linears for every particle in turn; the outputs stay apart, as K models have them."""
+    """Three linears per particle, one particle after the other; outputs as K models have them."""
     return [
         F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, A), B)
         for x, A, B in zip(xs, lora_As, lora_Bs)
@@ -136,7 +136,7 @@ def frobenius_by_broadcast(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Te
 
 
 def frobenius_by_gram(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The same from every ΔW once: one GEMM of the flattened ΔW with themselves."""
+    """The distances from one GEMM of the flattened ΔW with themselves."""
     delta = scaling * torch.bmm(lora_B, lora_A).flatten(1)
     gram = delta @ delta.mT
     norms = gram.diagonal()
@@ -144,7 +144,7 @@ def frobenius_by_gram(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def frobenius_by_factors(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The same without any ΔW: ⟨B_iA_i, B_jA_j⟩ = ⟨A_iA_jᵀ, B_iᵀB_j⟩, from two small products."""
+    """The distances without ΔW: ⟨B_iA_i, B_jA_j⟩ = ⟨A_iA_jᵀ, B_iᵀB_j⟩, from two small products."""
     particles, rank, _ = lora_A.shape
     A, B = lora_A.flatten(0, 1), lora_B.mT.flatten(0, 1)
     blocks = ((A @ A.mT) * (B @ B.mT)).view(particles, rank, particles, rank)
@@ -263,7 +263,7 @@ Models = LoopedModels | VmappedModels
 
 
 def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Every particle's own cross-entropy."""
+    """The cross-entropy of every particle."""
     if isinstance(models, LoopedModels):
         # Nothing joins the models, so each has its backward before the next one's forward.
         losses = []
@@ -339,7 +339,7 @@ def svgd_direction(
     gamma: float = 0.01,
     distances: Callable[[Tensor, Tensor, float], Tensor] | None = None,
 ) -> list[Tensor]:
-    """A kernel a layer and one for the head; on materialised ΔW unless `distances` is given."""
+    """One kernel per layer and one for the head, on materialised ΔW unless `distances` is given."""
     stacked = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stacked]
     stacked = [t.detach().requires_grad_() for t in stacked]
     groups = [stacked[2 * i : 2 * i + 2] for i in range(adapted)]

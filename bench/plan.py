@@ -1,4 +1,4 @@
-"""The order of the first GPU hour: what is run, in the order that teaches most.
+"""The order of the first GPU hour: what teaches most comes first.
 
 `python -m bench.gpu --plan` prints it; docs/gpu.md explains it.
 """
@@ -21,7 +21,7 @@ from bench.operators import linear_sizes, llm_sizes
 from bench.record import machine
 from multilora.ops.dispatch import BACKENDS, available_backends, missing_reason
 
-#: Groups of the smoke stage that run beside each other.
+#: Groups of the correctness stage that run at the same time.
 AT_ONCE = 8
 #: Processes that fill Triton's cache for the sizes that follow.
 COMPILERS = 4
@@ -33,8 +33,8 @@ GPU_TESTS = {
 
 
 def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
-    """device: "cuda" or "cpu". On a GPU all of its backends take part: one that is missing is
-    recorded with its reason, not left out."""
+    """The plan for a device, "cuda" or "cpu". On a GPU all GPU backends take part: a missing one is
+    recorded with the reason, not left out."""
     backends = ["reference", "triton", "cuda"] if device == "cuda" else available_backends("cpu")
     cases = families(backends, tiny)
     timed = partial(Group, ceilings=True)
@@ -97,7 +97,7 @@ def case_job(case: Case) -> Job:
         group=case.group,
         operator=case.group.split()[0],
         seconds=case.cost,
-        # Compiling says nothing for long.
+        # The compiler reports nothing for a long time.
         silence=150.0 if compiles else 60.0 if case.stand_in is not None else 45.0,
         memory=case.memory,
         case=case,
@@ -123,7 +123,7 @@ def machine_stage() -> Stage:
 
 
 def about(context: Context) -> dict[str, Any]:
-    """The machine, and what backends it lacks."""
+    """The machine, and which backends are available on it."""
     device = context.device
     result = {"failures": {}, "machine": machine(device), "backends": {}}
     for name in BACKENDS:
@@ -171,13 +171,13 @@ def _plain_jobs(tiny: bool) -> list[Job]:
 
 
 def _build(device: str) -> list[Group]:
-    """Beside the ceilings, which need no processor; the correctness waits for it."""
+    """The build runs beside the ceilings, which need no processor; the correctness waits for it."""
     build = Job("build", outside.build, seconds=45.0, silence=30.0, always=True)
     return [Group("build", [build])] if device == "cuda" else []
 
 
 def _compile_ahead(device: str) -> list[Group]:
-    """Beside the correctness. In every call: another machine has an empty cache."""
+    """Beside the correctness, and in every call, since another machine has an empty cache."""
     if device != "cuda":
         return []
 
@@ -217,7 +217,7 @@ def _compile_share(share: int, context: Context) -> dict[str, Any]:
 
 
 def _ask(question: Any, backend: str, context: Context) -> dict[str, Any]:
-    """A probe's answer for one backend, unless that ended its process before."""
+    """A probe's answer for one backend, unless the probe ended its process before."""
     peer = f"multilora ({backend})"
     if peer in context.without:
         return {"failures": {peer: context.without[peer]}}

@@ -17,7 +17,7 @@ from bench.jobs import Context, Group, Job, Stage
 
 
 def stages(device: str, tiny: bool, slow: float = 0.0) -> list[Stage]:
-    # What an illegal access comes to: the process is gone, without a word.
+    # An illegal access ends the process without a word.
     aborts = _case("aborts", "one", os.abort)
     hangs = _case("hangs", "two", lambda: time.sleep(1000))
     raising = {
@@ -28,7 +28,7 @@ def stages(device: str, tiny: bool, slow: float = 0.0) -> list[Stage]:
     }
     sound = [_job(_case(f"sound {i}", "four")) for i in range(4)]
     return [
-        # In place of a look at the machine.
+        # Stands for the stage that looks at the machine.
         Stage("nothing", "", []),
         Stage(
             "faults",
@@ -55,7 +55,7 @@ def _job(case: Case, silence: float = 45.0) -> Job:
 def _slow(job: Job, seconds: float) -> Job:
     def run(context: Context) -> dict[str, Any]:
         time.sleep(seconds)
-        # Every time that it runs leaves a line.
+        # Each run of a job leaves a line.
         with (Path(context.folder) / "ran").open("a") as file:
             file.write(f"{job.name}\n")
         return job.run(context)

@@ -1,4 +1,4 @@
-"""What only a card can show, as small questions to every backend: streams, threads, graphs, limits,
+"""What only a card shows, as small questions to every backend: streams, threads, graphs, limits,
 exactness, special values. docs/gpu.md says what each answer means.
 
 A probe returns what it saw; "failures" names what was wrong, "skipped" what cannot be asked here.
@@ -59,8 +59,8 @@ def on_backend(
     right: Callable[[Any], bool],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What each computation gave on that backend, and the failures. Raises BrokenDevice where the
-    device works no longer: what comes after would be blamed for it."""
+    """What each computation gave on that backend, and the failures. Raises BrokenDevice if the
+    device no longer works: later computations would be blamed for it."""
     result: dict[str, Any] = {"failures": {}}
     missing = missing_reason(backend)
     if missing is not None:
@@ -85,7 +85,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 def _for_each(
     backend: str, device: torch.device, ask: Callable[[Callable[..., Any], list[Tensor]], Any]
 ) -> dict[str, Any]:
-    """ask(function, inputs) of every operator must be True."""
+    """ask(function, inputs) must be True for every operator."""
     if device.type != "cuda":
         return {"failures": {}, "skipped": {"": "it is a question to a GPU"}}
     questions = {
@@ -96,7 +96,7 @@ def _for_each(
 
 
 def side_stream(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Inputs that a busy stream is still to write: a launch elsewhere would read the old ones."""
+    """Inputs that a busy stream has yet to write: a launch on another stream reads the old ones."""
 
     def ask(function: Callable[..., Any], inputs: list[Tensor]) -> bool:
         expected = with_gradients(function, inputs)
@@ -136,8 +136,8 @@ def two_streams(backend: str, device: torch.device, tiny: bool) -> dict[str, Any
 
 
 def another_thread(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """The backward started by a Python thread, on a stream that is not that thread's: it runs on
-    autograd's own thread, on the forward's stream."""
+    """The backward started by a Python thread whose current stream is not the forward's: it runs on
+    autograd's thread, on the forward's stream."""
 
     def ask(function: Callable[..., Any], inputs: list[Tensor]) -> bool:
         expected = with_gradients(function, inputs)
@@ -171,7 +171,7 @@ def second_device(backend: str, device: torch.device, tiny: bool) -> dict[str, A
     """Tensors on a device that is not the current one."""
     if device.type != "cuda" or torch.cuda.device_count() < 2:
         return {"failures": {}, "skipped": {"": "there is no second GPU"}}
-    # The same numbers: a seed's are the same on each device.
+    # A seed gives the same numbers on each device.
     here, there = operators(device), operators(torch.device("cuda", 1))
 
     def ask(name: str) -> bool:
@@ -226,7 +226,7 @@ def no_wait(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 def no_wait_in_a_step(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """After the first one, no step of a method waits that does not look for non-finite values."""
+    """With nonfinite="ignore", no step of a method waits for the device after the first one."""
     if device.type != "cuda":
         return {"failures": {}, "skipped": {"": "it is a question to a GPU"}}
 
@@ -256,7 +256,7 @@ def no_wait_in_a_step(backend: str, device: torch.device, tiny: bool) -> dict[st
 
 
 def offsets(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """Contiguous views at odd storage offsets, whose bases are on no 16 bytes."""
+    """Contiguous views at odd storage offsets, whose addresses are not multiples of 16 bytes."""
     if device.type == "cpu" and backend == "cpu":
         return {"failures": {}, "skipped": {"": "it is a question to a GPU"}}
 
@@ -341,7 +341,7 @@ def _loss(z: Tensor, y: Tensor, backend: str) -> list[Tensor]:
 
 
 def special_values(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """NaN, infinities and −0.0: what is not finite must be where the reference has it."""
+    """NaN, infinities and −0.0: the outputs must be finite exactly where the reference's are."""
 
     def patterns(tensors: list[Tensor]) -> list[Tensor]:
         return [torch.stack([t.isnan(), t.isposinf(), t.isneginf()]) for t in tensors]
@@ -370,8 +370,8 @@ def special_values(backend: str, device: torch.device, tiny: bool) -> dict[str, 
 
 
 def launch_limits(backend: str, device: torch.device, tiny: bool) -> dict[str, Any]:
-    """The widest tiles of every operator: shared memory above 48 KiB has to be asked for, and two
-    programs on a processor have to fit."""
+    """The widest tiles of every operator: launches must opt in to shared memory above 48 KiB, and
+    two programs must fit on a processor."""
     if tiny:
         sizes = [LinearSize(64, 96, 33, 2, 4, masters=True)]
         models = [Layers("small", ((16, 24),), 3, 4)]
@@ -408,7 +408,7 @@ def launch_limits(backend: str, device: torch.device, tiny: bool) -> dict[str, A
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
-    """NaN where one side alone is not finite."""
+    """The relative error; NaN if one side alone is not finite."""
     exact = exact.double()
     norm = exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((found.double() - exact).norm() / norm).item()

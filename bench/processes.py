@@ -1,4 +1,4 @@
-"""Processes that end when the one that started them does, and children that report by lines."""
+"""Processes that end with the one that started them, and children that report line by line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """To be called in a child: it is killed when `parent` ends, however that ends."""
+    """Called in a child: the kernel kills it when `parent` ends, however that happens."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen:
-    """A process in a session of its own, in the repository's root, that dies with this one."""
+    """Start a process in a new session, in the repository's root, that dies with this one."""
     parent = os.getpid()
     return subprocess.Popen(
         command,
@@ -39,8 +39,8 @@ def start(command: list[str], **options: Any) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> bool:
-    """End it and what it started in its session; whether it is gone. A process that waits inside
-    a driver cannot always be ended."""
+    """End a process and its session -> whether it is gone. A process that waits inside a driver
+    cannot always be ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     try:
@@ -58,7 +58,7 @@ class Child:
         self.process = start(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
         )
-        # One that ends at once does not read it.
+        # A process that ends at once does not read its task.
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(task).encode())
             self.process.stdin.close()
@@ -67,8 +67,8 @@ class Child:
         self._rest = b""
 
     def events(self) -> list[dict[str, Any]]:
-        """What it has said since the last call. Of one that was killed, the last line may be half a
-        line, which is dropped."""
+        """The events since the last call. If the child was killed, its last line may be incomplete
+        and is dropped."""
         text = self._rest
         while chunk := self.process.stdout.read(1 << 16):
             text += chunk
@@ -83,7 +83,7 @@ class Child:
 
 
 class Reports:
-    """A child's side: what it writes to stdout are events, what libraries print goes to stderr."""
+    """The child's side: stdout carries the events, and what libraries print goes to stderr."""
 
     def __init__(self):
         self.file = os.dup(1)

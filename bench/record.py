@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number depends on, without anything that names the host or its folders."""
+    """What a number depends on; nothing names the host or its folders."""
     names = ("multilora", "torch", "triton", "peft", "timm", "transformers", "numpy")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -52,7 +52,7 @@ def _version(name: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit, with "+" behind it where files differ from it; None outside a repository."""
+    """The commit, followed by "+" if files differ from it; None outside a repository."""
 
     def git(*args: str) -> str:
         call = ["git", "-C", str(Path(__file__).parent), *args]
@@ -67,8 +67,7 @@ def commit() -> str | None:
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
-    """At once or not at all."""
-    # Six digits are more than any of these numbers has.
+    """Write the file at once or not at all, with six digits, more than these numbers have."""
     short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
     fresh = file.with_suffix(".part")
     fresh.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
@@ -89,8 +88,11 @@ def committed(folder: Path = RESULTS) -> list[str]:
 
 
 def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bool) -> dict:
-    """cut: the jobs that were begun and have not ended, and the peer each was at; empty when the
-    run is over and nothing was lost. left_out: jobs without a result."""
+    """The record of a run of bench.gpu, from its journal.
+
+    cut: the jobs that were begun and have not ended, and the peer that was running; empty when the
+    run is over and nothing was lost. left_out: jobs without a result.
+    """
     s = state(events)
     jobs = {j.name: j for stage in stages for g in stage.every_group() for j in g.jobs}
     about = s.results.get("machine", {})
@@ -111,7 +113,7 @@ def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bo
         "others": {},
     }
     if "backend" in (record["build"] or {}):
-        # It was looked for before it was built.
+        # The job "machine" looked for it before it was built.
         record["backends"] = record["backends"] | {"cuda": record["build"]["backend"]}
     if s.calls:
         record["machine"] = record["machine"] | {"commit": s.calls[-1]["commit"]}
@@ -141,7 +143,7 @@ def _named(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong(record: dict[str, Any]) -> list[str]:
-    """What of multilora failed: jobs that did, peers of ours, outputs that change."""
+    """What failed: jobs, multilora's peers in cases, outputs that change between repeats."""
     found = []
     for part in ("smoke", "probes", "checks", "others"):
         found += [name for name, result in record[part].items() if result["failures"]]

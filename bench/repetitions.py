@@ -44,7 +44,7 @@ def leaf(t: Tensor) -> Tensor:
 
 
 def _leaves(t: Tensor) -> list[Tensor]:
-    """One leaf a particle: separate tensors, as separate models have them."""
+    """One leaf per particle: separate tensors, as separate models have them."""
     return [leaf(one) for one in t]
 
 
@@ -89,7 +89,7 @@ def _by_leaf(leaves: Tensors, grads: Sequence[Tensor]) -> Tensors:
 
 
 def _backward(make: Callable[[Any], Differentiable]) -> Callable[[Any], Repetition]:
-    """The gradients of all leaves alone, of one forward that went before."""
+    """The gradients of all leaves alone, from one earlier forward."""
 
     def maker(inputs: Any) -> Repetition:
         forward, leaves, upstream = make(inputs)
@@ -196,12 +196,12 @@ def linear_ours(x: Tensor, weight: Tensor, lora_A: Tensor, *rest: Any) -> Tensor
 def linear_added(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, scaling: float
 ) -> Tensor:
-    """As over a layer with a forward of its own, for which a plain one stands in."""
+    """lora_add over the output of a layer, for which a plain linear stands in."""
     return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scaling)
 
 
 def base_gemm(passes: str, i: Linear) -> Repetition:
-    """The frozen layer alone on the same rows, the product that gives dX, or both."""
+    """The frozen layer alone on the same rows, the product for dX, or both."""
     x = i.x if i.x.ndim == 2 else i.x.flatten(0, 1)
     dy = i.dy[0] if i.x.ndim == 2 else i.dy.flatten(0, 1)
 
@@ -217,7 +217,7 @@ def base_gemm(passes: str, i: Linear) -> Repetition:
 
 
 def linear_peft(passes: str, autocast: bool, i: Linear) -> Repetition:
-    """Adapter after adapter, each with its backward at once."""
+    """One adapter after the other; the backward of each follows its forward."""
     model = peers.SwitchedAdapters(i.weight, i.lora_A, i.lora_B, i.bias, i.scaling, autocast)
     backward = passes != "forward"
     xs = [i.x] * len(i.lora_A) if i.x.ndim == 2 else list(i.x)
@@ -289,7 +289,7 @@ def _import(package: str, module: str) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when it is first called: already asking for it imports the compiler."""
+    """The function, compiled when it is first called: torch.compile imports the compiler."""
     cached = functools.cache(functools.partial(torch.compile, function, dynamic=False))
     return lambda *args: cached()(*args)
 
@@ -315,7 +315,7 @@ def distances_ours(i: Geometry) -> Differentiable:
 
 
 def distances_by_layer(function: Callable[..., Tensor], backward: bool, i: Geometry) -> Repetition:
-    """Layer after layer, each with its backward at once: only one layer's ΔW live at a time."""
+    """One layer after the other with its backward, so that only one layer's ΔW live at a time."""
     layers = [(leaf(A), leaf(B)) for A, B in zip(i.lora_A, i.lora_B)]
 
     @torch.set_grad_enabled(backward)
@@ -384,7 +384,7 @@ def update_inputs(layers: Layers, dtype: torch.dtype, device: torch.device) -> U
 
 
 class _Given(torch.autograd.Function):
-    """A loss (K,) with given gradients: what is timed is the method, not a model."""
+    """A loss (K,) with given gradients, so that the method is timed and not a model."""
 
     @staticmethod
     def forward(ctx, grads, *params):

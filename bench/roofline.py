@@ -15,7 +15,7 @@ from bench.case import Work
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Operations and bytes a second."""
+    """Operations and bytes per second."""
 
     flops: float
     bytes: float
@@ -23,15 +23,15 @@ class Ceilings:
     flops32: float = 67e12
 
 
-#: bfloat16 and memory as once measured on one H200; float64 tensor cores and float32 from its data
-#: sheet.
+#: bfloat16 and memory were once measured on one H200; float64 tensor cores and float32 are from
+#: its data sheet.
 H200 = Ceilings(790e12, 4.3e12, 60e12)
-#: What an exponential costs: its unit does one where the others do 16 operations.
+#: The operations that other units do while an exponential's does one.
 EXP = 16
 
 
 def floor(work: Work, ceilings: Ceilings = H200) -> float:
-    """Seconds: products and memory overlap perfectly, launches are free."""
+    """The least seconds: products and memory overlap perfectly, launches are free."""
     return max(_products(work, ceilings), work.bytes / ceilings.bytes)
 
 
@@ -81,7 +81,8 @@ def pairwise_frobenius(
 def particle_loss(particles: int, rows: int, classes: int, passes: str) -> Work:
     """bfloat16 logits, read once in each pass; their gradient written once."""
     entries = particles * rows * classes
-    # An exponential each, both ways; each pair of particles once, and a product with a K×K matrix.
+    # Both passes take one exponential per entry; the forward multiplies each pair of particles
+    # once, the backward multiplies by a K×K matrix.
     forward = Work(bytes=2.0 * entries, flops32=float(entries * (EXP + particles + 1)))
     backward = Work(bytes=4.0 * entries, flops32=float(entries * (EXP + 2 * particles)))
     return _passes(forward, backward, passes)

@@ -13,7 +13,7 @@ def main(backend: str) -> int:
     context = Context(default_device(), True, ".", "sanitized")
     wrong = 0
     for group in smoke.groups([backend], tiny=True):
-        # One of each kind: everything takes ten times as long.
+        # Two of each group: everything takes ten times as long here.
         for job in group.jobs[:2]:
             result = job.run(context)
             print(job.name, result["failures"], result["skipped"], flush=True)

@@ -1,6 +1,6 @@
 """Whether every kernel is right: small and odd sizes against float64, repeats bit by bit.
 
-One job a problem, dtype and backend. Outputs are poisoned before; what fails is not timed.
+One job per problem, dtype and backend. Outputs are poisoned before; what fails is not timed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ GEOMETRIES = [
 
 
 def groups(backends: Sequence[str], tiny: bool) -> list[Group]:
-    """By what shares kernels; those of the first one are the riskiest."""
+    """A group for what shares kernels; those of the first group are the riskiest."""
     found = []
     for backend in sorted(backends, key=lambda name: name != "triton"):
         few = slice(None, 3) if tiny else slice(None)

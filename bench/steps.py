@@ -68,7 +68,7 @@ class Training:
     y: Tensor  # (B,), or (B, L) of a language model
 
     def models(self, autocast: bool = True) -> list[nn.Module]:
-        """autocast: PEFT's default, which keeps half-precision adapters in float32."""
+        """The PEFT models. autocast: PEFT's default, float32 adapters in a half-precision model."""
         import peft
 
         device, dtype = self.x.device, next(self.frozen.parameters()).dtype
@@ -117,7 +117,7 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _by_id(model: nn.Module) -> dict[int, nn.Parameter]:
-    """A memo for copy.deepcopy: what is in it is not copied, so the frozen weights exist once."""
+    """A memo for copy.deepcopy that excepts the frozen weights, which then exist once."""
     return {id(p): p for p in model.parameters()}
 
 
@@ -134,8 +134,8 @@ def training(
     with torch.no_grad():
         for adapter in particles.adapters():
             adapter.lora_B.copy_(draw(*adapter.lora_B.shape, std=network.spread))
-        # Particles that predict nearly the same have a nearly singular Gram matrix, in whose
-        # inverse the check would compare nothing but rounding. Each leans to a class of its own.
+        # Particles with nearly equal predictions have a nearly singular Gram matrix, and a check of
+        # its inverse would compare rounding errors. So each particle prefers another class.
         for _, head in particles.heads():
             head["bias"].copy_(3 * torch.eye(*head["bias"].shape))
     folder = tempfile.TemporaryDirectory()
@@ -160,11 +160,11 @@ def _step(
     reported: list[Tensor | tuple[Tensor, ...]],
     backward: Callable[[], dict[str, Tensor]],
 ) -> Repetition:
-    """The method's backward, AdamW, zero_grad. The rate is zero: every repetition does the same.
+    """The method's backward, AdamW, zero_grad; at rate zero, so that all repetitions are equal.
 
-    reported: the tensors whose gradients are checked; a tuple holds one a particle.
+    reported: the tensors whose gradients are checked; a tuple holds one per particle.
     """
-    # capturable: the step's count lives on the GPU, so that a CUDA graph can hold it.
+    # With `capturable` the step's count is on the GPU, and a CUDA graph can hold the step.
     on_gpu = params[0].is_cuda
     optimizer = torch.optim.AdamW(params, lr=0.0, fused=True, capturable=on_gpu)
 
@@ -193,7 +193,7 @@ def step_plain(
     autocast: bool = True,
     distances: Callable[..., Tensor] | None = None,
 ) -> Repetition:
-    """distances: how SVGD's are computed, where not on materialised ΔW."""
+    """A plain peer. distances: how SVGD's are computed, if not from materialised ΔW."""
 
     def logits(model: nn.Module, x: Tensor) -> Tensor:
         return i.network.call(model, x).flatten(0, -2)
@@ -315,7 +315,7 @@ def _llama(tiny: bool, length: int, layers: int = 1) -> Network:
         {"r": 16, "lora_alpha": 16, "target_modules": targets},
         classes=classes,
         **_tokens(length, classes),
-        # Without heads of their own, the particles differ by their adapters only.
+        # The particles share the head and differ by their adapters only.
         spread=0.5,
         call=call,
         embed=lambda model, x: model.get_input_embeddings()(x),
@@ -357,7 +357,8 @@ def _step_case(
     }
     if network.name.startswith("ViT") and particles == 4:
         makers["vmap"] = partial(step_plain, peers.VmappedModels, method, distances=distances)
-    # Also without the look for non-finite values: it waits for the device, so no graph holds it.
+    # Also with nonfinite="ignore": the test for such values waits for the device, so that no graph
+    # can hold the step.
     for backend in backends:
         unchecked = partial(step_ours, partial(method, nonfinite="ignore"))
         makers[f"{OURS} ({backend}, ignore)"] = partial(on_backend, backend, unchecked)

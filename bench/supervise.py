@@ -25,9 +25,9 @@ from bench.journal import Journal, State, state
 from bench.outside import shorten
 from bench.processes import Child, kill
 
-#: How often a job is begun at most, beside once for every peer that ended its process.
+#: How often a job is begun at most, not counting one time for each peer that ended its process.
 TRIES = 2
-#: Processes of a group, at most.
+#: The most processes that a group may start.
 STARTS = 10
 #: Seconds that a worker has to end by itself when the time is over.
 GRACE = 8.0
@@ -38,11 +38,11 @@ EVERY = 3.0
 
 
 class Running:
-    """A group's worker, and what it was last heard of."""
+    """A group's worker, and the last news from it."""
 
     def __init__(self, group: Group, child: Child, spent: float):
         self.group, self.child = group, child
-        # By earlier processes of the group, and since when this one speaks.
+        # Seconds of the group's earlier processes, and when this one first reported.
         self.spent, self.begun = spent, math.inf
         self.job: Job | None = None
         self.peer = ""
@@ -50,7 +50,7 @@ class Running:
 
     @property
     def seconds(self) -> float:
-        """Of the group, without the starts of its processes."""
+        """Seconds of the group so far, without the starts of its processes."""
         return self.spent + max(0.0, time.time() - self.begun)
 
 
@@ -100,10 +100,12 @@ class Supervisor:
         again: list[str],
         wanted: Callable[[Stage, Group, Job], bool] = lambda *_: True,
     ) -> str | None:
-        """All stages' wanted jobs that have no result, as far as the time goes; those of `again`
-        also where they have one. The first stage's job is "machine".
+        """Run the wanted jobs of all stages that have no result, as far as the time goes.
 
-        None, or why nothing was run: times of two cards must not stand side by side.
+        Jobs of `again` run even if they have one. The first stage's job is "machine".
+
+        Returns:
+            None, or why nothing was run: times of two cards must not stand side by side.
         """
         earlier = self.state()
         always = [name for name, job in self.jobs.items() if job.always]
@@ -145,7 +147,7 @@ class Supervisor:
                     return
                 before = time.time()
                 time.sleep(0.05)
-                # On a machine that has no time for this process, it had none for the workers.
+                # If this process got no processor time, the workers got none either.
                 late = max(0.0, time.time() - before - 0.2)
                 for running in list(self.running):
                     running.child.heard += late
@@ -178,9 +180,9 @@ class Supervisor:
         self.running.append(Running(group, child, self.spent[group.name]))
 
     def attend(self, running: Running) -> bool:
-        """Take what the worker says; whether it still runs."""
+        """Take the worker's reports -> whether it still runs."""
         child, group = running.child, running.group
-        # Before it is read: what it said last is then read too.
+        # Ask before reading, so that the last reports are read too.
         ended = child.process.poll() is not None
         self.take(running)
         if ended:
@@ -226,7 +228,7 @@ class Supervisor:
                 self.changed()
 
     def ending(self, child: Child) -> str:
-        """Why it ended, "" where it was done."""
+        """Why the worker ended; "" if it was done."""
         code = child.process.returncode
         if code == 0:
             return ""
@@ -235,7 +237,7 @@ class Supervisor:
         return ": ".join([f"the process ended with {how}", *lines[-1:]])[:300]
 
     def finish(self, running: Running, why: str) -> None:
-        """Write down how the worker ended; "time" is nobody's fault."""
+        """Write down how the worker ended; the end of the time is nobody's fault."""
         self.spent[running.group.name] = running.seconds
         group, job = running.group, running.job
         if why and not why.startswith("time"):
@@ -261,13 +263,13 @@ class Supervisor:
         self.changed()
 
     def goes_on(self, running: Running, jobs: list[Job]) -> bool:
-        """Whether the group is to have another process."""
+        """Whether the group gets another process."""
         name, process = running.group.name, running.child.process
         if process.returncode == 0 or not self.left(jobs) or time.time() > self.until:
             return False
         if self.spent[name] > running.group.limit:
             return False
-        # One that does not come as far as a job would not do so again.
+        # A process that ended before its first job would do so again.
         stillborn = running.job is None and self.crashes[name] >= TRIES
         return not stillborn and self.starts[name] < STARTS
 
@@ -277,14 +279,14 @@ class Supervisor:
         return state(self.journal.events)
 
     def left(self, jobs: list[Job]) -> list[Job]:
-        """Those without a result. One that was begun too often gets one: a failure."""
+        """The jobs without a result. A job that was begun too often gets a failure as result."""
         s = self.state()
         found = []
         for job in jobs:
             if job.name in s.results:
                 continue
             crashes = [c for c in s.crashes if c["job"] == job.name]
-            # Those peers are left out the next time.
+            # These peers are left out the next time.
             peers = {c["peer"] for c in crashes if self.can_go_without(job, c["peer"])}
             if s.begun.get(job.name, 0) < TRIES + len(peers):
                 found.append(job)
@@ -297,7 +299,7 @@ class Supervisor:
         return is_ours(peer) or (job.case is not None and peer in job.case.peers)
 
     def without(self, job: Job, s: State) -> dict[str, str]:
-        """The peers that this job is to leave out, and why."""
+        """The peers that this job must leave out, and why."""
         found: dict[str, str] = {}
         times = Counter(
             (c["peer"], self.jobs[c["job"]].operator) for c in s.crashes if c["job"] in self.jobs
@@ -315,7 +317,7 @@ class Supervisor:
         if job.case is not None:
             dtype = "bfloat16" if job.case.half_precision else "float32"
             wrong = not_timed(job.case.group, dtype, list(job.case.peers), s.results)
-            # The stage before the correctness has the reference only.
+            # The stage before the correctness runs the reference only.
             found |= {} if job.name.startswith("plain: ") else wrong
         return found
 

@@ -40,8 +40,8 @@ FIRST = ("768→768 K4", "768→2304 K4")
 
 
 def stages(device: str, tiny: bool, only: str = "") -> list[Stage]:
-    """A group a case, the main shapes first. Both directions at once would only tune the same
-    kernels again."""
+    """One group per case, the main shapes first. Cases of both directions are left out: they have
+    the same kernels."""
     found = families(["triton", "reference"], tiny)
     linears = [c for name in ("ViT-B linears", "LLM linears", "more linears") for c in found[name]]
     linears = [case for case in linears if not case.group.endswith("fwd + bwd")]
@@ -70,7 +70,7 @@ def _tune(case: Case, context: Context) -> dict[str, Any]:
 
 
 def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`old` with the entries of `new` in the place of those that answer the same question."""
+    """The entries of `old`, replaced by those of `new` that answer the same question."""
 
     def question(entry: dict[str, Any]) -> str:
         asked = [entry[key] for key in ("op", "capability", "dtype", "sizes")]
@@ -80,7 +80,7 @@ def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str
 
 
 def write(table: Path, entries: list[dict[str, Any]]) -> None:
-    """One line an entry, so that a diff shows what has changed."""
+    """Write one line per entry, so that a diff shows what has changed."""
     lines = ",\n".join(json.dumps(entry) for entry in entries)
     table.write_text(f"[\n{lines}\n]\n")
     print(f"table: {table}, {len(entries)} entries")
@@ -128,7 +128,7 @@ def main() -> int:
     options = {"only": args.only}
     task = Task("bench.tune", args.device, args.tiny, folder, f"{args.record}-tune", options)
     supervisor = Supervisor(plan, journal, time.time() + 60 * args.minutes, task, changed)
-    # What is known from an earlier call belongs into the table too.
+    # The table also gets what an earlier call found.
     changed()
     why = supervisor.run([])
     changed()

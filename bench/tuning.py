@@ -60,7 +60,7 @@ def _lora_pass(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
     rows = config.rows_each
     return [
         [
-            # A pass that shrinks has one block of rows a program; others have some blocks.
+            # A pass that shrinks has one block of rows per program; others have several.
             {
                 "block_m": m,
                 "block_n": n,
@@ -70,7 +70,7 @@ def _lora_pass(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
             for m, n, warps in tiles
         ],
         [{"stages": stages} for stages in (2, 3, 4)],
-        # The same tile by fewer warps: how both thin products at once are read differs.
+        # The same tile with fewer warps, which read both thin products in another order.
         [{"warps": 4}],
         [] if asked["shrink"] else [{"rows_each": 2 * rows}, {"rows_each": 4 * rows}],
     ]
@@ -104,8 +104,8 @@ CHANGES: dict[str, Callable[[Any, dict[str, Any]], list[list[Change]]]] = {
 
 @contextlib.contextmanager
 def answering(answers: dict[Question, Any], asked: dict[Question, Any]) -> Iterator[None]:
-    """Let the host functions get `answers`, or else what configs says; what they asked and got is
-    added to `asked`."""
+    """Give `answers` to the host functions, or else what configs says; add what they asked and got
+    to `asked`."""
     # The package's functions hide its modules of the same names.
     modules = [sys.modules[f"{backend.__name__}.{n}"] for n in ("frobenius", "linear", "loss")]
     replaced = []
@@ -218,7 +218,7 @@ class Tuner:
                     self.context.note(name)
                     result["tried"] += 1
                     found = self._try(runs[OURS], tried, right, tolerance, name, result)
-                    # Less is noise.
+                    # A smaller difference is noise.
                     if found < 0.98 * seconds:
                         seconds, best = found, tried
         finally:
@@ -238,7 +238,7 @@ class Tuner:
     def _candidates(
         self, best: dict[Question, Any], question: Question, changes: list[Change]
     ) -> dict[str, dict[Question, Any]]:
-        """By name: the answers with one change in one of them."""
+        """Name -> the answers with one change in one of them."""
         found = {}
         for change in changes:
             changed = dataclasses.replace(best[question], **change)
@@ -253,7 +253,7 @@ class Tuner:
             return seconds < self._time(reference, {})
         except Exception as error:
             check_device(error, self.device)
-            # It waits for the device, so no graph can hold it: both with their launches.
+            # The reference waits for the device, so no graph can hold it: time both with launches.
             seconds = self._time(ours, answers, launched=True)
             return seconds < self._time(reference, {}, launched=True)
 
@@ -299,7 +299,7 @@ class Tuner:
 
 
 def entry(question: Question, config: Any) -> dict[str, Any]:
-    """What was asked and answered; not measured."""
+    """The table's entry of a question and its answer, not yet measured."""
     name, arguments = question
     sizes = dict(arguments)
     capability, dtype = sizes.pop("chip").capability, sizes.pop("dtype")

@@ -21,7 +21,7 @@ BROKEN = 3
 def main() -> int:
     report = Reports()
     task = json.load(sys.stdin)
-    # PyTorch prints, and takes seconds to import.
+    # Imported here: PyTorch prints, which must go to stderr, and takes seconds.
     import torch
 
     from bench import compare
@@ -30,9 +30,9 @@ def main() -> int:
 
     device = torch.device(task["device"])
     if device.type == "cuda":
-        # A capture needs a stream of its own, and a backward runs where its forward ran.
+        # A graph cannot be captured on the default stream, and a backward runs on its forward's.
         torch.cuda.set_stream(torch.cuda.Stream())
-        # Of convolutions it is the default; the float32 checks would see nothing smaller.
+        # Convolutions use TF32 by default, whose errors would hide others in float32 checks.
         torch.backends.cudnn.allow_tf32 = False
     plan = importlib.import_module(task["plan"])
     stages = plan.stages(device.type, task["tiny"], **task["options"])
@@ -61,7 +61,7 @@ def main() -> int:
             free_memory(device)
     except BrokenDevice as error:
         print(error, file=sys.stderr, flush=True)
-        # At once: the destructors of a broken context can hang.
+        # Exit at once: the destructors of a broken context can hang.
         os._exit(BROKEN)
     return 0
 
@@ -74,7 +74,7 @@ def run(job: Any, context: Any) -> dict[str, Any]:
 
     missing = lack_of_memory(job.memory, context.device)
     waited = time.time()
-    # Groups that run beside this one give theirs back.
+    # Groups that run at the same time free their memory.
     while missing is not None and time.time() - waited < 20:
         time.sleep(1.0)
         context.beat("")
@@ -92,7 +92,7 @@ def run(job: Any, context: Any) -> dict[str, Any]:
 
 
 def ceilings(device: Any, tiny: bool) -> dict[str, Any]:
-    """The machine's, measured beside what is divided by them; without them the cases still run."""
+    """The machine's ceilings, measured by the process that divides by them, or the failure."""
     from bench import compare
     from bench.check import reason
     from bench.device import check_device, free_memory
@@ -107,7 +107,7 @@ def ceilings(device: Any, tiny: bool) -> dict[str, Any]:
 
 
 def lack_of_memory(needed: float, device: Any) -> str | None:
-    """What there is too little of, or None."""
+    """A sentence about the memory if it does not suffice, else None."""
     import torch
 
     if device.type != "cuda" or not needed:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled to machine code without a GPU, and what the code looks like.
+"""Compile every Triton kernel to machine code without a GPU, and report on the code.
 
 Host functions run as they are, on meta tensors; each launch becomes a compilation. What is
 compiled is therefore what would run. For a process of its own: Triton's driver is replaced.
@@ -32,13 +32,16 @@ TARGETS: dict[str, tuple[Chip, int]] = {
 }
 
 
-# Where memory may lie: 64 bits, and aligned.
+# An address as a GPU's memory has it: 64 bits, aligned.
 _ADDRESS = 1 << 40
 
 
 def resident(chip: Chip, registers: int, shared: int, warps: int) -> int:
-    """How many thread blocks a processor holds at a time: 65536 registers, 2048 threads, 32 blocks
-    and a KB more of shared memory than one block can have, of which every block takes one."""
+    """How many thread blocks a processor holds at a time.
+
+    A processor has 65536 registers, 2048 threads, 32 blocks and one KB of shared memory more than
+    one block can have; every block takes one KB for itself.
+    """
     limit = next(limit for known, limit in TARGETS.values() if known.capability == chip.capability)
     of_warp = -(-registers // 8) * 8 * 32
     return min(65536 // (warps * of_warp), (limit + 1024) // (shared + 1024), 64 // warps, 32)
@@ -87,7 +90,7 @@ def compile_all(chip: Chip, problems: Iterable[Problem]) -> Iterator[Report]:
 
 @contextlib.contextmanager
 def playing(chip: Chip, launcher: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `launcher` gets every launch, as if for this chip."""
+    """Inside, `launcher` gets every launch, made as for this chip."""
     driver.set_active(AbsentGPU(chip))
     common.compile_only(chip, launcher)
     try:
@@ -97,8 +100,8 @@ def playing(chip: Chip, launcher: Callable[..., Any]) -> Iterator[None]:
 
 
 def as_on_a_gpu(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A launch's arguments with addresses, which come in tuples, as a GPU's: those of meta tensors
-    are zero, which Triton compiles as another type."""
+    """A launch's arguments with a GPU's addresses in place of zeros, for which Triton would compile
+    another type. Addresses come in tuples; those of meta tensors are zero."""
     return tuple(
         tuple(x or _ADDRESS for x in arg) if isinstance(arg, tuple) else arg for arg in args
     )

@@ -1,4 +1,4 @@
-"""What the machine code of a kernel looks like; that of the CUDA C++ kernels needs no GPU."""
+"""The machine code of kernels: what it needs, and what must not be in it. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from pathlib import Path
 
 import torch
 
-#: What stands in a report of theirs in place of a problem.
+#: The `problem` field of a report on a CUDA C++ kernel.
 NATIVE = "CUDA C++"
 
 #: The code in multilora._C_cuda that runs on each chip.
 NATIVE_CODES = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 
-#: Kernels of one chip, which have no body on others.
+#: Kernels that have a body on some chips only.
 _ONLY_ON = {"lora_gemm_kernel": ("sm_90",)}
 
-#: The threads of kernels whose warp groups hand registers over: the first group gives, the others
-#: take.
+#: Kernels whose first warp group gives registers to the other groups, and their threads.
 _THREADS = {"lora_gemm_kernel": 384}
 
-# The last name before the arguments, and its template arguments.
+# The kernel's name before the arguments, and its template arguments.
 _NAME = r"(\w+)(?:<(.*?)>)?\("
 
 
@@ -33,12 +32,16 @@ _NAME = r"(\w+)(?:<(.*?)>)?\("
 class Report:
     """One code of a kernel, as ptxas and nvdisasm see it.
 
-    problem: the first that needs it. spills: bytes that are stored to local memory. wgmma, mma:
-    instructions of the tensor cores (a warp group's, a warp's). bulk_copies: tensor copies into and
-    out of shared memory by the copy engine. serialized: ptxas has put a wait behind every wgmma.
-    programs, resident: of a persistent kernel, how many are launched for a processor, and how many
-    fit on one. pool: of a kernel whose warp groups hand registers over, its threads and all the
-    registers that they then ask for: what a launch does not bring is waited for without end.
+    Attributes:
+        problem: the first problem that needs the code.
+        spills: bytes that are stored to local memory.
+        wgmma, mma: tensor core instructions of a warp group and of a warp.
+        bulk_copies: the copy engine's tensor copies into and out of shared memory.
+        serialized: whether ptxas has put a wait behind every wgmma.
+        programs, resident: for a persistent kernel, how many programs are launched per processor,
+            and how many fit on one.
+        pool: for a kernel whose warp groups exchange registers, its threads and the registers that
+            they ask for in total. A launch that brings fewer registers hangs.
     """
 
     kernel: str
@@ -76,7 +79,7 @@ class Report:
 
 
 def count(code: str, instruction: str) -> int:
-    """How often an instruction stands in what nvdisasm or cuobjdump print."""
+    """How often an instruction occurs in the output of nvdisasm or cuobjdump."""
     return len(re.findall(rf"\b{instruction}\b", code))
 
 
@@ -89,13 +92,13 @@ def match(pattern: str, text: str) -> re.Match[str]:
 
 
 def is_serialized(code: str) -> bool:
-    """Whether machine code waits behind every wgmma: ptxas says so only when it compiles."""
+    """Whether machine code waits behind every wgmma. (ptxas reports it while it compiles only.)"""
     products = count(code, "HGMMA")
     return products > 1 and count(code, "WARPGROUP.DEPBAR") >= products
 
 
 def register_pool(code: str, threads: int) -> tuple[int, int] | None:
-    """Report's `pool`, of the machine code of a kernel of so many threads."""
+    """The field `pool` of a report, from the machine code of a kernel with so many threads."""
     given = re.findall(r"USETMAXREG\.DEALLOC\S* (0x\w+)", code)
     taken = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, (0x\w+)", code)
     if not given or not taken:
@@ -104,7 +107,7 @@ def register_pool(code: str, threads: int) -> tuple[int, int] | None:
 
 
 def run_tool(*command: str) -> str:
-    """What a tool prints. Raises RuntimeError where it fails."""
+    """What a tool prints. Raises RuntimeError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
@@ -121,7 +124,7 @@ def native_build() -> str:
 
 
 def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Report]:
-    """One report a CUDA C++ kernel of the installed module, of those whose name has `only`.
+    """One report per CUDA C++ kernel of the installed module whose name contains `only`.
 
     `spills` is the whole stack frame: a kernel of ours has nothing else to keep there. `shared` is
     what is allocated statically.
@@ -142,7 +145,7 @@ def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Repo
             kernels.append((symbol, name, configuration, *map(int, usage)))
     if not kernels:
         return
-    # Of all kernels: naming them takes the tool longer.
+    # The tool takes longer for selected kernels than for all.
     listing = run_tool(*dump, "-sass", spec.origin)
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", listing, re.S))
     for symbol, name, configuration, registers, stack, shared, local in kernels:

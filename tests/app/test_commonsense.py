@@ -18,11 +18,11 @@ from transformers import (
 )
 
 import multilora as ml
+from documents import recipe
 from multilora.app import cli
 from multilora.app import run as training
 from multilora.app.settings import recommended
 from multilora.app.tasks import commonsense
-from documents import recipe
 
 WINOGRANDE = {
     "sentence": "The cup did not fit the box because the _ was small.",

@@ -6,19 +6,18 @@ from dataclasses import fields
 
 import pytest
 import torch
-from documents import recipe
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
 import multilora as ml
+from documents import recipe
 from multilora.app import cli, recipes
 from multilora.app import run as training
 from multilora.app.settings import recommended
 from multilora.app.tasks import vtab as vtab_task
 from multilora.app.tasks.images import Augmented, create_base, image_folder
 from multilora.app.tasks.vtab import vtab
-from documents import recipe
 
 NAME = "vit_tiny_patch16_224.augreg_in21k"
 MODEL_ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -99,6 +99,8 @@ def commands(block: Block) -> list[list[str]]:
             continue
         for command in re.split(r"&&|;", line):
             words = shlex.split(command, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words.pop(0)
             if words:
                 found.append([re.sub(r"^\S*/bin/", "", words[0]), *words[1:]])
     return found
@@ -129,7 +131,8 @@ def python(arguments: list[str]) -> None:
         file = Path(spec.origin)
         source = (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text()
         options = [a for a in arguments[2:] if a.startswith("--")]
-        assert all(f'"{option}"' in source for option in options), (module, options)
+        known = re.findall(r"--\w[\w-]*", source)
+        assert set(options) <= set(known), (module, options)
     elif arguments[0] != "-c":
         assert (ROOT / arguments[0]).is_file(), arguments[0]
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import multilora as ml
+from documents import block, sides
 from models import FAMILIES, particles_of
 from multilora.optim import clip_grad_norm_
-from documents import block, sides
 
 K = 3
 METHODS = [ml.Ensemble, ml.SVGD, ml.IBDR]

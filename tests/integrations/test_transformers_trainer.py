@@ -18,10 +18,10 @@ from transformers import (
 )
 
 import multilora as ml
+from documents import block
 from models import FAMILIES, VOCABULARY, particles_of
 from multilora.integrations.transformers import ParticleTrainer
 from processes import run_in_processes
-from documents import block
 
 K = 3
 TOKENS = 5

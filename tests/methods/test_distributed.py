@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import multilora as ml
+from documents import block
 from models import FAMILIES, logits_of, perturb
 from multilora.attach import particle_seeds
 from processes import run_in_processes
-from documents import block
 
 ROOT = Path(__file__).parents[2]
 K, B = 4, 8

@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import multilora as ml
+from documents import block
 from models import FAMILIES, logits_of, particles_of
 from multilora.methods.passes import gradients
-from documents import block
 
 K = 5
 METHODS = {

@@ -18,12 +18,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multilora as ml
+from documents import block
 from models import load_peft, particle_tensors, particles_of, peft_tensors
 from multilora.calls import Call
 from multilora.layers import LoraLinear, LoraOpaqueLinear, has_own_forward
 from oracles import relative_error
 from processes import run_in_processes
-from documents import block
 
 K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
 

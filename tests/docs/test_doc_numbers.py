@@ -1,0 +1,73 @@
+"""Numbers in README.md and docs/ are those of the records that stand beside them."""
+
+import importlib.util
+import json
+
+import pytest
+
+from documents import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def draw():
+    file = ROOT / "docs" / "figures" / "draw.py"
+    spec = importlib.util.spec_from_file_location("draw", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_of_the_records():
+    """`python docs/figures/draw.py` would change nothing in them."""
+    module = draw()
+    for name, page in module.PAGES.items():
+        text = (ROOT / "docs" / page).read_text()
+        assert module.with_table(text, name) == text, page
+
+
+def case(group: str, name: str) -> dict:
+    cases = json.loads((RESULTS / "cpu-epyc-2-threads.json").read_text())["cases"]
+    [found] = [c for c in cases if (c["group"], c["name"]) == (group, name)]
+    return found
+
+
+def speedup(group: str, name: str, peer: str) -> float:
+    return case(group, name)["speedup"][peer][1]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_speedups_are_of_the_record(page):
+    text = (ROOT / page).read_text()
+    step = speedup("IBDR step", "digits ViT K4 B16", "PEFT loop")
+    assert f"{step:.1f} × faster" in text
+    loss = speedup("particle_loss fwd + bwd", "K4 N64 C32000", "softmax, logdet")
+    assert f"{loss:.1f} × faster" in text
+    pairs = speedup("pairwise_frobenius forward", "12 layers 768→3072 K8 r8", "ΔW differences")
+    assert f"{pairs:.0f}"[0] + "00 ×" in text
+    widths = ("768→768", "768→2304", "768→3072", "3072→768")
+    linear = [speedup("lora_linear fwd + bwd", f"{w} K4 T197 r8", "baddbmm") for w in widths]
+    assert f"{min(linear):.2f}–{max(linear):.2f} ×" in text
+
+
+def test_memory_is_of_the_record():
+    record = json.loads((RESULTS / "many_particles" / "growth-cpu.json").read_text())
+    assert f"{record['memory_ratio']:.2f} ×" in (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "many_particles.md").read_text()
+    for run in record["growth"]:
+        assert str(round(run["resident"] / 2**20)) in guide
+        assert f"| {run['cpu_seconds']:.0f} |" in guide
+
+
+@pytest.mark.parametrize(("name", "targets"), [("trunk-cpu", "MLPs"), ("trunk-cpu-qkv", "`qkv`")])
+def test_the_trunk_is_of_the_record(name, targets):
+    record = json.loads((RESULTS / "many_particles" / f"{name}.json").read_text())
+    speedups = [f"{case['speedup'][1]:.2f} ×" for case in record["cases"]]
+    guide = (ROOT / "docs" / "guides" / "many_particles.md").read_text()
+    assert f"| {targets} | {' | '.join(speedups)} |" in guide
+
+
+def test_figures_are_small():
+    images = list((ROOT / "docs" / "images").iterdir())
+    assert len(images) >= 5
+    assert sum(file.stat().st_size for file in images) < 600_000

@@ -140,9 +140,9 @@ def compute_on(backend: Any, name: str, *args: Any) -> Any:
 
 
 def _differentiable(
-    function: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]
+    function: Callable[..., Any], run: Callable[..., Any], save: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`function` with the gradient that register_autograd was given, as an autograd.Function."""
+    """`function` with the gradient `run` of register_autograd, as an autograd.Function."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -151,7 +151,8 @@ def _differentiable(
             save(ctx, args, output)
             return output
 
-    Direct.backward = staticmethod(backward)
+        backward = staticmethod(run)
+
     return Direct.apply
 
 

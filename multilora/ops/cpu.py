@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multilora import _C
+import multilora._C as _C
 from multilora.ops.common import accumulator, core_dtype, wrong_target
 from multilora.ops.native import DTYPES, NativeKernels, dense_classes, volume_kind
 
@@ -31,7 +31,7 @@ class _CpuKernels(NativeKernels):
         stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
         core = logits.new_empty((rows, side, side), dtype=core_dtype(logits))
         # The kernel fills the values, or their means alone.
-        results = (stats.new_empty(rows),)
+        results: tuple[Tensor, ...] = (stats.new_empty(rows),)
         if means:
             results = stats.new_empty(particles), stats.new_empty(()), stats.new_empty(())
         pointers = [t.data_ptr() for t in results]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multilora import _C_cuda
+import multilora._C_cuda as _C_cuda
 from multilora.ops import hopper
 from multilora.ops.common import (
     LOGITS_OF,

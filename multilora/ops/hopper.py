@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multilora import _C_cuda
+import multilora._C_cuda as _C_cuda
 from multilora.ops import dispatch
 from multilora.ops.common import empty_gradients, empty_linear
 from multilora.ops.native import DTYPES, stream

@@ -149,7 +149,7 @@ def stream(t: Tensor) -> tuple[int, int]:
 
 def _adapter_sizes(lora_A: list[Tensor], lora_B: list[Tensor]) -> list[int]:
     """rank, d_in and d_out of every layer."""
-    sizes = []
+    sizes: list[int] = []
     for A, B in zip(lora_A, lora_B):
         _, rank, d_in = A.shape
         sizes += (rank, d_in, B.shape[1])

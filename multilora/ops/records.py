@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class Promotion:
             of == (op, chip.capability, chip.processors, question.dtype, question.switches)
             and self.sizes.keys() == question.sizes.keys()
             and all(
-                low <= question.sizes[name] and (high is None or question.sizes[name] <= high)
+                (low or 0) <= question.sizes[name]
+                and (high is None or question.sizes[name] <= high)
                 for name, (low, high) in self.sizes.items()
             )
         )

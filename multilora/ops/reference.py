@@ -233,11 +233,11 @@ def _plan(shapes: tuple[torch.Size, ...], scaling: tuple[float, ...], device: to
     groups = defaultdict(list)
     for layer, shape in enumerate(shapes):
         groups[shape].append(layer)
-    order = [layer for members in groups.values() for layer in members]
+    layers = [layer for members in groups.values() for layer in members]
     scales = torch.tensor(scaling, dtype=torch.float64, device="cpu").square()[:, None, None]
-    if order == sorted(order):
+    if layers == sorted(layers):
         return _Plan(list(groups.values()), None, None, scales.to(device))
-    order = torch.tensor(order, device="cpu")
+    order = torch.tensor(layers, device="cpu")
     return _Plan(
         list(groups.values()), order.to(device), order.argsort().to(device), scales.to(device)
     )

@@ -126,7 +126,7 @@ class Launch:
         # dtypes, is what Triton compiles for.
         self._compiled: dict[int, Callable[..., Any]] = {}
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Any) -> None:
         args = (*self._descriptors(tensors), *tensors, *self.numbers)
         if _launcher is not None:
             _launcher(self.kernel, self.grid, args, self.meta)
@@ -153,13 +153,13 @@ class Launch:
             return self._none
         found = self._none.copy()
         if self._fields is None:
-            fields = []
+            known = []
             for i, ((particles, rows, cols), box) in self._blocks:
                 # Not t.stride(): an axis of length one may have any.
                 shape, strides = [particles, rows, cols], [rows * cols, cols, 1]
                 found[i] = TensorDescriptor(tensors[i], shape, strides, [1, *box])
-                fields.append((i, {**vars(found[i]), "base": None}))
-            self._fields = fields
+                known.append((i, {**vars(found[i]), "base": None}))
+            self._fields = known
             return found
         for i, fields in self._fields:
             # Without the checks, which take longer than a launch.
@@ -178,7 +178,8 @@ def precision(dtype: torch.dtype) -> str:
         return "ieee"
     chosen = torch.backends.cuda.matmul.fp32_precision
     if chosen == "none":
-        chosen = torch.backends.fp32_precision
+        # PyTorch sets it when it is imported.
+        chosen = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if chosen == "tf32" else "ieee"
 
 

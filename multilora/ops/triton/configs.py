@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -40,7 +40,7 @@ def in_table(rule: Rule) -> Rule:
         return config if entry is None else dataclasses.replace(config, **entry["config"])
 
     # As a rule is pure, and a training step asks the same few questions.
-    return functools.lru_cache(maxsize=4096)(answer)
+    return cast(Rule, functools.lru_cache(maxsize=4096)(answer))
 
 
 @functools.cache

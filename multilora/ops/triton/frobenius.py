@@ -498,7 +498,9 @@ def _plan(particles, sizes, scaling, dtype, chip) -> _Plan:
     ranks = tuple(rank for rank, _, _ in sizes)
     widths = tuple(d_in for _, d_in, _ in sizes) + tuple(d_out for _, _, d_out in sizes)
     config = geometry(particles, ranks, widths, dtype, chip)
-    items, partial, apply = [], [], []
+    items: list[int] = []
+    partial: list[int] = []
+    apply: list[int] = []
     offset = 0
     for item, (rank, d) in enumerate(zip(ranks * 2, widths)):
         # Parts of equal length, whole steps each.

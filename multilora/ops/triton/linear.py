@@ -88,7 +88,7 @@ def lora_linear(
         shrinker = aligned(lora_A.to(x.dtype))
     if plan.gemm is not None:
         plan.gemm(x, weight, shrinker, y, shrunk, lora_B, bias)
-    else:
+    elif plan.expand is not None:
         plan.expand(shrunk, lora_B, bias, y)
         _add_product(y, x, weight.mT)
     return y, shrunk
@@ -183,7 +183,7 @@ def lora_linear_backward(
     x, grad = aligned(x), aligned(grad)
     problem = _problem(x, lora_A, lora_B, scaling)
     d_shrunk, dA, dB = _thin_products(problem, grad, x, lora_A, lora_B, shrunk, needs)
-    if not needs[0]:
+    if not needs[0] or d_shrunk is None:
         return x.new_empty(0), dA, dB
     shared = x.shape[0] != lora_A.shape[0]
     if weight is None:
@@ -195,7 +195,7 @@ def lora_linear_backward(
     dx = x.new_empty(x.shape)
     if product is not None:
         product(rest, weight, None, dx, d_shrunk, lora_A, None)
-    else:
+    elif expand is not None:
         expand(d_shrunk, lora_A, None, dx)
         _add_product(dx, rest, weight)
     return dx, dA, dB
@@ -246,7 +246,7 @@ def _thin_products(
     dA = lora_A.new_empty(lora_A.shape if needs_A else 0)
     dB = lora_B.new_empty(lora_B.shape if needs_B else 0)
     parts_A = parts_B = None
-    if needs_B:
+    if plan.parts_B is not None:
         parts_B = x.new_empty(plan.parts_B, dtype=plan.sum_dtype)
     if plan.shrink is not None:
         d_shrunk = x.new_empty(shrunk.shape)
@@ -254,14 +254,16 @@ def _thin_products(
         plan.shrink.launch(grad, lora_B, d_shrunk, *together)
     if plan.outer is not None:
         plan.outer.launch(grad, None, None, shrunk, parts_B)
-    if needs_A:
+    if plan.inner is not None and plan.inner.parts is not None:
         parts_A = x.new_empty(plan.inner.parts, dtype=plan.sum_dtype)
         plan.inner.launch(x, None, None, d_shrunk, parts_A)
+    if plan.sums is None:
+        return d_shrunk, dA, dB
     if needs_A and needs_B:
         plan.sums(parts_A, dA, parts_B, dB)
     elif needs_A:
         plan.sums(parts_A, dA, None, None)
-    elif needs_B:
+    else:
         plan.sums(parts_B, dB, None, None)
     return d_shrunk, dA, dB
 
@@ -290,11 +292,14 @@ def _thin_gradients(problem: tuple[Any, ...], needs_x: bool, needs_A: bool, need
     if needs_A:
         over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
         inner = thin_pass(*over_x, None, True, 1.0, *kind)
+        assert inner.parts is not None
         sums.append(Sum(inner.parts, (p.rank * p.d_in, 1, p.d_in), 1.0))
     if needs_B:
-        if shrink is None or shrink.parts is None:
+        parts_B = None if shrink is None else shrink.parts
+        if parts_B is None:
             outer = thin_pass(*over_grad, None, True, p.scaling, *kind)
-        parts_B = (outer or shrink).parts
+            parts_B = outer.parts
+        assert parts_B is not None
         sums.append(Sum(parts_B, (p.d_out * p.rank, p.rank, 1), p.scaling))
     added = reduce(*sums) if sums else None
     return _Thin(shrink, outer, inner, parts_B, accumulator(p.dtype), added)

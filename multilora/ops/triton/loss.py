@@ -11,6 +11,9 @@ numbers; all that follows is float64 too, and where the sides are classes so is 
 formulas and the reasons are in reference.py.
 """
 
+# Triton wants a constexpr to be declared in each branch that gives it a value.
+# mypy: disable-error-code="no-redef"
+
 from __future__ import annotations
 
 import math
@@ -507,7 +510,9 @@ def _forward(
     if classes == 2 or (kind == "det" and particles > classes - 1):
         kind = "zero"
         core.zero_()
-    config = configs.volume(*logits.shape, logits.dtype, is_aligned(logits), chip(logits.device))
+    config = configs.volume(
+        particles, examples, classes, logits.dtype, is_aligned(logits), chip(logits.device)
+    )
     partial = None
     if config.splits:
         shape = (config.splits, examples, particles + 2, particles)
@@ -542,7 +547,13 @@ def volume_backward(
     logits, targets = _dense_classes(logits), targets.contiguous()
     out = logits.new_empty(logits.shape)
     config = configs.volume(
-        *logits.shape, logits.dtype, is_aligned(logits), chip(logits.device), backward=True
+        particles,
+        examples,
+        classes,
+        logits.dtype,
+        is_aligned(logits),
+        chip(logits.device),
+        backward=True,
     )
     strides = (grad.stride(0), 0) if grad_nll is None else (0, grad_nll.stride(0))
     launch(

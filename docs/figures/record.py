@@ -27,7 +27,7 @@ from bench.measure import machine  # noqa: E402
 
 from multilora.app import run as application  # noqa: E402
 from multilora.app.settings import Settings  # noqa: E402
-from multilora.app.tasks.digits import digits  # noqa: E402
+from multilora.app.tasks import digits  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "digits"
 BINS = 15
@@ -54,7 +54,7 @@ def run(method: str, particles: int, seed: int) -> dict:
         predictions.extend(result[1:])
         return result
 
-    task = digits(seed, Settings().shots)
+    task = digits.make(digits.Options(), seed)
     probe = task.test[:256]
 
     def look(step: int, steps: int, stats: dict[str, float]) -> None:
@@ -153,7 +153,7 @@ def speed(rounds: int) -> dict:
     """CPU milliseconds of a step of 16 images for K particles, and of a loop over K PEFT models."""
     import peft
 
-    task = digits(0, 20)
+    task = digits.make(digits.Options(), 0)
     x, y = task.train[:16]
     config = {
         "r": 8,
@@ -163,7 +163,7 @@ def speed(rounds: int) -> dict:
     }
 
     def particles_step(kind, K):
-        base = digits(0, 20).base
+        base = digits.make(digits.Options(), 0).base
         model = ml.get_particle_model(base, peft.LoraConfig(**config), K, head_init="reset").train()
         method = kind(model)
         optimizer = torch.optim.AdamW(model.particle_parameters(), lr=3e-3)
@@ -177,7 +177,8 @@ def speed(rounds: int) -> dict:
 
     def loop_step(K):
         models = [
-            peft.get_peft_model(digits(0, 20).base, peft.LoraConfig(**config)) for _ in range(K)
+            peft.get_peft_model(digits.make(digits.Options(), 0).base, peft.LoraConfig(**config))
+            for _ in range(K)
         ]
         parameters = [[p for p in m.parameters() if p.requires_grad] for m in models]
         optimizers = [torch.optim.AdamW(p, lr=3e-3) for p in parameters]

@@ -1,8 +1,10 @@
-"""Pictures of calibration."""
+"""Pictures of a run: calibration, and how training went."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -12,14 +14,17 @@ from multilora.metrics import require_targets
 
 
 def reliability_diagram(
-    probabilities: Tensor, targets: Tensor, file: str | Path, bins: int = 15
+    probabilities: Tensor, targets: Tensor, file: str | Path | BinaryIO, bins: int = 15
 ) -> None:
     """Draw accuracy against confidence: the K particles (thin) and their mean (bars).
 
-    probabilities (K, N, C), targets (N,), −100 left out.
+    Args:
+        probabilities: (K, N, C).
+        targets: (N,); examples with the target −100 are left out.
 
-    Raises ValueError for other shapes, a target outside [0, C), no valid target, and rows that are
-    no probabilities.
+    Raises:
+        ValueError: Other shapes, a target outside [0, C), no valid target, or rows that are not
+            probabilities.
     """
     probabilities, targets = _checked(probabilities.detach().cpu(), targets.detach().cpu())
     checks.integer("bins", bins, 1)
@@ -47,8 +52,50 @@ def reliability_diagram(
     plt.close(figure)
 
 
+#: The quantities of a history that are drawn, each with its axis label.
+_CURVES = {
+    "loss": "loss",
+    "nll": "mean NLL of a particle",
+    "divergence": "divergence",
+    "particle_distance": "mean distance ‖ΔW$_i$ − ΔW$_j$‖",
+}
+
+
+def history_diagram(history: Sequence[Mapping[str, float]], file: str | Path | BinaryIO) -> None:
+    """Draw the statistics of a training run over its steps, one below the other.
+
+    Args:
+        history: The statistics of some steps, in order, each with the key "step". What is drawn is
+            the loss, the particles' NLL, their divergence and their mean distance, where they are
+            there.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = {name: label for name, label in _CURVES.items() if any(name in row for row in history)}
+    figure, axes = plt.subplots(
+        max(1, len(found)),
+        1,
+        figsize=(5.5, 0.6 + 1.6 * max(1, len(found))),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, label) in zip(axes[:, 0], found.items()):
+        rows = [row for row in history if name in row]
+        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+        axis.plot(steps, values, color="tab:blue", marker="o", markersize=3)
+        axis.set_ylabel(label, fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("step")
+    figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
 def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The examples with a valid target."""
+    """Probabilities and targets of the examples with a valid target, after a check."""
     shapes = f"probabilities {tuple(p.shape)}, targets {tuple(targets.shape)}"
     if p.ndim != 3 or not len(p) or targets.shape != p.shape[1:2] or targets.dtype != torch.int64:
         raise ValueError(
@@ -57,7 +104,7 @@ def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         )
     valid = require_targets("reliability_diagram", targets, p.shape[-1], shapes)
     p, targets = p[:, valid].double(), targets[valid]
-    # NaN is neither; half precision sums to one within its rounding.
+    # NaN fails both comparisons. Half precision sums to one only within its rounding.
     good = (p >= 0).all(-1) & ((p.sum(-1) - 1).abs() < 2e-2)
     if not good.all():
         raise ValueError(

@@ -1,10 +1,9 @@
-"""What a killed run continues from, in one file that is replaced as a whole."""
+"""The state that a killed run continues from, in one file that is replaced as a whole."""
 
 from __future__ import annotations
 
 import random
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from multilora import atomic
 from multilora.app.settings import Settings, differences
+from multilora.methods import Method
 from multilora.model import ParticleModel
 
 #: Of a run's folder.
@@ -23,21 +23,41 @@ CHECKPOINT = "checkpoint.pt"
 class RunState:
     """The state of a run that is under way.
 
-    load() -> how many steps are done, and their times. Raises ValueError, naming the file, where it
-    is damaged or of another run, before anything is changed.
+    Attributes:
+        step: How many steps are done.
+        step_ms: The time of each of them in milliseconds.
+        history: The statistics of some of them, in order, each with the key "step".
     """
 
-    def __init__(self, file: Path, settings: Settings, model, method, optimizer, schedule):
-        self.file, self.settings, self.model = file, settings, model
-        self.parts = {"method": method, "optimizer": optimizer, "schedule": schedule}
+    def __init__(
+        self,
+        file: Path,
+        settings: Settings,
+        model: ParticleModel,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ):
+        self.file, self.settings, self.model, self.method = file, settings, model, method
+        self.optimizer, self.schedule = optimizer, schedule
+        self.parts: dict[str, Any] = {
+            "method": method,
+            "optimizer": optimizer,
+            "schedule": schedule,
+        }
+        self.step = 0
+        self.step_ms: list[float] = []
+        self.history: list[dict[str, float]] = []
 
-    def save(self, step: int, step_ms: list[float]) -> None:
-        kind, keys, *rest = np.random.get_state()
+    def save(self) -> None:
+        numpy_state: Any = np.random.get_state()
+        kind, keys, *rest = numpy_state
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {
-            "settings": asdict(self.settings),
-            "step": step,
-            "step_ms": step_ms,
+            "settings": self.settings.flat(),
+            "step": self.step,
+            "step_ms": self.step_ms,
+            "history": self.history,
             "parameters": {name: p.detach() for name, p in self._trained().items()},
             "base": _fingerprint(self.model),
             "rng": torch.get_rng_state(),
@@ -47,9 +67,15 @@ class RunState:
         }
         atomic.write_file(self.file, lambda stream: torch.save(state, stream))
 
-    def load(self) -> tuple[int, list[float]]:
+    def load(self) -> None:
+        """Go back to the saved state, if there is one.
+
+        Raises:
+            ValueError: The file, which the message names, is damaged or of another run. Nothing has
+                been changed then.
+        """
         if not self.file.is_file():
-            return 0, []
+            return
         state = read_state(self.file)
         self._check(state)
         try:
@@ -68,20 +94,26 @@ class RunState:
         with torch.no_grad():
             for name, value in state["parameters"].items():
                 parameters[name].copy_(value)
-        return state["step"], state["step_ms"]
+        self.step, self.step_ms = state["step"], state["step_ms"]
+        # Older versions kept no history.
+        self.history = state.get("history", [])
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _check(self, state: dict[str, Any]) -> None:
-        """Raise ValueError where `state` is not of this run."""
+        """Raise ValueError if `state` is not of this run."""
         keys = "settings step step_ms parameters base rng cuda_rng numpy_rng python_rng".split()
         missing = [key for key in [*keys, *self.parts] if key not in state]
         if missing:
             raise ValueError(
                 f"{self.file} lacks {missing}: another version of multilora, or none, wrote it"
             )
-        different = differences(state["settings"], asdict(self.settings))
+        try:
+            theirs = Settings.of(state["settings"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.file} is damaged: its settings: {error}") from error
+        different = differences(theirs, self.settings)
         if different:
             raise ValueError(
                 f"{self.file} is of a run of other settings (there, here): {different}"
@@ -93,20 +125,19 @@ class RunState:
                 f"{self.file} is damaged: it is of step {step!r} of {steps}, and has "
                 f"{len(state['step_ms'])} times of steps"
             )
-        trained, optimizer = self._trained(), self.parts["optimizer"]
+        if not _is_history(state.get("history", [])):
+            raise ValueError(f"{self.file} is damaged: its history is no list of numbers by name")
+        trained, optimizer = self._trained(), self.optimizer
         self._check_layout(state["parameters"], trained, "parameters")
-        self._check_layout(state["method"], self.parts["method"].state_dict(), "method")
+        self._check_layout(state["method"], self.method.state_dict(), "method")
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        expected = {
-            # AdamW's two means of every parameter; "step" is a number.
-            i: {"step": None, "exp_avg": p, "exp_avg_sq": p}
-            for i, p in enumerate(tensors)
-        }
-        expected = {"state": expected, "param_groups": None}
+        # AdamW has two means for each parameter; "step" is a number.
+        means = {i: {"step": None, "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(tensors)}
+        expected = {"state": means, "param_groups": None}
         self._check_layout(state["optimizer"], expected, "optimizer")
 
     def _check_layout(self, there: Any, here: Any, what: str) -> None:
-        """Raise ValueError where dictionaries differ in keys or tensors in shape, at any depth."""
+        """Raise ValueError if dictionaries differ in keys or tensors in shape, at any depth."""
         if isinstance(here, dict):
             keys = list(there) if isinstance(there, dict) else type(there).__name__
             if not isinstance(there, dict) or set(keys) != set(here):
@@ -121,17 +152,26 @@ class RunState:
                 )
 
 
+def _is_history(history: Any) -> bool:
+    return isinstance(history, list) and all(
+        isinstance(row, dict)
+        and "step" in row
+        and all(type(k) is str and type(v) in (int, float) for k, v in row.items())
+        for row in history
+    )
+
+
 def read_state(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing")
     try:
         with open(file, "rb") as stream:
             archive = zipfile.ZipFile(stream)
-            # torch.save compresses nothing, so that a file cannot unfold to more than its size.
+            # torch.save compresses nothing, so the contents are no larger than the file.
             whole = sum(entry.file_size for entry in archive.infolist())
             if whole > file.stat().st_size:
                 raise ValueError(f"it unfolds to {whole} bytes")
-            # torch.save writes checksums, and torch.load does not look at them.
+            # torch.save writes checksums, but torch.load ignores them.
             broken = archive.testzip()
             if broken is not None:
                 raise ValueError(f"the checksum of {broken} is wrong")
@@ -154,7 +194,7 @@ def check_base(file: Path, state: dict[str, Any], model: ParticleModel) -> None:
 
 
 def _fingerprint(model: ParticleModel) -> list[float]:
-    """Two sums over the frozen weights, which another base model would not have."""
+    """Two sums over the frozen weights, which tell base models apart."""
     frozen = [p.detach().double() for p in model.parameters() if not p.requires_grad]
     sums = (sum(p.sum().item() for p in frozen), sum(p.abs().sum().item() for p in frozen))
     return [float(f"{s:.9g}") for s in sums]

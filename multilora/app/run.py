@@ -1,15 +1,17 @@
-"""The command line's training loop: an ordinary PyTorch loop around `method.backward`."""
+"""What the command does with a task: an ordinary training loop, and the evaluation."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import json
+import itertools
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,76 +22,39 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multilora import atomic, checks, metrics
 from multilora.app import untrusted
-from multilora.app.plots import reliability_diagram
+from multilora.app.folders import (
+    HISTORY,
+    HISTORY_PICTURE,
+    METRICS,
+    RELIABILITY,
+    make_run_folder,
+    write_json,
+)
+from multilora.app.options import described
+from multilora.app.plots import history_diagram, reliability_diagram
 from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
-from multilora.app.settings import INTEGERS, SETTINGS, Settings, differences, read_settings
-from multilora.app.tasks import commonsense
-from multilora.app.tasks.commonsense import questions
-from multilora.app.tasks.digits import digits
-from multilora.app.tasks.images import images
-from multilora.app.tasks.task import Report, Task
-from multilora.app.tasks.vtab import vtab1k
+from multilora.app.settings import MAX_STEPS, SETTINGS, Settings, check_foreign, read_settings
+from multilora.app.tasks import TASKS
+from multilora.app.tasks.task import ModelOptions, Report, Task
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import IBDR, SVGD, Ensemble, Method
 from multilora.model import ParticleModel
+from multilora.ops import pairwise_frobenius
 
-_METRICS = "metrics.json"
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
-def make_task(
-    settings: Settings,
-    report: Report = print,
-    trust_remote_code: bool = False,
-    from_file: bool = False,
-) -> Task:
-    """The task with its data and the base model.
-
-    trust_remote_code: run the code that comes with a language model. from_file: the settings'
-    model is a file's word, not the user's; see `load_run`.
-    """
-    if trust_remote_code and settings.task not in commonsense.names():
-        raise ValueError(
-            f"trust_remote_code is for the tasks {', '.join(commonsense.names())}; got the task "
-            f"{settings.task!r}"
-        )
-    if settings.task == "digits":
-        return digits(settings.seed, settings.shots, report)
-    common = {
-        "data": settings.data,
-        "model": settings.model,
-        "pretrained": settings.pretrained,
-        "targets": settings.targets,
-        "seed": settings.seed,
-        "from_file": from_file,
-    }
-    model_args = dict(settings.model_args)
-    reserved = sorted(model_args.keys() & {*common, "augment", "split", "task", "report"})
-    if reserved:
-        raise ValueError(f"model_args cannot give {reserved}, which are settings of the run")
-    common |= model_args
-    if trust_remote_code:
-        common["trust_remote_code"] = True
-    if settings.task == "images":
-        return images(**common, augment=settings.augment)
-    if settings.task == "vtab":
-        return vtab1k(**common, augment=settings.augment, split=settings.split)
-    return questions(
-        settings.task,
-        **common,
-        split=settings.split,
-        classes=settings.classes,
-        max_length=settings.max_length,
-        report=report,
-    )
+def make_task(settings: Settings, report: Report = print) -> Task:
+    """The task with its data and the base model."""
+    return TASKS[settings.task].make(settings.options, settings.seed, report)
 
 
 def make_method(
     name: str, model: ParticleModel, seed: int, method_args: dict[str, Any] | None = None
 ) -> Method:
     """The method by its name, with `method_args` as keywords of its class."""
-    kind = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
+    kind: type[Method] = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
     keywords = dict(method_args or {})
     known = [p for p in inspect.signature(kind).parameters if p not in ("model", "seed")]
     unknown = sorted(keywords.keys() - set(known))
@@ -112,29 +77,34 @@ def train(
     save_every: int = 50,
     report: Report = print,
     on_step: OnStep | None = None,
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Train, evaluate and write OUT; -> what OUT/metrics.json holds.
+    """Train, evaluate and write the folder `out`.
 
-    OUT/: run.json (settings), checkpoint.pt (every `save_every` steps, replaced as a whole),
-    particle_k/ and multilora.json, metrics.json, reliability.png.
+    The folder holds run.json (settings), checkpoint.pt (every `save_every` steps, replaced as a
+    whole), particle_k/ and multilora.json, metrics.json, history.json and two pictures,
+    reliability.png and history.png.
 
-    resume: continue from OUT/checkpoint.pt (from the start where a run was stopped before its
-    first): a run that was killed at any time, also while it wrote, ends with the numbers of one
-    that was not. The random state is PyTorch's, NumPy's and Python's, seeded here.
+    Args:
+        resume: Continue from out/checkpoint.pt, or from the start if the run was stopped before its
+            first one. A run that was killed at any time, also while it wrote, ends with the numbers
+            of one that was not. The random state is PyTorch's, NumPy's and Python's, seeded here.
+        on_step: on_step(step, steps, stats) is called after each step, with the latest statistics.
 
-    trust_remote_code: see `make_task`.
+    Returns:
+        What metrics.json holds.
 
-    Raises ValueError where OUT holds a run and resume is False, or one of other settings, or other
-    files and no run; where its checkpoint is damaged or another run's, which is found before the
-    model is changed; where no adapter runs in the first step; NotADirectoryError where OUT is a
-    file.
+    Raises:
+        ValueError: `out` holds other files, a run while resume is False, or a run of other
+            settings; its checkpoint is damaged or of another run, which is found before the model
+            is changed; or no adapter runs in the first step.
+        NotADirectoryError: `out` is a file.
+        FloatingPointError: The loss is not finite.
     """
-    checks.integer("save_every", save_every, 1, INTEGERS["steps"])
+    checks.integer("save_every", save_every, 1, MAX_STEPS)
     out = Path(out)
-    _check_free(out, settings, resume)
-    task = make_task(settings, report, trust_remote_code)
-    if len(task.test) == 0:
+    make_run_folder(out, settings, resume)
+    task = make_task(settings, report)
+    if len(task.test) == 0:  # type: ignore[arg-type]  # map-style data sets have a length
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
@@ -144,49 +114,85 @@ def train(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
     )
-    warm_up = max(1, round(0.06 * settings.steps))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
+    schedule = _warm_up_and_cosine(optimizer, settings.steps)
+    state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
+    if resume:
+        state.load()
+    # From here on the folder belongs to this run, whose settings have all been used once.
+    write_json(out / SETTINGS, settings.flat())
+    model.train()
+    _take_steps(state, task, device, save_every, on_step)
+    model.save_pretrained(out)
+    return _write_results(out, state, task)
+
+
+def _warm_up_and_cosine(
+    optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    warm_up = max(1, round(0.06 * steps))
+    return torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm_up, 1.0, warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps - warm_up or 1),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm_up or 1),
         ],
         [warm_up],
     )
-    state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
-    done, step_ms = state.load() if resume else (0, [])
-    # From here on the folder is this run's: nothing is wrong with its settings.
-    _write_json(out / SETTINGS, asdict(settings))
 
-    model.train()
-    # Its own generator: a loader draws a number when it starts, which is once more in a run that
-    # was stopped.
+
+def _take_steps(
+    state: RunState, task: Task, device: str, save_every: int, on_step: OnStep | None
+) -> None:
+    settings, model, method = state.settings, state.model, state.method
+    # Reading the statistics waits for a GPU, so a long run reads them at every tenth step only.
+    read_every = max(1, min(10, settings.steps // 20))
+    # A loader draws a number when it starts, which a resumed run does once more: give it a
+    # generator that nothing else uses.
     batches = DataLoader(
         task.train,
-        batch_sampler=_Batches(task.train, settings, done),
+        batch_sampler=_Batches(task.train, settings, state.step),
         collate_fn=task.collate,
         generator=torch.Generator(),
     )
     stats: dict[str, float] = {}
-    for step, (x, y) in enumerate(batches, start=done + 1):
+    first = state.step + 1
+    for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
-        with _all_run(model) if step == done + 1 else contextlib.nullcontext():
-            scalars = method.backward(lambda x=x, y=y: task.learn(model, x, y))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        if step % 10 == 0 or step == settings.steps:
+        with _all_run(model) if step == first else contextlib.nullcontext():
+            scalars = method.backward(partial(task.learn, model, x, y))
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.schedule.step()
+        read = step % read_every == 0 or step == settings.steps
+        if read:
             stats = {name: value.item() for name, value in scalars.items()}
-            if not all(map(_finite, stats.values())):
+            if not all(map(math.isfinite, stats.values())):
                 raise FloatingPointError(f"step {step} of {settings.method} diverged: {stats}")
-        step_ms.append(1000 * (time.perf_counter() - started))
+        state.step = step
+        state.step_ms.append(1000 * (time.perf_counter() - started))
+        if read:
+            state.history.append({"step": step, **stats, **_distance(model)})
         if on_step is not None:
             on_step(step, settings.steps, stats)
         if step % save_every == 0 or step == settings.steps:
-            state.save(step, step_ms)
+            state.save()
 
-    model.save_pretrained(out)
+
+@torch.no_grad()
+def _distance(model: ParticleModel) -> dict[str, float]:
+    """The mean Frobenius distance ‖ΔW_i − ΔW_j‖ of two particles, over all adapted layers."""
+    particles = model.num_particles
+    if particles == 1:
+        return {}
+    A, B, scaling = zip(*((a.lora_A, a.lora_B, a.scaling) for a in model.adapters()))
+    squared = pairwise_frobenius(A, B, scaling).sum(0)
+    mean = squared.sqrt().sum() / (particles * (particles - 1))
+    return {"particle_distance": mean.item()}
+
+
+def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
+    settings, model = state.settings, state.model
     result, predictions, targets = evaluate(model, task, particle_chunk=settings.particle_chunk)
     result = {
         "method": settings.method,
@@ -194,28 +200,31 @@ def train(
         "rank": settings.rank,
         "seed": settings.seed,
         **result,
-        "step_ms": statistics.median(step_ms),
+        "step_ms": statistics.median(state.step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }
     atomic.write_file(
-        out / "reliability.png",
+        out / RELIABILITY,
         lambda stream: reliability_diagram(predictions, targets, stream),
     )
-    _write_json(out / _METRICS, result)
+    write_json(out / HISTORY, state.history)
+    atomic.write_file(out / HISTORY_PICTURE, lambda stream: history_diagram(state.history, stream))
+    write_json(out / METRICS, result)
     return result
 
 
 @contextlib.contextmanager
 def _all_run(model: ParticleModel) -> Iterator[None]:
-    """Raise ValueError where what is trained inside has no part in the model's predictions.
+    """Raise ValueError where a step inside leaves out what is to be trained.
 
-    That is where no adapter, or a head not, is called, or where no adapter gets a gradient.
+    That is the case if no adapter is called or one of the heads is not, or if no adapter gets a
+    gradient.
     """
     layers, heads = dict(model.lora_layers()), dict(model.stacked_modules())
     idle = {*layers, *heads}
     hooks = [
         layer.register_forward_hook(lambda *_, name=name: idle.discard(name))
-        for name, layer in (*layers.items(), *heads.items())
+        for name, layer in itertools.chain(layers.items(), heads.items())
     ]
     try:
         yield
@@ -257,51 +266,64 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
 def load_run(
     folder: str | Path,
     report: Report = print,
-    model: str | None = None,
-    data: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    trust_remote_code: bool = False,
+    adapter: str | Path | None = None,
+    **own: Any,
 ) -> tuple[ParticleModel, Task, Settings]:
     """The trained model of a run's folder, with its task.
 
-    The folder may be anybody's, so no code runs that comes with it or that it names; SECURITY.md
-    says what else is expected of it.
+    The folder may come from anybody, so no code runs that comes with it or that it names;
+    SECURITY.md says what else is expected of it.
 
-    model, data, model_args: in place of what the folder says. As the caller's word they are not
-        checked: the model may be any, with weights in any file.
-    trust_remote_code: run the code that comes with a language model.
+    Args:
+        adapter: The folder of one PEFT adapter, such as an exported soup, to load in place of the
+            run's particles. The model then has one particle.
+        own: Options of the task in place of the folder's: model, data, model_args (merged by name)
+            and trust_remote_code. As the caller's word they are not checked: the model may be any,
+            with weights in any file.
 
-    Raises ValueError, naming the file, where it is damaged or asks for what a file must not.
+    Raises:
+        ValueError: A file, which the message names, is damaged or asks for what it must not.
     """
-    folder, own_args = Path(folder), dict(model_args or {})
+    folder = Path(folder)
     settings = read_settings(folder)
-    file = folder / SETTINGS
-    theirs = [
-        (name, value)
-        for name, value in settings.model_args
-        if name not in own_args and not (trust_remote_code and name == "trust_remote_code")
-    ]
-    untrusted.check_arguments(str(file), theirs)
-    if model is None and settings.task in commonsense.names():
-        untrusted.check_transformers_name(str(file), settings.model, folder)
-    elif model is None and settings.model is not None:
-        untrusted.check_timm_name(str(file), settings.model)
-    settings = replace(
-        settings,
-        model=model or settings.model,
-        data=data or settings.data,
-        model_args=tuple((dict(theirs) | own_args).items()),
-    )
-    task = make_task(settings, report, trust_remote_code, model is None)
+    settings = replace(settings, options=_vouched(settings.options, folder, own))
+    task = make_task(settings, report)
+    if adapter is not None:
+        return load_particle_model(task.base, [adapter]), task, settings
     particles = load_particle_model(task.base, folder)
     for name, here in (("particles", particles.num_particles), ("rank", particles.peft_config.r)):
         if getattr(settings, name) != here:
             raise ValueError(
-                f"{file} is of another run: {name} = {getattr(settings, name)}, and the particles "
-                f"in {folder} have {here}"
+                f"{folder / SETTINGS} is of another run: {name} = {getattr(settings, name)}, and "
+                f"the particles in {folder} have {here}"
             )
     check_base(folder / CHECKPOINT, read_state(folder / CHECKPOINT), particles)
     return particles, task, settings
+
+
+def _vouched(options: Any, folder: Path, own: Mapping[str, Any]) -> Any:
+    """The options of a run's folder, checked, with the user's own in place of the folder's."""
+    given = {name: value for name, value in own.items() if value not in (None, False)}
+    for name, value in given.items():
+        if name not in described(type(options)):
+            check_foreign(name, value, options.task)
+    if not isinstance(options, ModelOptions):
+        return options
+    own_args = dict(given.pop("model_args", ()))
+    theirs = [
+        (name, value)
+        for name, value in options.model_args
+        if name not in own_args and not (name in given and name == "trust_remote_code")
+    ]
+    untrusted.check_arguments(str(folder / SETTINGS), theirs)
+    if "model" not in given:
+        options.check_model(str(folder / SETTINGS), folder)
+    return replace(
+        options,
+        **given,
+        model_args=tuple((dict(theirs) | own_args).items()),
+        from_file="model" not in given,
+    )
 
 
 def evaluate(
@@ -312,21 +334,27 @@ def evaluate(
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Measures on the clean, corrupted and out-of-distribution examples.
 
-    batch_size: examples a forward; the task's own where it is None. particle_chunk: particles a
-    forward; all where it is None. -> the measures (clean at the top, "corrupted": means over the
-    corruptions, "ood"), and the clean predictions (K, N, C) with their targets.
+    Args:
+        batch_size: Examples per forward; the task's own number where it is None.
+        particle_chunk: Particles per forward; all where it is None.
+
+    Returns:
+        The measures (those on clean examples at the top, means over the corruptions in
+        "corrupted"), and the clean predictions (K, N, C) with their targets (N,).
     """
     size = task.evaluation_batch if batch_size is None else batch_size
+    checks.integer("batch_size", size, 1)
     chunk = model.num_particles if particle_chunk is None else particle_chunk
-    sizes = checks.integer("batch_size", size, 1), checks.integer("particle_chunk", chunk, 1)
-    log_p, targets = _predictions(model, task, task.test, *sizes)
-    ood = None if task.ood is None else _predictions(model, task, task.ood, *sizes)[0]
+
+    def predictions(data: Dataset) -> tuple[Tensor, Tensor]:
+        loader = DataLoader(data, size, collate_fn=task.collate)
+        return metrics.predict_loader(model, loader, chunk, forward=task.predict)
+
+    log_p, targets = predictions(task.test)
+    ood = None if task.ood is None else predictions(task.ood)[0]
     result = metrics.evaluate(log_p, targets, ood_logits=ood)
     if task.corrupted:
-        each = {
-            name: metrics.evaluate(*_predictions(model, task, data, *sizes))
-            for name, data in task.corrupted.items()
-        }
+        each = {name: metrics.evaluate(*predictions(data)) for name, data in task.corrupted.items()}
         measures = ("accuracy", "nll", "ece", "brier", "mutual_information")
         result["corrupted"] = {
             m: statistics.fmean(values[m] for values in each.values()) for m in measures
@@ -334,37 +362,19 @@ def evaluate(
     return result, log_p.exp(), targets
 
 
-@torch.no_grad()
-def _predictions(
-    model: ParticleModel, task: Task, data: Dataset, batch_size: int, particle_chunk: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (K, N, C) and targets (N,) on the CPU."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    rows, targets = [], []
-    for x, y in DataLoader(data, batch_size, collate_fn=task.collate):
-        x = _to(x, device)
-        logits = model.in_chunks(particle_chunk, lambda x=x: task.predict(model, x))
-        rows.append(logits.float().log_softmax(-1).cpu())
-        targets.append(y)
-    model.train(training)
-    return torch.cat(rows, 1), torch.cat(targets)
-
-
 def _to(x: Tensor | dict[str, Tensor], device: str | torch.device) -> Any:
     return x.to(device) if isinstance(x, Tensor) else {k: t.to(device) for k, t in x.items()}
 
 
 class _Batches(Sampler):
-    """The batches of the steps after `done`: a permutation an epoch, drawn from seed and epoch.
+    """The batches of the steps after `done`: one permutation per epoch, drawn from seed and epoch.
 
     Step s has the same batch however often the run was stopped before it.
     """
 
     def __init__(self, data: Dataset, settings: Settings, done: int):
         self.data, self.settings, self.done = data, settings, done
-        self.examples = len(data)
+        self.examples = len(data)  # type: ignore[arg-type]  # map-style data sets have a length
         if self.examples == 0:
             raise ValueError("the training set is empty")
 
@@ -376,7 +386,7 @@ class _Batches(Sampler):
         per_epoch = self.examples // size
         for step in range(self.done, self.settings.steps):
             epoch, position = divmod(step, per_epoch)
-            if hasattr(self.data, "set_epoch"):  # whose images differ from epoch to epoch
+            if hasattr(self.data, "set_epoch"):  # its images differ from epoch to epoch
                 self.data.set_epoch(epoch)
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
             order = torch.randperm(self.examples, generator=generator)
@@ -384,53 +394,7 @@ class _Batches(Sampler):
 
 
 def _seed_everything(seed: int) -> None:
-    """What a data set may draw from: augmentations use all three."""
+    """Seed everything that a data set may draw from: augmentations use all three generators."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _check_free(out: Path, settings: Settings, resume: bool) -> None:
-    """Make `out`, which must hold no other run and no files of the user's."""
-    if (out / SETTINGS).is_file():
-        if not resume:
-            raise ValueError(
-                f"{out} holds a run already; continue it with --resume, or choose another --out"
-            )
-        different = differences(asdict(read_settings(out)), asdict(settings))
-        if different:
-            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
-        # What a run writes must not land elsewhere.
-        links = [entry for entry in out.rglob("*") if entry.is_symlink()]
-        if links:
-            raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
-    elif out.is_dir():
-        # A run that was killed while it wrote its settings leaves a part of them.
-        strangers = [f.name for f in out.iterdir() if not f.match(f".{SETTINGS}.*.tmp")]
-        if strangers:
-            raise ValueError(
-                f"{out} holds no run but other files, which a run might replace: "
-                f"{', '.join(sorted(strangers)[:5])}; choose another --out"
-            )
-    atomic.make_folder(out)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
-
-
-def to_json(value: Any) -> str:
-    """JSON text; it has no NaN, so an undefined measure is null."""
-    return json.dumps(_defined(value), indent=2)
-
-
-def _defined(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _defined(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_defined(v) for v in value]
-    return None if isinstance(value, float) and not _finite(value) else value
-
-
-def _write_json(file: Path, value: Any) -> None:
-    atomic.write_text(file, to_json(value) + "\n")

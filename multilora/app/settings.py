@@ -3,153 +3,152 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from multilora import checks
-from multilora.app import recipes
-from multilora.app.tasks import commonsense, names, vtab
+from multilora.app.options import (
+    PAIRS,
+    Checked,
+    choice,
+    described,
+    integer,
+    number,
+    option,
+    stored,
+)
+from multilora.app.tasks import TASKS, digits
+from multilora.app.tasks.task import TaskOptions
 
-METHODS = ("ibdr", "svgd", "ensemble", "single")
-#: Of a run's folder.
+#: The methods, and how many particles each has by default.
+PARTICLES = {"ibdr": 4, "svgd": 5, "ensemble": 4, "single": 1}
+METHODS = tuple(PARTICLES)
+MAX_STEPS = 10**9
+#: The file of a run's folder that holds its settings.
 SETTINGS = "run.json"
-#: What run.json may have, in bytes: it is a kilobyte.
+#: The largest size of that file in bytes; it is about a kilobyte.
 _MAX_SETTINGS = 2**20
-#: The integers of Settings, which begin at 1 (the seed at 0), and where they end.
-INTEGERS = {
-    "particles": 2**16,
-    "rank": 2**16,
-    "seed": 2**32 - 1,
-    "steps": 10**9,
-    "batch_size": 2**20,
-    "shots": 10**6,
-    "max_length": 2**24,
-}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Everything that decides a run's numbers."""
 
-    task: str = "digits"
-    method: str = "ibdr"
-    particles: int = 4
-    rank: int = 8
-    seed: int = 0
-    steps: int = 200
-    batch_size: int = 16
-    lr: float = 3e-3
-    weight_decay: float = 0.01
-    shots: int = 20
-    model: str | None = None
-    data: str | None = None
-    pretrained: bool = True
-    targets: tuple[str, ...] | None = None
-    model_args: tuple[tuple[str, Any], ...] = ()
-    lora_alpha: float | None = None  # the rank
-    method_args: tuple[tuple[str, Any], ...] = ()
-    augment: bool = False
-    split: str = "test"
-    classes: str = "answers"
-    max_length: int = 512
+    method: str = option(choice(*METHODS), "how the particles train", METHODS[0])
+    particles: int = option(
+        integer(1, 2**16, "K"),
+        "number of particles",
+        PARTICLES[METHODS[0]],
+        shown=", ".join(f"{k} for {method}" for method, k in PARTICLES.items()),
+    )
+    rank: int = option(integer(1, 2**16), "rank of the adapters", 8)
+    lora_alpha: float | None = option(
+        number(1e6, positive=True),
+        "scale of the adapters: ΔW is multiplied by LORA_ALPHA / RANK",
+        None,
+        shown="the rank",
+    )
+    seed: int = option(integer(0, 2**32 - 1), "seed of the data, the particles and the noise", 0)
+    steps: int = option(integer(1, MAX_STEPS), "number of optimizer steps", 200)
+    batch_size: int = option(integer(1, 2**20), "batch size; all particles see the same batch", 16)
+    lr: float = option(number(1e3, positive=True), "learning rate of AdamW", 3e-3)
+    weight_decay: float = option(number(1e3), "weight decay of AdamW", 0.01)
+    method_args: tuple[tuple[str, Any], ...] = option(
+        PAIRS, "hyper-parameters of the method, e.g. alpha=0.05 rho=0.1", ()
+    )
+    #: The options of the task, of the class `Options` in the task's module.
+    options: TaskOptions = field(default_factory=digits.Options)
 
-    def __post_init__(self):
-        checks.choice("method", self.method, METHODS)
-        checks.choice("split", self.split, vtab.SPLITS)
-        checks.choice("classes", self.classes, commonsense.CLASSES)
-        for name, high in INTEGERS.items():
-            checks.integer(name, getattr(self, name), 0 if name == "seed" else 1, high)
-        checks.number("lr", self.lr, 0, 1e3, open_low=True)
-        checks.number("weight_decay", self.weight_decay, 0, 1e3)
-        if self.lora_alpha is not None:
-            checks.number("lora_alpha", self.lora_alpha, 0, 1e6, open_low=True)
-        for name in ("pretrained", "augment"):
-            checks.flag(name, getattr(self, name))
-        self._check_texts()
-        if (self.model is None) != (self.data is None):
-            raise ValueError("a task of your own needs both --model and --data")
-        if self.task not in names():
-            raise ValueError(f"the tasks are {', '.join(names())}; got {self.task!r}")
-        if self.task == "digits" and self.model is not None:
-            object.__setattr__(self, "task", "images")
-        if self.task != "digits" and self.model is None:
-            raise ValueError(f"the task {self.task!r} needs --model and --data")
-        self._check_options()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.options, TaskOptions):
+            raise TypeError(f"options must be those of a task; got {self.options!r}")
         if self.method == "single" and self.particles != 1:
             raise ValueError(f"a single model has 1 particle; got {self.particles}")
+
+    @property
+    def task(self) -> str:
+        return self.options.task
 
     @property
     def particle_chunk(self) -> int | None:
         """How many particles run at a time; None: all."""
         return dict(self.method_args).get("particle_chunk")
 
-    def _check_texts(self) -> None:
-        for name in ("model", "data"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                raise ValueError(f"{name} must be a name or a folder; got {value!r}")
-        targets = self.targets
-        if isinstance(targets, list):
-            object.__setattr__(self, "targets", targets := tuple(targets))
-        if targets is not None and not (
-            isinstance(targets, tuple)
-            and targets
-            and all(isinstance(t, str) and t for t in targets)
-        ):
-            raise ValueError(f"targets must be names of layers; got {targets!r}")
-        for name in ("model_args", "method_args"):
-            pairs = getattr(self, name)
-            if not isinstance(pairs, (tuple, list)) or not all(map(_is_named, pairs)):
-                raise ValueError(f"{name} must be pairs of a name and a value; got {pairs!r}")
-            for key, value in pairs:
-                try:
-                    json.dumps(value, allow_nan=False)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{name}: {key} = {value!r}: {error}") from error
+    def flat(self) -> dict[str, Any]:
+        """The settings as run.json holds them: those of the task beside the others."""
+        return {"task": self.task, **stored(self), **stored(self.options)}
 
-    def _check_options(self) -> None:
-        """An option that the task would ignore is an error."""
-        for option, tasks in (
-            ("augment", ("images", "vtab")),
-            ("split", ("vtab", *commonsense.names())),
-            ("classes", commonsense.names()),
-            ("max_length", commonsense.names()),
-        ):
-            value = getattr(self, option)
-            if self.task not in tasks and value != getattr(Settings, option):
-                raise ValueError(
-                    f"{option} = {value!r} is for the tasks {', '.join(tasks)}; "
-                    f"got the task {self.task!r}"
-                )
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that `flat` gives, and those that the user gives by name.
+
+        An option of another task may stand at its default, as it does in the folders of older
+        versions; anything else that the task has no use for is an error.
+
+        Raises:
+            ValueError: A name or a value is wrong, or the task lacks an option that it needs.
+        """
+        given = dict(values)
+        task = given.pop("task", digits.Options.task)
+        own = {name: given.pop(name) for name in described(cls) if name in given}
+        return cls(**own, options=_task_options(task, given))
+
+
+def _task_options(task: Any, given: dict[str, Any]) -> TaskOptions:
+    if not isinstance(task, str) or task not in TASKS:
+        raise ValueError(f"the tasks are {', '.join(TASKS)}; got {task!r}")
+    kind = TASKS[task].Options
+    known = described(kind)
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in known:
+            check_foreign(name, value, task)
+        elif value is not None or known[name].default is None:
+            options[name] = value
+    missing = [name for name, f in known.items() if f.default is MISSING and name not in options]
+    if missing:
+        needed = [f"--{name}" for name, f in known.items() if f.default is MISSING]
+        raise ValueError(f"the task {task!r} needs both {' and '.join(needed)}")
+    return kind(task=task, **options)
+
+
+def check_foreign(name: str, value: Any, task: str) -> None:
+    """Raise ValueError for an option that the task does not have, unless it is at its default."""
+    owners = {t: f for t in TASKS if (f := described(TASKS[t].Options).get(name)) is not None}
+    if not owners:
+        raise ValueError(f"there is no setting {name!r}")
+    f = next(iter(owners.values()))
+    value = tuple(value) if isinstance(value, list) else value
+    if value is not None and value != f.default:
+        given = f"{name} = {value!r}" if f.metadata["stored"] else name
+        raise ValueError(f"{given} is for the tasks {', '.join(owners)}; got the task {task!r}")
 
 
 def recommended(
-    task: str = "digits", method: str = "ibdr", data: str | None = None, **given: Any
+    task: str = "digits", method: str = METHODS[0], data: str | None = None, **given: Any
 ) -> Settings:
     """The settings of the task's recipe (recipes/*.json), with those given in place of its own.
 
-    given: fields of Settings; method_args are merged by name.
+    Args:
+        given: Fields of `Settings` and options of the task; method_args are merged by name.
     """
-    recipe: dict[str, Any] = {"particles": {"svgd": 5, "single": 1}.get(method, 4)}
-    if task == "vtab":
-        if data is None:
-            raise ValueError("the task 'vtab' needs --data, the folder of one of its data sets")
-        vtab.num_classes(data)  # says what is wrong with the folder's name
-        recipe = recipes.settings(recipes.read("vtab1k"), vtab.dataset_name(data), method)
-    elif task in commonsense.names():
-        recipe = recipes.settings(recipes.read("commonsense"), task, method)
+    if data is not None:
+        given["data"] = data
+    recipe: dict[str, Any] = {"particles": PARTICLES.get(method, 1)}
+    if task in TASKS:
+        recipe |= TASKS[task].Options.recipe(task, method, given)
     method_args = recipe.pop("method_args", {}) | dict(given.pop("method_args", ()))
-    chosen = {"task": task, "method": method, "data": data} | recipe | given
-    if chosen.get("targets"):
-        chosen["targets"] = tuple(chosen["targets"])
-    return Settings(**chosen, method_args=tuple(method_args.items()))
+    chosen = {"task": task, "method": method} | recipe | given
+    return Settings.of(chosen | {"method_args": tuple(method_args.items())})
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(theirs: Settings, ours: Settings) -> dict[str, tuple[Any, Any]]:
     """{name: (theirs, ours)} of the settings that differ."""
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    return {n: (theirs.get(n), ours.get(n)) for n in names if theirs.get(n) != ours.get(n)}
+    there, here = theirs.flat(), ours.flat()
+    names = [*here, *(name for name in there if name not in here)]
+    return {n: (there.get(n), here.get(n)) for n in names if there.get(n) != here.get(n)}
 
 
 def read_settings(folder: Path) -> Settings:
@@ -162,12 +161,19 @@ def read_settings(folder: Path) -> Settings:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
-        for name in ("model_args", "method_args"):
-            values[name] = tuple(map(tuple, values.get(name, ())))
-        return Settings(**values)
+        forbidden = sorted(values.keys() & _unstored())
+        if forbidden:
+            raise ValueError(f"a file cannot give {forbidden}; if you mean it, give it yourself")
+        return Settings.of(values)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
 
 
-def _is_named(pair: Any) -> bool:
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+def _unstored() -> set[str]:
+    """The options that only the user may give."""
+    return {
+        name
+        for module in TASKS.values()
+        for name, f in described(module.Options).items()
+        if not f.metadata["stored"]
+    }

@@ -1,8 +1,8 @@
-"""What a run folder may ask for.
+"""The models and arguments that a run's folder may ask for.
 
-A run folder may come from anybody, and what it names is loaded when it is evaluated or exported.
-So its run.json is data: the models and arguments here and no others, in these ranges. What the
-user repeats on the command line is the user's own word and is not checked here.
+A run's folder may come from anybody, and the model that it names is loaded when it is evaluated or
+exported. So its run.json may have only the models and arguments listed here, in these ranges. What
+the user gives on the command line is the user's own decision and is not checked here.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import nn
 
 from multilora import checks
 
-#: Integers, and lists of them (a number a stage), by the largest that they may be: arguments of
-#: timm's models, and fields of transformers' configurations.
+#: Arguments that are integers, or lists of them (one per stage), grouped by the largest allowed
+#: value: arguments of timm's models, and fields of transformers' configurations.
 _SIZES = {
     name: largest
     for largest, names in {
@@ -48,7 +48,7 @@ _SIZES = {
     }.items()
     for name in names.split()
 }
-#: Numbers, and lists of them, in [0, 64].
+#: Arguments that are numbers, or lists of them, in [0, 64].
 _NUMBERS = """
     mlp_ratio mlp_ratios attn_ratio expand_ratio expansion_ratio bottle_ratio se_ratio
     init_values layer_scale_init_value ls_init_value head_init_scale norm_eps
@@ -64,7 +64,7 @@ _FLAGS = """
     tie_word_embeddings local_files_only low_cpu_mem_usage
 """.split()
 _DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
-#: None of these downloads code: other names of attention are of kernels on the Hub.
+#: Implementations of attention that download no code. Other names refer to kernels on the Hub.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _WORDS = {
     "global_pool": ("", "avg", "avgmax", "catavgmax", "max", "token", "map"),
@@ -77,10 +77,7 @@ _WORDS = {
 
 
 def check_arguments(where: str, arguments: Iterable[tuple[str, Any]]) -> None:
-    """Raise ValueError, naming it, for a model argument that a file may not give.
-
-    where: the file, for the message.
-    """
+    """Raise ValueError for a model argument that the file `where` may not give."""
     for name, value in arguments:
         called = f"{where}: the model argument {name}"
         if name in _SIZES:
@@ -103,7 +100,7 @@ def check_arguments(where: str, arguments: Iterable[tuple[str, Any]]) -> None:
 
 
 def check_timm_name(where: str, name: str) -> None:
-    """Raise ValueError for more than the name of one of timm's own models."""
+    """Raise ValueError for anything but the name of one of timm's own models."""
     if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
         raise ValueError(
             f"{where}: the model {name!r} is none of timm's own, and is not loaded because a file "
@@ -112,9 +109,10 @@ def check_timm_name(where: str, name: str) -> None:
 
 
 def check_transformers_name(where: str, name: str, run: Path) -> None:
-    """Raise ValueError for a folder that came with the run. Others, and names on the Hub, are data.
+    """Raise ValueError for a folder that came with the run.
 
-    See `commonsense.create_base` for what is loaded from them.
+    Other folders, and names on the Hub, are allowed: `commonsense.create_base` loads only data from
+    them.
     """
     path = Path(name).resolve()
     if path.exists() and run.resolve() in (path, *path.parents):
@@ -125,7 +123,7 @@ def check_transformers_name(where: str, name: str, run: Path) -> None:
 
 
 def check_configuration(name: str, configuration: Mapping[str, Any]) -> None:
-    """Raise ValueError where the config.json of a model asks for kernels, or has a huge size."""
+    """Raise ValueError if the config.json of a model asks for kernels or has a huge size."""
     for key, value in configuration.items():
         called = f"the configuration of {name!r}: {key}"
         if isinstance(value, Mapping):
@@ -137,10 +135,10 @@ def check_configuration(name: str, configuration: Mapping[str, Any]) -> None:
 
 
 def check_memory(name: str, create: Callable[[], nn.Module]) -> None:
-    """Raise ValueError where the model would not fit into this machine's memory.
+    """Raise ValueError if the model would not fit into this machine's memory.
 
-    It is made without storage. A few of timm's older models cannot be, and have the ranges of
-    their arguments alone.
+    The model is made without storage. A few of timm's older models cannot be made so; only the
+    ranges of their arguments limit them.
     """
     try:
         with torch.device("meta"):
@@ -157,5 +155,5 @@ def check_memory(name: str, create: Callable[[], nn.Module]) -> None:
 
 
 def _each(value: Any) -> list[Any]:
-    """A number, or the numbers of a list of some."""
+    """The numbers of a list, or the number itself."""
     return value if isinstance(value, list) and 0 < len(value) <= 64 else [value]

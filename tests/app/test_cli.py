@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,11 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora.app import cli
+from command import refused
+from multilora.app import cli, report
 from multilora.app import run as training
-from multilora.app.tasks import digits
-from multilora.app.tasks import images as images_task
+from multilora.app.settings import Settings
+from multilora.app.tasks import digits, images
 from multilora.app.tasks.images import default_targets
 
 SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
@@ -54,9 +57,56 @@ def test_train_writes_what_it_promises(run):
     # 5 classes: well above chance after 24 steps means that training and evaluation work together.
     assert metrics["accuracy"] > 0.35
     assert metrics["num_examples"] == 297 - 5 * 10
-    assert (run / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("reliability.png", "history.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
     for k in range(3):
         assert isinstance(peft.PeftConfig.from_pretrained(run / f"particle_{k}"), peft.LoraConfig)
+
+
+def test_the_history_has_the_statistics_of_the_steps(run):
+    history = json.loads((run / "history.json").read_text())
+    assert [row["step"] for row in history] == [*range(1, 25)]
+    assert {"loss", "nll", "divergence", "particle_distance"} <= history[0].keys()
+    model, _, _ = training.load_run(run)
+    with torch.no_grad():
+        changes = torch.stack(
+            [
+                torch.cat([a.scaling * (a.lora_B[k] @ a.lora_A[k]).flatten() for a in adapters])
+                for adapters in [model.adapters()]
+                for k in range(3)
+            ]
+        )
+    mean = torch.pdist(changes).mean().item()
+    assert history[-1]["particle_distance"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_train_says_where_its_results_are_and_what_they_mean(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["train", *SHORT, "--method", "single", "--steps", "1", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    for text in (f"{out} holds particle_0 (", str(out / "history.png"), "ECE: expected", "OOD"):
+        assert text in said
+
+
+def test_the_folder_of_an_older_version(run, tmp_path, capsys):
+    """It held the options of all tasks, and its checkpoint no history."""
+    old = tmp_path / "run"
+    shutil.copytree(run, old)
+    others = {"model": None, "data": None, "pretrained": True, "targets": None, "model_args": []}
+    others |= {"augment": False, "split": "test", "classes": "answers", "max_length": 512}
+    settings = json.loads((old / "run.json").read_text()) | others
+    (old / "run.json").write_text(json.dumps(settings))
+    state = torch.load(old / "checkpoint.pt", weights_only=True)
+    del state["history"]
+    state["settings"] |= others | {"model_args": ()}
+    torch.save(state, old / "checkpoint.pt")
+    assert cli.main(["evaluate", str(old), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == numbers(run)["accuracy"]
+    command = ["train", *SHORT, "--particles", "3", "--out", str(old)]
+    assert cli.main([*command, "--resume"]) == 0
+    assert numbers(old) == numbers(run)
+    (old / "run.json").write_text(json.dumps(settings | {"augment": True}))
+    refused(["evaluate", old], capsys, "augment = True is for the tasks images, vtab")
 
 
 def test_evaluate_gives_the_same_measures(run, capsys):
@@ -69,15 +119,21 @@ def test_evaluate_gives_the_same_measures(run, capsys):
 
 
 @pytest.mark.parametrize("kind", ["exact", "svd"])
-def test_export_writes_a_peft_adapter(run, tmp_path, kind):
+def test_export_writes_a_peft_adapter(run, tmp_path, kind, capsys):
     assert cli.main(["export", str(run), "--soup", kind, str(tmp_path / "soup")]) == 0
-    task = digits.digits(seed=0, shots=10)
+    measure = next(line for line in capsys.readouterr().out.splitlines() if "multilora" in line)
+    _, _, *arguments = shlex.split(measure)
+    assert cli.main([*arguments[1:], "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    task = digits.make(digits.Options(shots=10), seed=0)
     soup = peft.PeftModel.from_pretrained(task.base, tmp_path / "soup").eval()
     x, y = task.test[:]
     with torch.no_grad():
         accuracy = (soup(x).argmax(-1) == y).float().mean().item()
     assert soup.peft_config["default"].r == (24 if kind == "exact" else 8)
     assert accuracy > 0.3
+    assert measured["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert len(measured["member_accuracy"]) == 1
 
 
 @pytest.mark.parametrize("method", ["svgd", "ensemble", "single"])
@@ -91,7 +147,7 @@ def test_every_method_trains(method, tmp_path):
 
 @pytest.mark.parametrize("stop", [1, 8, 13, 24])
 def test_a_stopped_run_resumes_to_the_same_numbers(run, tmp_path, stop):
-    settings = training.Settings(steps=24, shots=10, lr=0.02, particles=3)
+    settings = Settings(steps=24, lr=0.02, particles=3, options=digits.Options(shots=10))
 
     def interrupt(step, steps, stats):
         if step == stop:
@@ -156,9 +212,14 @@ def test_any_timm_model_on_a_folder_of_images(image_folder, tmp_path):
 
 
 def test_a_flat_folder_is_split(image_folder):
-    model_args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    name = "vit_tiny_patch16_224"
-    task = images_task.images(image_folder / "train", name, pretrained=False, **model_args)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    options = images.Options(
+        model="vit_tiny_patch16_224",
+        data=str(image_folder / "train"),
+        pretrained=False,
+        model_args=tuple(sizes.items()),
+    )
+    task = images.make(options, seed=0)
     assert task.classes == ["blue", "green", "red"]
     assert (len(task.train), len(task.test)) == (24, 6)
     assert (task.targets, task.head) == (["qkv"], "head")
@@ -206,6 +267,22 @@ def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["--shots", "9999"], "shots must be"),
+        (["--task", "images"], "the task 'images' needs both --model and --data"),
+        (["--task", "digits", "--model", "vit"], "model = 'vit' is for the tasks images, vtab"),
+    ],
+)
+def test_an_error_is_one_line_without_a_progress_bar(tmp_path, capsys, arguments, text):
+    digits.make(digits.Options(), 0)  # pretrains the model, which is reported
+    capsys.readouterr()
+    assert cli.main(["train", *arguments, "--out", str(tmp_path / "run")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("multilora: ") and text in line
+
+
 def test_a_run_that_never_began_leaves_its_folder_free(tmp_path, capsys):
     command = ["train", *SHORT, "--out", str(tmp_path / "run")]
     assert cli.main([*command, "--method-args", "loss=nonsense"]) == 1
@@ -243,6 +320,26 @@ def test_other_commands_say_what_is_wrong(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{")
     assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "run.json is damaged" in capsys.readouterr().err
+
+
+def test_one_seed_has_no_standard_error():
+    assert report.averaged(1) == "one seed, so no standard error"
+    assert report.averaged(2) == "mean ± standard error over 2 seeds"
+    assert report._cell([0.25], 2) == "0.25" and report._cell([1.0, 3.0, None], 1) == "2.0 ± 1.0"
+
+
+def test_version_and_help(capsys):
+    for arguments, text in ((["--version"], ml.__version__), (["train", "--help"], "start with")):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 0 and text in capsys.readouterr().out
+
+
+def test_every_option_is_explained():
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a.choices, dict))
+    for name, command in commands.choices.items():
+        for action in command._actions:
+            assert action.help, (name, action.dest)
 
 
 def test_info_lists_backends_and_versions(capsys):

@@ -17,8 +17,8 @@ from torch import nn
 
 from command import refused
 from multilora.app import cli
-from multilora.app import run as training
-from multilora.app.tasks import digits, task
+from multilora.app.settings import Settings
+from multilora.app.tasks import commonsense, digits, task, vtab
 from multilora.app.tasks import images as images_task
 from multilora.app.tasks.images import (
     classifiers,
@@ -143,16 +143,16 @@ def _other_weights(file):
 def test_a_damaged_cache_is_made_again_with_a_word(tmp_path, monkeypatch, damage):
     monkeypatch.setenv("MULTILORA_CACHE", str(tmp_path))
     said = []
-    expected = digits.digits(0, 2, said.append).base.state_dict()
+    expected = digits.make(digits.Options(shots=2), 0, said.append).base.state_dict()
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     damage(file)
     assert len(said) == 1
-    again = digits.digits(0, 2, said.append).base.state_dict()
+    again = digits.make(digits.Options(shots=2), 0, said.append).base.state_dict()
     assert f"{file} is damaged and made again" in said[1]
     assert all(torch.equal(again[name], value) for name, value in expected.items())
     assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
-    digits.digits(0, 2, said.append)
+    digits.make(digits.Options(shots=2), 0, said.append)
     assert len(said) == 3
 
 
@@ -160,7 +160,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("of the user")
     monkeypatch.setenv("MULTILORA_CACHE", str(tmp_path / "file" / "cache"))
     said = []
-    digits.digits(0, 2, said.append)
+    digits.make(digits.Options(shots=2), 0, said.append)
     assert "cannot be kept" in said[-1]
 
 
@@ -190,8 +190,20 @@ def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
 NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
 MEANT = {"seed": [0], "weight_decay": [0]}
-NUMBERS = [f.name for f in fields(training.Settings) if f.type in ("int", "float", "float | None")]
-#: The options of `train` that are no fields of Settings, and those of `kernels`.
+#: One of each kind: a setting is a field of one of them.
+SETTINGS = [
+    Settings(),
+    digits.Options(),
+    vtab.Options(model="m", data="d"),
+    commonsense.Options(task="boolq", model="m", data="d"),
+]
+NUMBERS = {
+    field.name: settings
+    for settings in SETTINGS
+    for field in fields(settings)
+    if field.type in ("int", "float", "float | None")
+}
+#: The options of `train` that are no settings, and those of `kernels`.
 OTHERS = ["save_every", "seeds"]
 OF_KERNELS = ["particles", "rank", "batch_size", "classes", "jobs"]
 
@@ -207,22 +219,22 @@ def of_settings():
 
 @pytest.mark.parametrize("name, value", of_settings())
 def test_a_setting_that_means_nothing_is_refused_by_name(name, value):
-    settings = training.Settings()
     with pytest.raises(ValueError, match=f"{name} must be .*; got"):
-        replace(settings, **{name: value})
+        replace(NUMBERS[name], **{name: value})
 
 
 def test_other_fields_are_refused_by_name_too():
     assert len(NUMBERS) == 10
-    settings = training.Settings()
-    for field in fields(settings):
-        if field.name in NUMBERS:
-            continue
-        for value in (math.nan, -1, 0, object()):
-            with pytest.raises((ValueError, TypeError), match=field.name):
-                replace(settings, **{field.name: value})
+    for settings in SETTINGS:
+        for field in fields(settings):
+            # No file and no option gives these two.
+            if field.name in NUMBERS or field.name in ("task", "from_file"):
+                continue
+            for value in (math.nan, -1, 0, object()):
+                with pytest.raises((ValueError, TypeError), match=field.name):
+                    replace(settings, **{field.name: value})
     with pytest.raises(ValueError, match="img_size = nan"):
-        replace(settings, model_args=(("img_size", math.nan),))
+        vtab.Options(model="m", data="d", model_args=(("img_size", math.nan),))
 
 
 def options():
@@ -331,7 +343,13 @@ def test_a_distilled_model_trains_both_heads(images, tmp_path):
     assert cli.main(train(images, out, "deit_tiny_distilled_patch16_224")) == 0
     config, tensors = particle(out)
     assert config["modules_to_save"] == ["head", "head_dist"]
-    task = images_task.images(images, "deit_tiny_distilled_patch16_224", False, seed=0, **VIT_ARGS)
+    options = images_task.Options(
+        model="deit_tiny_distilled_patch16_224",
+        data=str(images),
+        pretrained=False,
+        model_args=tuple(VIT_ARGS.items()),
+    )
+    task = images_task.make(options, seed=0)
     new = task.base.state_dict()
     for name in ("head", "head_dist"):
         assert not torch.equal(tensors[f"base_model.model.{name}.weight"], new[f"{name}.weight"])

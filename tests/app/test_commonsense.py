@@ -462,23 +462,27 @@ def test_a_stopped_run_resumes_to_the_same_numbers(folder, arc_data, tmp_path, m
 
 def test_long_prompts_are_reported(folder, arc_data):
     said = []
-    task = commonsense.questions(
-        "arc_easy", arc_data, str(folder), max_length=20, report=said.append
+    options = commonsense.Options(
+        task="arc_easy", data=str(arc_data), model=str(folder), max_length=20
     )
+    task = commonsense.make(options, 0, said.append)
     assert said == ["52 of 52 prompts have more than 20 tokens and lose their beginning"]
     assert {len(row) for row in task.train.ids} == {20}
     # The model has 128 positions.
     records = [BOOLQ | {"passage": "Snow is white. " * 40}] * 5
     write_lines(arc_data / "boolq.jsonl", records)
-    task = commonsense.questions("boolq", arc_data / "boolq.jsonl", str(folder), report=said.append)
+    options = commonsense.Options(
+        task="boolq", data=str(arc_data / "boolq.jsonl"), model=str(folder)
+    )
+    task = commonsense.make(options, 0, said.append)
     assert {len(row) for row in task.train.ids} == {128} and "more than 128 tokens" in said[1]
 
 
 def test_a_configuration_without_weights(folder, arc_data):
-    bases = [
-        commonsense.questions("arc_easy", arc_data, str(folder), pretrained=False, seed=seed).base
-        for seed in (0, 0, 1)
-    ]
+    options = commonsense.Options(
+        task="arc_easy", data=str(arc_data), model=str(folder), pretrained=False
+    )
+    bases = [commonsense.make(options, seed).base for seed in (0, 0, 1)]
     weights = [base.lm_head.weight for base in bases]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 

@@ -14,7 +14,8 @@ import multilora as ml
 from documents import recipe
 from multilora.app import cli, recipes
 from multilora.app import run as training
-from multilora.app.settings import recommended
+from multilora.app.settings import Settings, recommended
+from multilora.app.tasks import TASKS
 from multilora.app.tasks import vtab as vtab_task
 from multilora.app.tasks.images import Augmented, create_base, image_folder
 from multilora.app.tasks.vtab import vtab
@@ -247,7 +248,8 @@ def test_train_says_what_is_wrong(kitti, tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize("name", ["vtab1k", "commonsense"])
 def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name):
     recipe = recipes.read(name)
-    known = {field.name for field in fields(training.Settings)}
+    options = TASKS["vtab" if name == "vtab1k" else "boolq"].Options
+    known = {field.name for kind in (Settings, options) for field in fields(kind)}
     methods = {"ibdr": ml.IBDR, "svgd": ml.SVGD, "ensemble": ml.Ensemble, "single": ml.Ensemble}
     assert recipe["sources"].keys() == {"paper", "benchmark", "ours"}
     for dataset, about in recipe["datasets"].items():
@@ -289,11 +291,14 @@ def test_a_data_set_overrides_the_recipe():
 def test_given_settings_win_over_the_recipe(kitti):
     settings = recommended("vtab", "ibdr", str(kitti), lr=0.5, method_args={"alpha": 0.1})
     assert settings.lr == 0.5 and settings.steps == 1500
-    assert settings.model == "vit_base_patch16_224.augreg_in21k"
+    assert settings.options.model == "vit_base_patch16_224.augreg_in21k"
     assert dict(settings.method_args)["alpha"] == 0.1
     assert dict(settings.method_args)["rho"] == 0.03
     assert recommended("vtab", "svgd", str(kitti)).particles == 5
-    task = vtab_task.vtab1k(kitti, NAME, pretrained=False, **MODEL_ARGS)
+    options = vtab_task.Options(
+        data=str(kitti), model=NAME, pretrained=False, model_args=tuple(MODEL_ARGS.items())
+    )
+    task = vtab_task.make(options, seed=0)
     model = training.particle_model(task, settings)
     assert training.make_method("ibdr", model, 0, dict(settings.method_args)).alpha == 0.1
     assert [a.scaling for a in model.adapters()] == [1.0, 1.0]

@@ -147,6 +147,8 @@ def test_a_file_names_models_of_timm_alone(run, capsys, sentinel, model):
         ({"model_args": [["depth"]]}, "run.json"),
         ({"model_args": 3}, "run.json"),
         ({"model_args": [["from_file", False]]}, "from_file"),
+        ({"from_file": False}, "from_file"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
         ({"augment": "no"}, "augment"),
         ({"task": "nonsense"}, "nonsense"),
         ({"task": "vtab"}, "images"),

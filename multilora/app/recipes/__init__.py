@@ -1,8 +1,8 @@
-"""The papers' protocols as data, apart from the numbers that the papers do not give and we chose.
+"""The papers' protocols as data, kept apart from the numbers that we had to choose.
 
-A file has `sources` (what comes from where), `ours` (settings for every data set and method) and
-`datasets`. A data set may have `settings` and `methods` of its own, which win over those in `ours`,
-and then says in `settings_source` where they are from.
+A file has `sources` (where its parts come from), `ours` (settings for every data set and method)
+and `datasets`. A data set may have `settings` and `methods`, which win over those in `ours`, and
+then names their source in `settings_source`. Defaults of the command line are not repeated.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from typing import Any
 
 
 def read(name: str) -> dict[str, Any]:
-    """The recipe "vtab1k" or "commonsense" as it stands in its file."""
+    """The recipe "vtab1k" or "commonsense", as its file holds it."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def settings(recipe: dict[str, Any], dataset: str, method: str) -> dict[str, Any]:
-    """The fields of `settings.Settings` for one data set and method, `method_args` as a dict.
+    """Settings and options of the task for one data set and method, with `method_args` as a dict.
 
-    Later wins: settings for all, for the data set, for the method, for both; `method_args` are
-    merged by name. Raises ValueError for a data set that the recipe does not have.
+    Settings for all, for the data set, for the method and for both are merged in this order, so
+    that later ones win; `method_args` are merged by name.
+
+    Raises:
+        ValueError: The recipe does not have the data set.
     """
     if dataset not in recipe["datasets"]:
         raise ValueError(

@@ -1,9 +1,15 @@
-"""What the command line trains on: digits that need no download, images, questions."""
+"""The tasks of the command line."""
 
 from __future__ import annotations
 
-from multilora.app.tasks import commonsense
+from types import ModuleType
 
+from multilora.app.tasks import commonsense, digits, images, vtab
 
-def names() -> tuple[str, ...]:
-    return ("digits", "images", "vtab", *commonsense.names())
+#: The module of each task; every module has `Options` and make(options, seed, report) -> Task.
+TASKS: dict[str, ModuleType] = {
+    "digits": digits,
+    "images": images,
+    "vtab": vtab,
+    **dict.fromkeys(commonsense.names(), commonsense),
+}

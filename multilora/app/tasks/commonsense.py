@@ -1,4 +1,4 @@
-"""Commonsense questions that a causal language model answers with one token.
+"""The commonsense tasks: questions that a causal language model answers with one token.
 
 A record becomes a prompt that ends before the answer; the prediction is the softmax over the
 answers' tokens of the logits at the prompt's last position. The tasks, with prompts, answers and
@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from multilora.app import recipes, untrusted
-from multilora.app.tasks.task import Report, Task, existing
+from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, choice, integer, option
+from multilora.app.tasks.task import ModelOptions, Report, Task, existing
 
 CLASSES = ("answers", "vocabulary")
 
@@ -41,7 +43,9 @@ def names() -> tuple[str, ...]:
 def examples(task: str, records: Iterable[Mapping[str, Any]], source: str = "") -> list[Example]:
     """The examples of an iterable of records, such as a datasets.Dataset. See `example`.
 
-    Raises ValueError with `source` and the record's number, from 1, or where there is none.
+    Raises:
+        ValueError: A record is wrong, or there is none. The message has `source` and the record's
+            number, counted from 1.
     """
     return _examples(task, enumerate(records, start=1), f"{source or task}, record")
 
@@ -49,17 +53,19 @@ def examples(task: str, records: Iterable[Mapping[str, Any]], source: str = "") 
 def example(task: str, record: Mapping[str, Any]) -> Example:
     """One record as a prompt, the answers that may follow it and the index of the right one.
 
-    Records are those of the original releases or of Hugging Face's copies of them:
+    Records have the fields of the original releases or of Hugging Face's copies of them:
     WinoGrande {sentence, option1, option2, answer: "1" or "2"};
     ARC and OBQA {question: {stem, choices: [{text, label}]}, answerKey}, or {question or
         question_stem, choices: {text: [...], label: [...]}, answerKey};
     BoolQ {question, passage, answer: true or false}.
 
-    The candidates of a task are the same for every record. Choices are named A, B, ... in the
-    order they come in, whatever their labels (some of ARC's are 1 to 4), and a letter that a
-    record has no choice for (ARC has three to five) is a class that is never right.
+    The candidates of a task are the same for every record. Choices are named A, B, ... in their
+    order, whatever their labels are (some of ARC's are 1 to 4). ARC has three to five choices; a
+    letter without a choice is a class that is never right.
 
-    Raises ValueError for a missing field, an answer that is no choice, more choices than letters.
+    Raises:
+        ValueError: A field is missing, the answer is none of the choices, or there are more choices
+            than letters.
     """
     return _example(_task(task), record)
 
@@ -137,13 +143,16 @@ def _right(labels: Sequence[Any], answer: Any) -> int:
 def load(task: str, data: str | Path, split: str = "test") -> tuple[list[Example], list[Example]]:
     """(training, evaluation) examples of local data.
 
-    data: a folder of JSON lines under the names of the release (train_s.jsonl, dev.jsonl, ...; the
-        recipe lists them); a folder that `DatasetDict.save_to_disk` of Hugging Face's datasets
-        wrote; or one file of JSON lines, of which every fifth example is held out.
-    split: "test", evaluate on what is reported; "tune", on the development set, where that is
-        another one.
+    Args:
+        data: A folder of JSON lines under the names of the release (train_s.jsonl, dev.jsonl, ...;
+            the recipe lists them); a folder that `DatasetDict.save_to_disk` of Hugging Face's
+            datasets wrote; or one file of JSON lines, of which every fifth example is held out.
+        split: "test" evaluates on the split that is reported; "tune" on the development set, if
+            that is another one.
 
-    Raises FileNotFoundError or ValueError, which name the file and the line or the record.
+    Raises:
+        FileNotFoundError, ValueError: A file is missing or wrong. The message names the file and
+            the line or the record.
     """
     data, splits = Path(data), _task(task)["splits"]
     if data.is_file():
@@ -184,7 +193,7 @@ def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]
     name = next((name for name in names if name in stored), None)
     if name is None:
         raise ValueError(f"{folder} has the splits {', '.join(stored)} and none of {names}")
-    # Images and sounds are no part of a question, and would be fetched from where they say.
+    # Images and sounds are not part of a question; decoding them could fetch them from a URL.
     other = [n for n, f in stored[name].features.items() if require_decoding(f)]
     return enumerate(stored[name].remove_columns(other), start=1), f"{folder}, {name}, record"
 
@@ -217,11 +226,12 @@ def _examples(task: str, records: Iterable[tuple[int, Any]], where: str) -> list
 def answer_tokens(tokenizer: Any, example: Example) -> list[int]:
     """The token that continues the example's prompt for each of its candidates.
 
-    " A" and "A" are different tokens to most tokenizers, so the candidates are read off prompts
-    that end in a space and the candidate.
+    Most tokenizers have different tokens for " A" and "A", so each candidate is tokenized after
+    the prompt and a space.
 
-    Raises ValueError, naming the candidate, where it is not exactly one token that the tokenizer
-    knows, or the same one as another's.
+    Raises:
+        ValueError: A candidate, which the message names, is not exactly one token that the
+            tokenizer knows, or has the same token as another candidate.
     """
     prompt = tokenizer(example.prompt)["input_ids"]
     tokens: list[int] = []
@@ -246,7 +256,8 @@ def answer_tokens(tokenizer: Any, example: Example) -> list[int]:
 class Prompts(Dataset):
     """(token ids (T,) int64, label) of examples.
 
-    A prompt of more than max_length tokens loses its beginning; `truncated` counts them.
+    A prompt of more than max_length tokens loses its beginning; `truncated` is the number of such
+    prompts.
     """
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example], max_length: int):
@@ -286,7 +297,7 @@ def collate(batch: Sequence[tuple[Tensor, int]]) -> tuple[dict[str, Tensor], Ten
 
 
 def _pad(rows: list[Tensor]) -> Tensor:
-    # Which token pads makes no difference: it is masked.
+    # The padding token makes no difference, because it is masked.
     return pad_sequence(rows, batch_first=True, padding_side="left")
 
 
@@ -298,20 +309,21 @@ def create_base(
 ) -> nn.Module:
     """A causal language model of transformers, from a local folder or by its name.
 
-    pretrained=False makes the folder's or name's configuration with random weights, drawn by the
-    seed. model_args go to from_pretrained. Code that comes with a model runs with
-    trust_remote_code=True alone.
+    Args:
+        pretrained: Load its weights. Otherwise the seed draws random ones for its configuration.
+        from_file: A run's folder gave the name, not the user. Then only safetensors are loaded, no
+            adapters, no kernels from the Hub, and nothing that does not fit into memory.
+        model_args: Arguments of from_pretrained. Code that comes with a model runs only with
+            trust_remote_code=True.
 
-    from_file: a run folder gave the name, not the user. Only safetensors are loaded then, no
-    adapters, no kernels from the Hub, and nothing that this machine has no memory for.
-
-    Raises RuntimeError where transformers cannot load it, ValueError for what a file must not ask
-    for.
+    Raises:
+        RuntimeError: transformers cannot load the model.
+        ValueError: A file asks for what it must not.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
     from transformers.utils import find_adapter_config_file
 
-    # Unset, transformers would ask on the terminal.
+    # If it were unset, transformers would ask on the terminal.
     trust = bool(model_args.pop("trust_remote_code", False))
     if from_file:
         with _loading(name, "", trust):
@@ -349,7 +361,7 @@ def create_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 @contextlib.contextmanager
 def _loading(name: str, what: str, trusted: bool) -> Iterator[None]:
-    """Any error of transformers as a RuntimeError that names the model."""
+    """Turn any error of transformers into a RuntimeError that names the model."""
     try:
         yield
     except Exception as error:
@@ -362,9 +374,10 @@ def _loading(name: str, what: str, trusted: bool) -> Iterator[None]:
 class AnswerLogits:
     """Logits at the last position of left-padded prompts, of a particle model over `base`.
 
-    tokens: the candidates' token ids, C of them, in the order of the labels.
-    classes: what `learn` trains: "answers", the cross-entropy among the candidates; "vocabulary",
-        among all tokens. With two candidates IBDR's divergence has a signal in the latter only.
+    Args:
+        tokens: The token ids of the C candidates, in the order of the labels.
+        classes: `learn` trains the cross-entropy among the candidates ("answers") or among all
+            tokens ("vocabulary"). With two candidates IBDR's divergence is constant among them.
     """
 
     def __init__(self, base: nn.Module, tokens: Sequence[int], classes: str = "answers"):
@@ -375,7 +388,7 @@ class AnswerLogits:
         self.inputs = [
             name for name in ("input_ids", "attention_mask", "position_ids") if name in known
         ]
-        # One position's logits, not all of them; no cache, nothing is generated.
+        # Only the last position's logits are needed, and no cache, because nothing is generated.
         options = {"logits_to_keep": 1, "use_cache": False}
         self.options = {name: value for name, value in options.items() if name in known}
 
@@ -397,32 +410,52 @@ class AnswerLogits:
         return model(**taken, **self.options).logits[:, :, -1]  # (K, N, vocabulary)
 
 
-def questions(
-    task: str,
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    split: str = "test",
-    classes: str = "answers",
-    max_length: int = 512,
-    report: Report = print,
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
-    """A causal language model on a commonsense task; see above.
+# --- the task ------------------------------------------------------------------------------------
 
-    targets: q_proj and v_proj where it is None. Prompts have at most
-    max_length tokens, or what the model has positions for.
-    from_file: see `create_base`.
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    model: str = option(TEXT, "a causal language model of transformers, by name or folder")
+    data: str = option(
+        TEXT, "a file of JSON lines, a folder of them, or the folder of a saved DatasetDict"
+    )
+    targets: tuple[str, ...] | None = option(TEXTS, "layers to adapt", ("q_proj", "v_proj"))
+    model_args: tuple[tuple[str, Any], ...] = option(
+        PAIRS, "arguments of transformers' from_pretrained", ()
+    )
+    split: str = option(
+        choice("test", "tune"), "evaluate on the test set or on the development set", "test"
+    )
+    classes: str = option(
+        choice(*CLASSES), "cross-entropy among the answers' tokens or among all tokens", CLASSES[0]
+    )
+    max_length: int = option(integer(1, 2**24), "largest number of tokens of a prompt", 512)
+    trust_remote_code: bool = option(
+        FLAG, "run the code that comes with a language model", False, stored=False
+    )
+
+    def check_model(self, where: str, run: Path) -> None:
+        untrusted.check_transformers_name(where, self.model, run)
+
+    @classmethod
+    def recipe(cls, task: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        return recipes.settings(recipes.read("commonsense"), task, method)
+
+
+def make(options: Options, seed: int, report: Report = print) -> Task:
+    """A causal language model on a commonsense task.
+
+    Prompts have at most `options.max_length` tokens, or as many as the model has positions.
     """
-    train, test = load(task, data, split)
-    tokenizer = create_tokenizer(model, bool(model_args.get("trust_remote_code")))
+    train, test = load(options.task, options.data, options.split)
+    model_args = dict(options.model_args)
+    if options.trust_remote_code:
+        model_args["trust_remote_code"] = True
+    tokenizer = create_tokenizer(options.model, bool(model_args.get("trust_remote_code")))
     tokens = answer_tokens(tokenizer, train[0])
-    base = create_base(model, pretrained, seed, from_file, **model_args)
+    base = create_base(options.model, options.pretrained, seed, options.from_file, **model_args)
     positions = getattr(base.config, "max_position_embeddings", None)
-    max_length = min(max_length, positions or max_length)
+    max_length = min(options.max_length, positions or options.max_length)
     prompts = [Prompts(tokenizer, part, max_length) for part in (train, test)]
     truncated = sum(p.truncated for p in prompts)
     if truncated:
@@ -430,10 +463,10 @@ def questions(
             f"{truncated} of {len(train) + len(test)} prompts have more than {max_length} tokens "
             "and lose their beginning"
         )
-    logits = AnswerLogits(base, tokens, classes)
+    logits = AnswerLogits(base, tokens, options.classes)
     return Task(
         base=base,
-        targets=existing(base, targets or ("q_proj", "v_proj")),
+        targets=existing(base, options.targets or ()),
         head=None,
         classes=list(train[0].candidates),
         train=prompts[0],

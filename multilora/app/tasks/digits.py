@@ -1,4 +1,4 @@
-"""Handwritten digits, which need no download."""
+"""The task `digits`: handwritten digits, which need no download."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from multilora import checks
+from multilora.app.options import integer, option
 from multilora.app.tasks.images import create_base
-from multilora.app.tasks.task import Report, Task
+from multilora.app.tasks.task import Report, Task, TaskOptions
 
 # A ViT of 0.17 M parameters on the 8×8 images that ship inside scikit-learn, 4×4 pixels a token.
-DIGITS_MODEL = {
+DIGITS_MODEL: dict[str, Any] = {
     "img_size": 8,
     "patch_size": 4,
     "in_chans": 1,
@@ -27,22 +30,36 @@ DIGITS_MODEL = {
     "num_heads": 3,
 }
 DIGITS_TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
-_PRETRAINING = {"seed": 0, "steps": 600, "batch_size": 64, "lr": 1e-3, "weight_decay": 0.05}
+_PRETRAINING: dict[str, Any] = {
+    "seed": 0,
+    "steps": 600,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "weight_decay": 0.05,
+}
 
 
-def digits(seed: int, shots: int, report: Report = print) -> Task:
-    """A ViT pretrained on the digits 0–4, to be adapted to `shots` examples each of 5–9.
+@dataclass(frozen=True, kw_only=True)
+class Options(TaskOptions):
+    task: str = "digits"
+    shots: int = option(integer(1, 10**6), "training examples per class", 20)
 
-    Test images are the rest of 5–9; corrupted copies of them have noise, blur or low contrast, at
-    three severities each; the digits 0–4 are the out-of-distribution images. The seed draws the
+
+def make(options: Options, seed: int, report: Report = print) -> Task:
+    """A ViT pretrained on the digits 0–4, to be adapted to a few examples of each of 5–9.
+
+    The test images are the rest of 5–9; corrupted copies of them have noise, blur or low contrast,
+    at three severities each; the digits 0–4 are the out-of-distribution images. The seed draws the
     training examples.
 
-    Raises ValueError where `shots` leaves no test images of a digit.
+    Raises:
+        ValueError: `options.shots` leaves no test images of a digit.
     """
     images, labels = _load_digits()
     source, target = labels < 5, labels >= 5
-    checks.integer("shots", shots, 1, labels[target].bincount()[5:].min().item() - 1)
-    base = _digits_model(num_classes=5)
+    fewest = int(labels[target].bincount()[5:].min())
+    shots = checks.integer("shots", options.shots, 1, fewest - 1)
+    base: Any = _digits_model(num_classes=5)
     base.load_state_dict(_pretrained_digits(images[source], labels[source], report))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,14 +96,14 @@ def _load_digits() -> tuple[Tensor, Tensor]:
 
 
 _SEVERITIES = {
-    "noise": (0.2, 0.35, 0.5),  # standard deviation, of a range of 2
+    "noise": (0.2, 0.35, 0.5),  # standard deviation; pixels have a range of 2
     "blur": (0.4, 0.55, 0.7),  # standard deviation in pixels
-    "contrast": (0.7, 0.5, 0.35),  # what is left of the distance to the image's mean
+    "contrast": (0.7, 0.5, 0.35),  # factor of the distance to the image's mean
 }
 
 
 def _corrupt(x: Tensor) -> dict[str, Tensor]:
-    """Every corruption at its three severities, one after the other; always the same noise."""
+    """Each corruption at its three severities, one after the other, always with the same noise."""
     generator = torch.Generator().manual_seed(0)
     noise = [x + s * torch.randn(x.shape, generator=generator) for s in _SEVERITIES["noise"]]
     blur = []
@@ -111,10 +128,9 @@ def _digits_model(num_classes: int) -> nn.Module:
 
 
 def _pretrained_digits(images: Tensor, labels: Tensor, report: Report) -> dict[str, Tensor]:
-    """The weights after pretraining, made once and kept in the cache folder.
+    """The weights after pretraining, which are computed once and kept in the cache folder.
 
-    A cached file that is damaged is made again. Processes that make it at the same time make the
-    same, and the last one's stays.
+    A damaged file is made again. Processes that make it at the same time write the same weights.
     """
     recipe = json.dumps([DIGITS_MODEL, _PRETRAINING], sort_keys=True)
     name = f"digits-vit-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
@@ -137,17 +153,17 @@ def _pretrained_digits(images: Tensor, labels: Tensor, report: Report) -> dict[s
 
 
 def _read_cache(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raises some Exception where the file is not what `_write_cache` made of such tensors."""
+    """Read the file. Raises some Exception if `_write_cache` did not make it of such tensors."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
         metadata, names = stored.metadata() or {}, stored.keys()
         shapes = {name: stored.get_slice(name).get_shape() for name in names}
         if shapes != {name: list(t.shape) for name, t in expected.items()}:
-            raise ValueError("its tensors are other ones")
+            raise ValueError("it holds other tensors")
         weights = {name: stored.get_tensor(name) for name in names}
     if metadata.get("sha256", _digest(weights)) != _digest(weights):
-        raise ValueError("its SHA-256 is not the one that it was written with")
+        raise ValueError("its SHA-256 has changed since it was written")
     return weights
 
 
@@ -189,7 +205,7 @@ def _pretrain(model: nn.Module, images: Tensor, labels: Tensor) -> nn.Module:
 
 
 def _augment(x: Tensor) -> Tensor:
-    """Shifts by up to a pixel, contrast and noise: features that survive mild corruption."""
+    """Shift by up to a pixel, change contrast, add noise: features then survive mild corruption."""
     x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (-2, -1))
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + (x - mean) * torch.empty(len(x), 1, 1, 1).uniform_(0.4, 1.2)

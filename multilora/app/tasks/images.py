@@ -1,9 +1,10 @@
-"""timm models and image folders, as a particle task needs them."""
+"""The task `images`: timm models on folders of images."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, Subset
 
 from multilora.app import untrusted
-from multilora.app.tasks.task import Task, existing
+from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, option
+from multilora.app.tasks.task import ModelOptions, Report, Task, existing
 
 
 def create_base(
@@ -24,11 +26,15 @@ def create_base(
     from_file: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """A timm model with a new head of `num_classes`; model_args go to timm.create_model.
+    """A timm model with a new head of `num_classes`.
 
-    from_file: a run folder gave the name or arguments, not the user. See `untrusted`.
+    Args:
+        from_file: A run's folder gave the name and the arguments, not the user. See `untrusted`.
+        model_args: Arguments of timm.create_model.
 
-    Raises RuntimeError where timm cannot create it, ValueError for what a file must not ask for.
+    Raises:
+        RuntimeError: timm cannot create the model.
+        ValueError: A file asks for what it must not.
     """
     import timm
 
@@ -53,10 +59,11 @@ def create_base(
 def classifiers(model: nn.Module) -> tuple[str, ...]:
     """The names of the model's classification heads, for `modules_to_save`.
 
-    Mostly one; a distilled DeiT has two, whose logits it averages. Of a head with BatchNorm, which
-    particles cannot have each their own of, the linears inside.
+    Most models have one head. A distilled DeiT has two, whose logits it averages. A head with
+    BatchNorm cannot be copied for each particle, so the linears inside it are named instead.
     """
-    heads = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    timm_model: Any = model
+    heads = timm_model.get_classifier() if hasattr(model, "get_classifier") else ()
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
     for head in heads if isinstance(heads, (tuple, list)) else (heads,):
@@ -75,12 +82,14 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
 def working_layers(model: nn.Module, **model_args: Any) -> dict[str, int]:
     """The layers that particles can adapt, by name, and the number of axes of their inputs.
 
-    Those that are called (BEiT, EVA and Swin V2 read `qkv.weight` instead), whose rows are the
-    images' (and not, say, of a table of positions), and whose arithmetic is that of nn.Linear, or
-    of nn.Conv2d with one group, no dilation and zero padding (timm's Conv2dSame and StdConv2d have
-    their own). The heads do not count. Found in a forward of one and of two images.
+    Such a layer is called (BEiT, EVA and Swin V2 read `qkv.weight` instead), its input has a row or
+    more for each image (and is not, say, a table of positions), and it computes what nn.Linear
+    does, or nn.Conv2d with one group, no dilation and zero padding (timm's Conv2dSame and StdConv2d
+    compute something else). The heads are left out. Two forwards, of one image and of two, find
+    the layers.
 
-    Raises ValueError where the model does not turn images into class logits (N, C).
+    Raises:
+        ValueError: The model does not turn images into class logits (N, C).
     """
     size = data_config(model, **model_args)["input_size"]
     heads = classifiers(model)
@@ -150,12 +159,16 @@ def endings(model: nn.Module, layers: Iterable[str]) -> list[str]:
 
 
 def default_targets(model: nn.Module, working: Mapping[str, int]) -> list[str]:
-    """Attention's fused query-key-value projections, as the papers adapt ViTs.
+    """Attention's fused query-key-value projections, which the papers adapt in ViTs.
 
-    working: see `working_layers`. Where the projections are not among them, all linears that see
-    tokens, or in a model without such, all layers.
+    If they are not among the working layers, the targets are all linears that see tokens, or all
+    layers in a model without such linears.
 
-    Raises ValueError for a model without any of them.
+    Args:
+        working: What `working_layers` found.
+
+    Raises:
+        ValueError: There is no working layer.
     """
     ends = endings(model, working)
     if "qkv" in ends:
@@ -189,10 +202,12 @@ def class_names(root: str | Path) -> list[str]:
 def data_config(model: nn.Module, **model_args: Any) -> dict[str, Any]:
     """timm's data configuration of a model that was created with `model_args`.
 
-    They decide the images' shape: img_size, a number or (height, width), and in_chans. One channel
-    is normalised by the means over the channels of mean and standard deviation.
+    The arguments img_size, a number or (height, width), and in_chans decide the shape of the
+    images. If there is one channel, it is normalised by the mean over the channels of the means and
+    of the standard deviations.
 
-    Raises ValueError for channels other than 1 (grey) and 3 (colour).
+    Raises:
+        ValueError: The model has neither 1 channel (grey) nor 3 (colour).
     """
     from timm.data import resolve_model_data_config
 
@@ -215,13 +230,14 @@ def transforms(
 ) -> tuple[Callable, Callable]:
     """(training, evaluation) transforms by the data configuration that `model` comes with.
 
-    Its image size, interpolation, mean and standard deviation; see `data_config`. A model of one
-    channel gets grey images.
+    That is its image size, interpolation, mean and standard deviation; see `data_config`. A model
+    with one channel gets grey images.
 
-    augment: training images get timm's random crops, flips and colours; otherwise they are
-        prepared as evaluation images are.
-    whole: the whole image is resized to the model's size, also where that changes its aspect
-        ratio; otherwise evaluation takes the model's own central crop.
+    Args:
+        augment: Training images get timm's random crops, flips and colours; otherwise they are
+            prepared like evaluation images.
+        whole: The whole image is resized to the model's size, even if that changes its aspect
+            ratio; otherwise evaluation takes the model's own central crop.
     """
     from timm.data import create_transform
     from torchvision.transforms import Compose, Grayscale
@@ -238,7 +254,7 @@ def transforms(
 
 
 def read_image(path: str | Path) -> Any:
-    """The image in RGB. Raises ValueError, naming the file, where it cannot be read."""
+    """The image in RGB. Raises ValueError, with the file's name, if it cannot be read."""
     from PIL import Image
 
     try:
@@ -249,12 +265,12 @@ def read_image(path: str | Path) -> Any:
 
 
 class Augmented(Dataset):
-    """`data`, whose transforms are random, with randomness from seed, epoch and index alone.
+    """`data` with random transforms that depend on the seed, the epoch and the index alone.
 
-    A run that was stopped then continues with the images that it would have seen.
+    A resumed run then sees the images that it would have seen without the interruption.
     """
 
-    def __init__(self, data: Dataset, seed: int):
+    def __init__(self, data: Any, seed: int):
         self.data, self.seed, self.epoch = data, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -280,10 +296,11 @@ def image_folder(
 ) -> tuple[Dataset, Dataset, list[str]]:
     """(train, test, class names) of a folder of images, prepared as `model` was pretrained.
 
-    augment, model_args: see `transforms`; the seed draws the augmentation.
-
-    root holds train/CLASS/*.jpg and val/ or test/ beside it; or just CLASS/*.jpg, of which every
-    fifth image by name becomes the test set.
+    Args:
+        root: It holds train/CLASS/*.jpg and val/ or test/ beside it; or just CLASS/*.jpg, of which
+            every fifth image by name becomes the test set.
+        augment: See `transforms`; the seed draws the augmentation.
+        model_args: The arguments that the model was created with.
     """
     from torchvision.datasets import ImageFolder
 
@@ -311,56 +328,53 @@ def image_folder(
     return Augmented(train, seed) if augment else train, test, classes
 
 
-def images(
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    augment: bool = False,
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
+@dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    task: str = "images"
+    model: str = option(TEXT, "a timm model")
+    data: str = option(
+        TEXT,
+        "a folder of images, train/CLASS/ and val/CLASS/, or CLASS/ of which a fifth is tested",
+    )
+    targets: tuple[str, ...] | None = option(TEXTS, "layers to adapt", None, shown="qkv")
+    model_args: tuple[tuple[str, Any], ...] = option(
+        PAIRS, "arguments of timm.create_model, e.g. img_size=32", ()
+    )
+    augment: bool = option(FLAG, "augment the training images as timm does", False)
+
+
+def make(options: Options, seed: int, report: Report = print) -> Task:
     """Any timm model on a folder of images; see `image_folder` for its layout.
 
     The seed draws the new head (and, without pretraining, the model) and the augmentation.
-    from_file: see `create_base`.
     """
-    base = timm_base(model, len(class_names(data)), pretrained, seed, from_file, model_args)
-    train, test, classes = image_folder(data, base, augment, seed, **model_args)
-    return image_task(base, targets, train, test, classes, model_args)
+    base = timm_base(options, len(class_names(options.data)), seed)
+    model_args = dict(options.model_args)
+    train, test, classes = image_folder(options.data, base, options.augment, seed, **model_args)
+    return image_task(options, base, train, test, classes)
 
 
-def timm_base(
-    model: str,
-    classes: int,
-    pretrained: bool,
-    seed: int,
-    from_file: bool,
-    model_args: dict[str, Any],
-) -> nn.Module:
+def timm_base(options: Options, classes: int, seed: int) -> nn.Module:
+    model_args = dict(options.model_args)
     if "num_classes" in model_args:
         raise ValueError(f"the task has {classes} classes: leave num_classes out of --model-args")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return create_base(model, classes, pretrained, from_file, **model_args)
+        return create_base(
+            options.model, classes, options.pretrained, options.from_file, **model_args
+        )
 
 
 def image_task(
-    base: nn.Module,
-    targets: Sequence[str] | None,
-    train: Dataset,
-    test: Dataset,
-    classes: list[str],
-    model_args: dict[str, Any],
+    options: Options, base: nn.Module, train: Dataset, test: Dataset, classes: list[str]
 ) -> Task:
-    working = working_layers(base, **model_args)
+    working = working_layers(base, **dict(options.model_args))
     heads = classifiers(base)
     return Task(
         base=base,
         targets=(
-            existing(base, targets, endings(base, working))
-            if targets
+            existing(base, options.targets, endings(base, working))
+            if options.targets
             else default_targets(base, working)
         ),
         head=heads[0] if len(heads) == 1 else heads,

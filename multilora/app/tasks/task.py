@@ -1,13 +1,17 @@
-"""A task: a pretrained base, what to adapt in it, and data."""
+"""What a task is, and what the options of every task have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from multilora.app import untrusted
+from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, Checked, option
 
 Report = Callable[[str], None]
 
@@ -20,8 +24,8 @@ def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]
     logits = model(x)
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"in training mode the model returns a {type(logits).__name__}, not class logits: its "
-            "training has a loss of its own, which particles do not have"
+            f"in training mode the model returns a {type(logits).__name__} instead of class "
+            "logits: it trains with a loss of its own, which particles do not have"
         )
     return logits, y
 
@@ -30,10 +34,12 @@ def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]
 class Task:
     """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
 
-    head: the classification head, which is new and trained whole; a name, or those of two.
-    A batch of inputs is a tensor, or what `collate` makes of them: a dict of tensors.
-    predict(model, x): the particles' logits (K, N, classes), which are evaluated against labels.
-    learn(model, x, y): the logits and targets that a method's closure returns.
+    Attributes:
+        head: The classification head, which is new and trained whole: a name, or two names.
+        collate: Makes a batch of (inputs, labels) from pairs; inputs are a tensor or a dict of
+            tensors. None is PyTorch's default.
+        predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
+        learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
     """
 
     base: nn.Module
@@ -50,12 +56,59 @@ class Task:
     evaluation_batch: int = 256
 
 
-def existing(
-    base: nn.Module, targets: Sequence[str], working: Sequence[str] | None = None
-) -> list[str]:
-    """`targets`, checked: each is the name of a layer, or its end.
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(Checked):
+    """The options of a task, and the task's name.
 
-    working: what to choose among; the linears where it is None.
+    Each module in this package has a subclass `Options` and a function
+    make(options, seed, report) -> Task.
+    """
+
+    task: str
+
+    @classmethod
+    def recipe(cls, task: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that the task recommends for a method where the user gives none."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(TaskOptions):
+    """The options of a task with a model and data of the user's choice."""
+
+    model: str = option(TEXT, "name of a model")
+    data: str = option(TEXT, "folder of the data")
+    pretrained: bool = option(FLAG, "start from random weights", True)
+    targets: tuple[str, ...] | None = option(
+        TEXTS, "layers to adapt, as PEFT's target_modules", None
+    )
+    model_args: tuple[tuple[str, Any], ...] = option(PAIRS, "arguments of the model", ())
+    #: Whether a run's folder named the model, so that nobody vouches for it. See `untrusted`.
+    from_file: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A run's folder may hold this one, which is ignored in favour of the user's word.
+        names = {f.name for f in fields(self)} - {"trust_remote_code"}
+        reserved = sorted(dict(self.model_args).keys() & (names | {"task", "seed", "report"}))
+        if reserved:
+            raise ValueError(f"model_args cannot give {reserved}, which are settings of the run")
+
+    def check_model(self, where: str, run: Path) -> None:
+        """Raise ValueError where the file `where` of the folder `run` may not name this model."""
+        untrusted.check_timm_name(where, self.model)
+
+
+def existing(
+    base: nn.Module, targets: Sequence[str], working: Collection[str] | None = None
+) -> list[str]:
+    """`targets` as a list, after a check that each is the name of a layer, or its end.
+
+    Args:
+        working: The layers to choose among, for the message; the linears where it is None.
+
+    Raises:
+        ValueError: A target is in no layer's name.
     """
     layers = [name for name, _ in base.named_modules()]
     missing = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]

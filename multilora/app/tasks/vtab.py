@@ -1,9 +1,10 @@
-"""VTAB-1K: nineteen data sets of 1000 training images, read as they are widely laid out."""
+"""The task `vtab`: nineteen data sets of 1000 training images, in their usual layout."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from multilora.app import recipes
-from multilora.app.tasks.images import (
-    Augmented,
-    image_task,
-    read_image,
-    timm_base,
-    transforms,
-)
-from multilora.app.tasks.task import Task
+from multilora.app.options import TEXT, choice, option
+from multilora.app.tasks import images
+from multilora.app.tasks.images import Augmented, read_image, transforms
+from multilora.app.tasks.task import Report, Task
 
-# What is trained on and what is evaluated on.
+# The lists of the images to train on and to evaluate on.
 SPLITS = {"test": ("train800val200.txt", "test.txt"), "tune": ("train800.txt", "val200.txt")}
 
 
@@ -30,7 +27,7 @@ def dataset_name(root: str | Path) -> str:
 
 
 def num_classes(root: str | Path) -> int:
-    """Of the data set in the folder `root`. Raises ValueError where its name is none of the 19."""
+    """How many classes the data set in `root` has. Raises ValueError for an unknown name."""
     known = recipes.read("vtab1k")["datasets"]
     if dataset_name(root) not in known:
         raise ValueError(
@@ -49,17 +46,20 @@ def vtab(
 ) -> tuple[Dataset, Dataset, list[str]]:
     """(train, test, class names) of one VTAB-1K data set for a timm model.
 
-    root: a folder such as vtab-1k/cifar, with the lists train800.txt, val200.txt,
-        train800val200.txt and test.txt; a line of them is `path label`, the path relative to root.
-    split: "test", train on train800val200 and evaluate on test; "tune", train on train800 and
-        evaluate on val200.
-    augment: timm's training augmentation, drawn by the seed. The default is the benchmark's
-        protocol: the whole image resized to the model's input and normalised as the model was
-        trained, nothing else.
+    Args:
+        root: A folder such as vtab-1k/cifar, with the lists train800.txt, val200.txt,
+            train800val200.txt and test.txt. Each line is `path label`, with the path relative to
+            root.
+        split: "test" trains on train800val200 and evaluates on test; "tune" trains on train800 and
+            evaluates on val200.
+        augment: Use timm's training augmentation, drawn by the seed. The default is the
+            benchmark's protocol: resize the whole image to the model's input and normalise it as
+            the model was trained.
 
-    Raises ValueError for a folder that is named otherwise, an empty list, a line that is not
-    `path label` and a label out of range, FileNotFoundError for a missing list or image; each
-    names the list's file and line.
+    Raises:
+        ValueError: The folder has another name, a list is empty, a line is not `path label`, or a
+            label is out of range. The message names the list and the line.
+        FileNotFoundError: A list or an image is missing.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {tuple(SPLITS)}; got {split!r}")
@@ -105,18 +105,30 @@ def _read_list(file: Path, num_classes: int) -> list[tuple[Path, int]]:
     return samples
 
 
-def vtab1k(
-    data: str | Path,
-    model: str,
-    pretrained: bool = True,
-    targets: Sequence[str] | None = None,
-    seed: int = 0,
-    augment: bool = False,
-    split: str = "test",
-    from_file: bool = False,
-    **model_args: Any,
-) -> Task:
+@dataclass(frozen=True, kw_only=True)
+class Options(images.Options):
+    task: str = "vtab"
+    data: str = option(TEXT, "a data set's folder under its name in VTAB-1K, such as vtab-1k/cifar")
+    split: str = option(
+        choice(*SPLITS),
+        "test: train on train800val200, evaluate on test; tune: train on train800, evaluate on "
+        "val200",
+        "test",
+    )
+
+    @classmethod
+    def recipe(cls, task: str, method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        if given.get("data") is None:
+            raise ValueError("the task 'vtab' needs --data, the folder of one of its data sets")
+        num_classes(given["data"])  # says what is wrong with the folder's name
+        return recipes.settings(recipes.read("vtab1k"), dataset_name(given["data"]), method)
+
+
+def make(options: Options, seed: int, report: Report = print) -> Task:
     """Any timm model on a data set of VTAB-1K; see `vtab` for its layout."""
-    base = timm_base(model, num_classes(data), pretrained, seed, from_file, model_args)
-    train, test, classes = vtab(data, base, split, augment, seed, **model_args)
-    return image_task(base, targets, train, test, classes, model_args)
+    base = images.timm_base(options, num_classes(options.data), seed)
+    model_args = dict(options.model_args)
+    train, test, classes = vtab(
+        options.data, base, options.split, options.augment, seed, **model_args
+    )
+    return images.image_task(options, base, train, test, classes)

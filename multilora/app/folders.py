@@ -1,0 +1,107 @@
+"""The folders that the command writes to, and what it must not replace in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from multilora import atomic
+from multilora.app.settings import SETTINGS, Settings, differences, read_settings
+from multilora.app.tasks.task import ModelOptions
+
+METRICS = "metrics.json"
+RELIABILITY = "reliability.png"
+HISTORY = "history.json"
+HISTORY_PICTURE = "history.png"
+#: Lists the files that `export` wrote into a folder, beside them.
+_EXPORT = "multilora_export.json"
+
+
+def make_run_folder(out: Path, settings: Settings, resume: bool) -> None:
+    """Make `out`, which must hold neither another run nor files of the user's.
+
+    Raises:
+        ValueError: `out` holds a run and resume is False, or a run of other settings, or other
+            files.
+        NotADirectoryError: `out` is a file.
+    """
+    if (out / SETTINGS).is_file():
+        if not resume:
+            raise ValueError(
+                f"{out} holds a run already; continue it with --resume, or choose another --out"
+            )
+        different = differences(read_settings(out), settings)
+        if different:
+            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
+        # A run must not write outside its folder.
+        links = [entry for entry in out.rglob("*") if entry.is_symlink()]
+        if links:
+            raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
+    elif out.is_dir():
+        # A run that was killed while it wrote its settings leaves a temporary file.
+        strangers = [f.name for f in out.iterdir() if not f.match(f".{SETTINGS}.*.tmp")]
+        if strangers:
+            raise ValueError(
+                f"{out} holds no run but other files, which a run might replace: "
+                f"{', '.join(sorted(strangers)[:5])}; choose another --out"
+            )
+    atomic.make_folder(out)
+
+
+def free_folder(settings: Settings, method: str) -> Path:
+    """runs/TASK-METHOD-SEED, with a number behind it if that folder exists."""
+    task, options = settings.task, settings.options
+    if isinstance(options, ModelOptions) and task == "images":
+        task = options.model
+    elif isinstance(options, ModelOptions) and task == "vtab":
+        task += f"-{Path(options.data).name}"
+    stem = f"{task}-{method}-{settings.seed}".replace("/", "_")
+    path, number = Path("runs") / stem, 1
+    while path.exists():
+        number += 1
+        path = Path("runs") / f"{stem}-{number}"
+    return path
+
+
+def check_export(out: Path) -> None:
+    """Raise ValueError where `out` holds anything but an unchanged earlier export."""
+    try:
+        written = dict(json.loads((out / _EXPORT).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {}
+    inside = out.iterdir() if out.is_dir() else ()
+    strangers = sorted(
+        f.name
+        for f in inside
+        if not f.is_file() or (f.name != _EXPORT and written.get(f.name) != atomic.digest(f))
+    )
+    if strangers or ((out / _EXPORT).exists() and not written):
+        raise ValueError(
+            f"{out} holds files that are not of an earlier export: "
+            f"{', '.join(strangers[:5] or [_EXPORT])}; choose another folder"
+        )
+
+
+def record_export(out: Path, run: Path, kind: str) -> None:
+    """List the files of an export, so that a later one may replace them."""
+    digests = {f.name: atomic.digest(f) for f in out.iterdir() if f.name != _EXPORT}
+    write_json(out / _EXPORT, {"run": str(run), "soup": kind, "files": digests})
+
+
+def write_json(file: Path, value: Any) -> None:
+    atomic.write_text(file, to_json(value) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """JSON text. JSON has no NaN, so an undefined measure is null."""
+    return json.dumps(_defined(value), indent=2)
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _defined(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_defined(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""What the command prints: a progress bar, a table of measures and what its rows mean."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class _Row(NamedTuple):
+    heading: str  # ↑: higher is better; ↓: lower is better
+    path: tuple[str, ...]  # in metrics.json
+    decimals: int = 3
+
+
+_ROWS = (
+    _Row("accuracy ↑", ("accuracy",)),
+    _Row("NLL ↓", ("nll",)),
+    _Row("ECE ↓", ("ece",)),
+    _Row("Brier ↓", ("brier",)),
+    _Row("MI", ("mutual_information",)),
+    _Row("corrupted accuracy ↑", ("corrupted", "accuracy")),
+    _Row("corrupted NLL ↓", ("corrupted", "nll")),
+    _Row("corrupted ECE ↓", ("corrupted", "ece")),
+    _Row("corrupted Brier ↓", ("corrupted", "brier")),
+    _Row("OOD AUROC ↑", ("auroc_ood",)),
+    _Row("OOD AUROC (MI) ↑", ("auroc_ood_mi",)),
+    _Row("step ms ↓", ("step_ms",), 1),
+)
+_LEGEND = {
+    "nll": "NLL: negative log-likelihood. ECE: expected calibration error. Brier: squared error of "
+    "the probabilities. All are of the particles' mean prediction on the test set.",
+    "mutual_information": "MI: mutual information, how much the particles disagree (in nats).",
+    "corrupted": "corrupted: the same measures on disturbed copies of the test set.",
+    "auroc_ood": "OOD AUROC: how well the prediction's entropy, or MI, tells out-of-distribution "
+    "inputs from the test set (0.5 is chance).",
+    "step_ms": "step ms: median time of a training step in milliseconds.",
+}
+
+Result = dict[str, Any]
+
+
+class Progress:
+    """A progress bar on a terminal, nothing elsewhere. It appears with the first step."""
+
+    def __init__(self, title: str):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[stats]}"),
+        )
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.title = title
+        self.task: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.task is not None:
+            self.progress.stop()
+
+    def print(self, line: str) -> None:
+        self.progress.console.print(line)
+
+    def step(self, step: int, steps: int, stats: dict[str, float]) -> None:
+        if self.task is None:
+            self.task = self.progress.add_task(self.title, total=steps, stats="")
+            self.progress.start()
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in stats.items() if name != "nll")
+        self.progress.update(self.task, completed=step, total=steps, stats=shown)
+
+
+def print_table(columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
+    """Print a row for each measure and a column for each method, and a legend.
+
+    A cell is the value of one run, or the mean ± standard error over several.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # Markdown, so that it can be pasted. A pipe has no width, so give it one.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    table = Table(box=box.MARKDOWN)
+    table.add_column("")
+    for method, _ in columns:
+        table.add_column(method, justify="right")
+    shown = set()
+    for row in _ROWS:
+        cells = [
+            _cell([_look_up(r, row.path) for r in results], row.decimals) for _, results in columns
+        ]
+        if any(cells):
+            table.add_row(row.heading, *cells)
+            shown.add(row.path[0])
+    console.print(table)
+    for key, text in _LEGEND.items():
+        if key in shown:
+            console.print(text)
+
+
+def averaged(runs: int) -> str:
+    """What the cells of a table over so many runs are."""
+    if runs == 1:
+        return "one seed, so no standard error"
+    return f"mean ± standard error over {runs} seeds"
+
+
+def _look_up(result: Any, path: tuple[str, ...]) -> float | None:
+    for key in path:
+        result = result.get(key) if isinstance(result, dict) else None
+    return result
+
+
+def _cell(values: Sequence[float | None], decimals: int) -> str:
+    found = [v for v in values if v is not None]
+    if not found:
+        return ""
+    mean = f"{statistics.fmean(found):.{decimals}f}"
+    if len(found) == 1:
+        return mean
+    error = statistics.stdev(found) / math.sqrt(len(found))
+    return f"{mean} ± {error:.{decimals}f}"

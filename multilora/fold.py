@@ -27,7 +27,7 @@ _ROWS = {
 #: Inputs that are the same for all examples, whatever their length.
 _SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index", "edge_attr"}
 #: States that an earlier call returned: their rows are particles × batch already.
-_STATES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
+_CACHES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
 
 Axes = Mapping[str, int | None]
 
@@ -96,7 +96,7 @@ class Inputs:
             () if self.particles is None else (self.particles,),
         )
         known = name == first or name in axes or name in _ROWS
-        axis = axes.get(name, None if name in _SHARED | _STATES else 0)
+        axis = axes.get(name, None if name in _SHARED | _CACHES else 0)
         if axis is None or not shape or (name not in axes and shape[0] == 1 != batch and not lead):
             return Leaf(name, tensor, None, False, False)
         if tensor.layout is not torch.strided and self.strict:
@@ -175,10 +175,10 @@ class Inputs:
         )
 
     @property
-    def has_state(self) -> bool:
+    def has_cache(self) -> bool:
         """Whether an argument is a state of an earlier call, which a call may change."""
         arguments = self.names.of(self.args, self.kwargs)
-        return any(name in _STATES and value is not None for name, value in arguments)
+        return any(name in _CACHES and value is not None for name, value in arguments)
 
 
 class Names:
@@ -206,7 +206,7 @@ def _first(
         if found is not None:
             given[name] = found
     named = [name for name, axis in axes.items() if axis is not None]
-    unnamed = [n for n in (*order, *given) if n not in _SHARED | _STATES and n not in axes]
+    unnamed = [n for n in (*order, *given) if n not in _SHARED | _CACHES and n not in axes]
     for name in (*named, *_FIRST, *unnamed):
         if name in given and axes.get(name, 0) is not None:
             return name, given[name]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from multilora.calls import Call
 from multilora.fold import Inputs, map_tensors, named_tensors, tensors
+from multilora.forward_state import ForwardState
 from multilora.layers import LoraLayer, ParticleLayer
 from multilora.randomness import RandomState
 
@@ -29,26 +29,30 @@ class ParticleIsolationError(ValueError):
 
 
 class _Run(NamedTuple):
-    """A call of some particles: its output, and the state that it left in the modules."""
+    """The output of a call of some particles, and the modules' state after it."""
 
     output: Any
-    state: _State
+    snapshot: _Snapshot
 
 
 class IsolationCheck:
-    """One check of one call, made before it; `axes` then looks at the call's own output.
+    """One check of one call: it runs before the call, and `axes` then looks at the call's output.
 
-    The model runs for `particle` alone, from the random state of the call, and its output is to be
-    that particle's part of the call's. Where the model draws random numbers, or where no adapter
-    tells the particles apart yet, so that mixing them would not show, four particles with adapters
-    moved apart run for a few of the rows without randomness instead, and one of them alone. Where
-    constants in place of the random numbers may hide what the numbers do (choose rows to mix), the
-    four run twice with the numbers: no particle may change with the others' adapters.
+    The model runs for `particle` alone, from the random state of the call, and must give that
+    particle's part of the call's output. That would not show a mixture where the model draws random
+    numbers, or where the adapters are still equal. Then four particles with adapters moved apart
+    run on a few of the rows without randomness, and one of them runs alone. Where constants in
+    place of the random numbers may hide what the numbers do (choose rows to mix), the four run
+    twice with the numbers: no particle may change with the adapters of the others.
 
-    particle: one that would show it in the call's own output; 0 where none would, see `Runner`.
-    particles: how many run in the call. first: the place of the first in inputs of its own. shared:
-    whether the call has a shared trunk, without which the particle alone runs. sharded: whether
-    other processes run along, so that nothing may depend on the data.
+    Args:
+        base, function, inputs: the model, its method, and the arguments of the call.
+        particle: a particle whose place in the call's output would show a mixture; 0 where none
+            would, see `Runner`.
+        particles: how many particles run in the call.
+        first: the place of the first of them in inputs with a particle axis.
+        shared: whether the call has a shared trunk, without which the particle alone runs.
+        sharded: whether other processes run along, so that nothing may depend on the data.
     """
 
     def __init__(
@@ -66,10 +70,10 @@ class IsolationCheck:
         self.particle, self.particles, self.first = particle, particles, first
         self.shared, self.sharded = shared, sharded
         self.devices = list({p.device: None for p in base.parameters()})
-        self.random, self.state = RandomState(self.devices), _State(base)
+        self.random, self.snapshot = RandomState(self.devices), _Snapshot(base)
         #: Whether the rows were such that a mixture of them would have shown.
         self.telling = not inputs.is_uniform()
-        #: Whether it could not be made.
+        #: Whether the check could not be made.
         self.unknown = False
         self.failure: Exception | None = None
         self._alone: _Run | None = None
@@ -104,7 +108,7 @@ class IsolationCheck:
         if self._axes is None:
             if self._alone is None:
                 return None
-            call = _Run(output, _State(self.base))
+            call = _Run(output, _Snapshot(self.base))
             return self._judge(call, self._alone, self.particles, self.particle, self.inputs.batch)
         fitted = []
         for axis, (name, t) in zip(self._axes, named_tensors(output), strict=True):
@@ -209,7 +213,9 @@ class IsolationCheck:
     def _run_alone(self, part=None, rows: Tensor | None = None) -> _Run:
         k = self.particle
         part = (lambda p: p[k : k + 1]) if part is None else (lambda p, moved=part: moved(p)[1:2])
-        return self._call(self.inputs.of_particle(self.first + k, rows), Call(None, 1, part=part))
+        return self._call(
+            self.inputs.of_particle(self.first + k, rows), ForwardState(None, 1, part=part)
+        )
 
     def _run_several(self, other: int = 0, rows: Tensor | None = None) -> _Run:
         rows, some = self._few_rows() if rows is None else rows, self._several()
@@ -218,8 +224,8 @@ class IsolationCheck:
         else:
             inputs = self.inputs.folded([self.first + k for k in some], rows)
         batch = len(rows) if self.shared else None
-        call = Call(None, _SEVERAL, _SEVERAL * len(rows), batch, self._part(other))
-        return self._call(inputs, call)
+        state = ForwardState(None, _SEVERAL, _SEVERAL * len(rows), batch, self._part(other))
+        return self._call(inputs, state)
 
     def _run_all(self, part: Callable[[Tensor], Tensor] | None = None) -> _Run:
         which = range(self.first, self.first + self.particles)
@@ -228,30 +234,33 @@ class IsolationCheck:
             inputs, batch = self.inputs.of_particle(self.first), self.inputs.batch
         else:
             inputs, batch = self.inputs.folded(which), None
-        return self._call(inputs, Call(None, self.particles, rows, batch, part))
+        return self._call(inputs, ForwardState(None, self.particles, rows, batch, part))
 
-    def _call(self, inputs: tuple[tuple, dict], call: Call) -> _Run:
+    def _call(self, inputs: tuple[tuple, dict], state: ForwardState) -> _Run:
         # Copies: the model may write into them.
         args, kwargs = map_tensors(Tensor.clone, inputs)
-        with torch.no_grad(), call.active():
-            return _Run(self.function(*args, **kwargs), _State(self.base))
+        with torch.no_grad(), state.active():
+            return _Run(self.function(*args, **kwargs), _Snapshot(self.base))
 
     def _restore(self) -> None:
         self.random.restore()
-        self.state.restore()
+        self.snapshot.restore()
         torch.clear_autocast_cache()
 
     @contextlib.contextmanager
     def _before_the_call(self) -> Iterator[None]:
         """Inside, random numbers and modules are as they were before the call."""
-        before, now = (self.random, self.state), (RandomState(self.devices), _State(self.base))
+        before, now = (
+            (self.random, self.snapshot),
+            (RandomState(self.devices), _Snapshot(self.base)),
+        )
         self._restore()
         try:
             yield
         finally:
-            self.random, self.state = now
+            self.random, self.snapshot = now
             self._restore()
-            self.random, self.state = before
+            self.random, self.snapshot = before
 
     def _several(self) -> tuple[int, ...]:
         """The particle that is looked at, with others before and behind it, in the second place."""
@@ -318,7 +327,7 @@ class IsolationCheck:
             gross = typical > self._most if self._is_rough else worst > self._most
             if gross or (worst > self._least and not self._is_rounding(many, axes, n, particle)):
                 raise self._error(f"output {name!r} differs by {worst:.2g} of its size")
-        changed = many.state.difference(one.state, self._least)
+        changed = many.snapshot.difference(one.snapshot, self._least)
         if changed is not None:
             name = f"{self._names[changed[0]]}.{changed[1]}".strip(".")
             raise self._error(f"{name} is a state that the rows of all particles change together")
@@ -475,7 +484,7 @@ def _apart(a: Tensor, b: Tensor, axis: Axis) -> tuple[float, float]:
     return error.max().item(), error.median().item()
 
 
-class _State:
+class _Snapshot:
     """The buffers, and the tensors and numbers among the attributes, of all modules but ours.
 
     Large tensors are left out: packed weights are buffers too.
@@ -502,7 +511,7 @@ class _State:
                     value.copy_(copy)
                 where[name] = value
 
-    def difference(self, other: _State, least: float) -> tuple[nn.Module, str] | None:
+    def difference(self, other: _Snapshot, least: float) -> tuple[nn.Module, str] | None:
         """A tensor, or a number with a fraction, that is another one there."""
         for key, (_, _, a) in self.values.items():
             b = other.values.get(key, (None, None, None))[2]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from multilora import calls
-from multilora.calls import Call
+from multilora import forward_state
+from multilora.forward_state import ForwardState
 from multilora.ops import lora_add, lora_linear
 
 
@@ -34,29 +34,29 @@ class ParticleLayer(nn.Module):
         for name, parameter in self._parameters.items():
             yield self, name, parameter
 
-    def enter(self) -> Call | None:
+    def enter(self) -> ForwardState | None:
         """The call that this layer runs in; None under torch.compile and where nobody says.
 
         Raises RuntimeError outside of a call, where rows would be dealt out to the particles.
         """
         if torch.compiler.is_compiling():
             return None
-        call = calls.current()
-        if call is not None:
-            call.ran.add(self)
-        elif self.num_particles > 1 and not calls.in_backward():
+        state = forward_state.current()
+        if state is not None:
+            state.ran.add(self)
+        elif self.num_particles > 1 and not forward_state.in_backward():
             raise RuntimeError(
                 "a layer of several particles runs outside of model(...), where every row would go "
                 "to one of them: use model.call(name, ...) for another method of the base, "
                 "model.particle(k) for one particle, or `with model.base_only():` for none"
             )
-        return call
+        return state
 
-    def require_rows(self, x: Tensor, call: Call | None, particles: int) -> None:
+    def require_rows(self, x: Tensor, state: ForwardState | None, particles: int) -> None:
         """Raise ValueError where the leading axis of x cannot be particles times batch. Lengths can
         fit by accident: that is for the isolation check to find."""
-        unit = particles if call is None or call.rows is None else call.rows
-        if call is not None and particles != call.particles:
+        unit = particles if state is None or state.rows is None else state.rows
+        if state is not None and particles != state.particles:
             raise RuntimeError("another thread chose other particles in the middle of a forward")
         if x.shape[0] % max(unit, 1):
             raise ValueError(
@@ -66,9 +66,9 @@ class ParticleLayer(nn.Module):
             )
 
 
-def is_same_for_all(x: Tensor, call: Call | None) -> bool:
+def is_same_for_all(x: Tensor, state: ForwardState | None) -> bool:
     """Whether x is (1, ...), one set of rows for all particles' examples (relative positions)."""
-    return call is not None and call.rows is not None and x.shape[0] == 1 != call.rows
+    return state is not None and state.rows is not None and x.shape[0] == 1 != state.rows
 
 
 class _ForEveryExample(Tensor):
@@ -85,8 +85,8 @@ class _ForEveryExample(Tensor):
             rows, name = args[0] if args else None, getattr(function, "__name__", "")
             if name == "repeat" and isinstance(rows, cls):
                 counts = args[1] if len(args) == 2 and not isinstance(args[1], int) else args[1:]
-                call = calls.current()
-                if call is not None and counts[0] == call.rows:
+                state = forward_state.current()
+                if state is not None and counts[0] == state.rows:
                     return rows.as_subclass(Tensor).repeat(1, *counts[1:])
             result = function(*args, **(kwargs or {}))
             if name in _KEEP_ROWS and isinstance(result, Tensor):
@@ -101,9 +101,9 @@ def _plain(result: Any) -> Any:
     return result.as_subclass(Tensor) if isinstance(result, _ForEveryExample) else result
 
 
-def own(parameter: Tensor, call: Call | None) -> Tensor:
+def own(parameter: Tensor, state: ForwardState | None) -> Tensor:
     """The tensor (k, ...) of the particles that run."""
-    return parameter if call is None or call.part is None else call.part(parameter)
+    return parameter if state is None or state.part is None else state.part(parameter)
 
 
 class LoraLayer(ParticleLayer):
@@ -156,16 +156,16 @@ class LoraLayer(ParticleLayer):
             return getattr(self._modules["base_layer"], name)
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self.enter()
-        if call is not None and call.frozen:
+        state = self.enter()
+        if state is not None and state.frozen:
             return self.base_layer(x)
-        lora_A, lora_B = own(self.lora_A, call), own(self.lora_B, call)
-        if not is_same_for_all(x, call):
-            self.require_rows(x, call, len(lora_A))
+        lora_A, lora_B = own(self.lora_A, state), own(self.lora_B, state)
+        if not is_same_for_all(x, state):
+            self.require_rows(x, state, len(lora_A))
             return self.adapted(x, lora_A, lora_B)
         # Once for every particle, and its result for each of its examples.
         y = self.adapted(x.repeat_interleave(len(lora_A), 0), lora_A, lora_B)
-        return y.repeat_interleave(call.rows // len(lora_A), 0).as_subclass(_ForEveryExample)
+        return y.repeat_interleave(state.rows // len(lora_A), 0).as_subclass(_ForEveryExample)
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """The layer of x (k·B, ...) with the factors of k particles."""
@@ -325,19 +325,19 @@ class StackedModule(ParticleLayer):
             value = getattr(self.__dict__["template"], name)
         if not isinstance(value, Tensor):
             return value
-        call = calls.current()
+        state = forward_state.current()
         stacked = getattr(self.module, name)
-        if call is None or not isinstance(stacked, nn.Parameter):
+        if state is None or not isinstance(stacked, nn.Parameter):
             raise AttributeError(f"{name!r} of a module to save: every particle has its own")
-        if call.frozen:
+        if state.frozen:
             return self._original()[name]
-        if call.particles > 1:
+        if state.particles > 1:
             raise NotImplementedError(
                 f"the model reads {name!r} of a module to save instead of calling it, and each of "
-                f'the {call.particles} particles that run has its own: use fold="loop"'
+                f'the {state.particles} particles that run has its own: use fold="loop"'
             )
-        call.ran.add(self)
-        return own(stacked, call)[0]
+        state.ran.add(self)
+        return own(stacked, state)[0]
 
     def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         for module in self.module.modules():
@@ -358,16 +358,16 @@ class StackedModule(ParticleLayer):
                 stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
 
     def forward(self, *args, **kwargs):
-        call = self.enter()
+        state = self.enter()
         self.template.train(self.training)
-        if call is not None and call.frozen:
+        if state is not None and state.frozen:
             return self._run(self._original(), args, kwargs)
-        parameters = {n: own(p, call) for n, p in self.module.named_parameters()}
-        if len(args) == 1 and not kwargs and not is_same_for_all(args[0], call):
+        parameters = {n: own(p, state) for n, p in self.module.named_parameters()}
+        if len(args) == 1 and not kwargs and not is_same_for_all(args[0], state):
             if type(self.template) is nn.Linear:
-                return self._linear(args[0], call, **parameters)
+                return self._linear(args[0], state, **parameters)
             if type(self.template) is nn.Embedding:
-                return self._embedding(args[0], call, **parameters)
+                return self._embedding(args[0], state, **parameters)
         leaves, structure = tree_flatten((args, kwargs))
         floating = [t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
         dtype = floating[0] if floating else self.original_0.dtype
@@ -376,12 +376,12 @@ class StackedModule(ParticleLayer):
         if particles == 1:
             return self._run({name: p[0] for name, p in parameters.items()}, args, kwargs)
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.ndim > 0]
-        shared = len(tensors) > 0 and all(is_same_for_all(t, call) for t in tensors)
-        unit = particles if call is None or call.rows is None else call.rows
+        shared = len(tensors) > 0 and all(is_same_for_all(t, state) for t in tensors)
+        unit = particles if state is None or state.rows is None else state.rows
         mapped = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] % unit == 0 for t in leaves]
         rows = [t for t, is_mapped in zip(leaves, mapped) if is_mapped]
         for t in rows:
-            self.require_rows(t, call, particles)
+            self.require_rows(t, state, particles)
         rows = [split(t, particles) for t in rows]
         if not rows and not shared:
             shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
@@ -408,9 +408,9 @@ class StackedModule(ParticleLayer):
         return {name: getattr(self, f"original_{i}") for i, name in enumerate(names)}
 
     def _linear(
-        self, x: Tensor, call: Call | None, weight: Tensor, bias: Tensor | None = None
+        self, x: Tensor, state: ForwardState | None, weight: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        self.require_rows(x, call, len(weight))
+        self.require_rows(x, state, len(weight))
         rows = flat(x, len(weight))
         weight = weight.to(x.dtype)
         if bias is None:
@@ -419,8 +419,8 @@ class StackedModule(ParticleLayer):
             y = torch.baddbmm(bias.to(x.dtype).unsqueeze(1), rows, weight.mT)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _embedding(self, ids: Tensor, call: Call | None, weight: Tensor) -> Tensor:
-        self.require_rows(ids, call, len(weight))
+    def _embedding(self, ids: Tensor, state: ForwardState | None, weight: Tensor) -> Tensor:
+        self.require_rows(ids, state, len(weight))
         rows = split(ids, len(weight))  # (k, B, *)
         weight = weight.to(self.original_0.dtype)  # (k, V, d)
         first = torch.arange(len(weight), device=ids.device) * weight.shape[1]

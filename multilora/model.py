@@ -1,4 +1,24 @@
-"""ParticleModel: K particles over one frozen base."""
+"""ParticleModel: K particles over one frozen base.
+
+The way of a batch from model(x) to the layers and back:
+
+1. `ParticleModel.forward` gives its arguments to `run.Runner.run`, as `call` does for other methods
+   of the base.
+2. `fold.Inputs` finds the batch axis of every tensor among them (B rows), and `Inputs.folded` puts
+   the particles in front of it: K·B rows, particle first. With a shared trunk the B rows stay as
+   they are until a hook of `trunk.Cut` repeats them at the cut. With fold="loop" the base is called
+   once for each particle, with the B rows.
+3. Where inputs of this form are new, `isolation.IsolationCheck` first runs one particle alone.
+4. The runner opens a `forward_state.ForwardState` (how many particles run, on how many rows) and
+   calls the base. Frozen layers see one large batch.
+5. Every `layers.ParticleLayer` reads the state that is open, views its input (K·B, ...) as
+   (K, B, ...), applies particle k's tensors to part k, and returns (K·B, ...).
+6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
+   for all particles into (K, B, ...).
+
+A backward that runs a checkpointed part of the base again finds the state of its forward through
+hooks on the outputs (`ForwardState.mark`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora import checks, particle_folders
-from multilora.calls import Call
 from multilora.fold import Axes
+from multilora.forward_state import ForwardState
 from multilora.layers import (
     LoraLayer,
     ParticleLayer,
@@ -26,7 +46,7 @@ from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
 from multilora.soups import save_soup
-from multilora.trunk import Cut, TrunkRows, check_cut
+from multilora.trunk import Cut, TrunkOutput, check_cut
 
 if TYPE_CHECKING:
     import peft
@@ -42,7 +62,7 @@ class Adapter(NamedTuple):
 
 
 class ParticleModel(nn.Module):
-    """K particles over one frozen base. See get_particle_model."""
+    """K particles over one frozen base. `get_particle_model` makes it."""
 
     def __init__(
         self,
@@ -66,8 +86,8 @@ class ParticleModel(nn.Module):
         self.fold, self.check_isolation = fold, check_isolation
         self.batch_axes, self.output_axes = dict(batch_axes or {}), output_axes
         self.training = base.training
-        # The particles that run, of those that there are, inside `particles()`, and whose thread
-        # is there.
+        # Inside `particles()`: how many particles there are, which of them run, and the thread that
+        # chose them.
         self.every, self.window = num_particles, slice(0, num_particles)
         self.thread: int | None = None
         self._runner, self._cut = Runner(), None
@@ -76,7 +96,7 @@ class ParticleModel(nn.Module):
 
     @property
     def share_trunk(self) -> bool | str:
-        """Whether what lies below the cut runs once for all particles: a promise of the user's."""
+        """Whether, or from where on, the user promises that all particles have the same rows."""
         return self._share_trunk
 
     @share_trunk.setter
@@ -96,28 +116,34 @@ class ParticleModel(nn.Module):
 
     @property
     def has_cut(self) -> bool:
-        """Whether there is a place in the base from which on every particle has its own rows."""
+        """Whether the base has blocks above a cut, where every particle gets its own rows."""
         return self._cut is not None and bool(self._cut.above)
 
     def forward(self, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
-        """The base model's forward, for every particle: x (B, ...) -> (K, B, ...).
-
-        Every input with a batch axis goes to all particles; with per_particle=True it is
-        (K, B, ...), a mini-batch for each. The batch is that of the first argument, or of
-        `input_ids`, `pixel_values` and their like; `batch_axes` of get_particle_model says what is
-        not plain. Outputs with rows for every particle come back as (K, B, ...), inside tuples,
-        dicts and transformers' ModelOutput too; anything else comes back as the base returned it.
-        So `.loss` of a transformers model is one mean over all particles: a method makes its own
-        from logits and labels. With fold="loop" every output tensor has the particle axis in front.
+        """The base model's forward for every particle: x (B, ...) -> (K, B, ...).
 
         The first forward of each mode and each form of the inputs is checked against one particle
-        alone. A transformers decoder makes no key-value cache in training mode. One argument that
-        is `trunk(...)` goes on from there.
+        alone. In training mode a transformers decoder makes no key-value cache.
 
-        Raises ParticleIsolationError where the model mixes particles, ValueError where a batch axis
-        is ambiguous or no adapter runs.
+        Args:
+            args, kwargs: the arguments of the base. Every input with a batch axis goes to all
+                particles. The batch is that of the first argument, or of `input_ids`,
+                `pixel_values` and their like; `batch_axes` of get_particle_model settles what is
+                ambiguous. A single argument that `trunk(...)` returned goes on from there.
+            per_particle: whether inputs are (K, B, ...), with a mini-batch for each particle.
+
+        Returns:
+            The base's output, in which every tensor with rows for all particles is (K, B, ...),
+            inside tuples, dicts and transformers' ModelOutput too. Anything else comes back as the
+            base returned it, so `.loss` of a transformers model is one mean over all particles: a
+            method computes its own from logits and labels. With fold="loop" every output tensor has
+            the particle axis in front.
+
+        Raises:
+            ParticleIsolationError: the model mixes particles.
+            ValueError: a batch axis is ambiguous, or no adapter runs.
         """
-        if len(args) == 1 and isinstance(args[0], TrunkRows):
+        if len(args) == 1 and isinstance(args[0], TrunkOutput):
             rows, kwargs = args[0], args[0].kwargs | kwargs
             return self._runner.run(self, "forward", rows.args, kwargs, False, rows)
         return self._runner.run(self, "forward", args, kwargs, per_particle)
@@ -125,15 +151,20 @@ class ParticleModel(nn.Module):
     def call(self, name: str, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
         """Another method of the base, folded and checked like its forward.
 
-        name: such as "get_image_features", or with a path, "vision_model.forward".
+        Args:
+            name: the method, such as "get_image_features", or its path, "vision_model.forward".
+            args, kwargs, per_particle: as in `forward`.
         """
         return self._runner.run(self, name, args, kwargs, per_particle)
 
-    def trunk(self, *args: Any, **kwargs: Any) -> TrunkRows:
-        """What lies below the cut of the shared trunk, run once without a graph: B rows, to be
-        passed to the model in place of its inputs any number of times.
+    def trunk(self, *args: Any, **kwargs: Any) -> TrunkOutput:
+        """Run what lies below the cut of the shared trunk, once and without a graph.
 
-        Raises ValueError where the trunk is not shared, or holds no blocks.
+        Returns:
+            The B rows at the cut. The model takes them in place of its inputs, any number of times.
+
+        Raises:
+            ValueError: the trunk is not shared, or holds no blocks.
         """
         if self._cut is None or not self._cut.below:
             raise ValueError("trunk needs share_trunk with at least one block below its cut")
@@ -142,7 +173,7 @@ class ParticleModel(nn.Module):
     @contextlib.contextmanager
     def base_only(self) -> Iterator[None]:
         """Inside, `model(x)`, `model.base(x)` and its methods are the frozen base's, (B, ...)."""
-        with Call(self, 0, frozen=True).active():
+        with ForwardState(self, 0, frozen=True).active():
             yield
 
     def particle(self, particle: int) -> ParticleView:
@@ -155,9 +186,12 @@ class ParticleModel(nn.Module):
     def particles(self, start: int, stop: int) -> Iterator[None]:
         """Inside, this is a model of the particles start … stop − 1 alone.
 
-        Its trainable tensors are then leaves (stop − start, ...) of their own, with gradients of
-        their own, over the memory of the stacked ones. Inputs with per_particle=True are still
-        those of all K particles.
+        Its trainable tensors are then other leaves (stop − start, ...), with separate gradients,
+        over the memory of the stacked ones. Inputs with per_particle=True are still those of all K
+        particles.
+
+        Raises:
+            ValueError: start and stop are not integers 0 <= start < stop <= K.
         """
         whole = type(start) is type(stop) is int
         if not (whole and 0 <= start < stop <= self.num_particles):
@@ -185,7 +219,7 @@ class ParticleModel(nn.Module):
             self.num_particles, self.window, self.thread = before
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
-        """run() (K, ...) from its results for `particle_chunk` particles at a time, joined."""
+        """The result (K, ...) of run(), computed for `particle_chunk` particles at a time."""
         if checks.integer("particle_chunk", particle_chunk, 1) >= self.num_particles:
             return run()
         parts = []
@@ -195,21 +229,23 @@ class ParticleModel(nn.Module):
         return torch.cat(parts)
 
     def devices(self) -> list[torch.device]:
-        """Where the model's parameters are, without repetition."""
+        """The devices of the model's parameters, without repetition."""
         return list({p.device: None for p in self.parameters()})
 
     def particle_parameters(self, separate: bool = False) -> list[nn.Parameter]:
         """The stacked trainable tensors, particle axis first: adapters and heads.
 
-        separate: K leaves a tensor instead, one a particle, which share its memory and its
-            gradient. An optimizer whose step depends on a whole tensor (Adafactor, Muon), or that
-            is to have a learning rate a particle, needs them; one that looks at all its parameters
-            at once (timm's LAMB clips their common norm) needs `EachParticle` instead. See
-            `optim.separate_parameters`.
+        Args:
+            separate: return K leaves for each tensor instead, one for each particle, which share
+                its memory and its gradient. They are for an optimizer whose step depends on a whole
+                tensor (Adafactor, Muon), or for one learning rate per particle. An optimizer that
+                looks at all its parameters at once (timm's LAMB clips their common norm) needs
+                `optim.EachParticle` instead. See `optim.separate_parameters`.
         """
         if separate:
             return separate_parameters(self)
-        # As parameters() finds them; but every step asks, and that opens a generator a module.
+        # The order is that of parameters(), which opens a generator for every module: too slow for
+        # every step.
         found: dict[int, nn.Parameter] = {}
         seen: set[nn.Module] = set()
         waiting: list[nn.Module | None] = [self]
@@ -232,7 +268,7 @@ class ParticleModel(nn.Module):
         ]
 
     def heads(self) -> list[tuple[str, dict[str, nn.Parameter]]]:
-        """(name, stacked parameters by name) of every module in `modules_to_save`."""
+        """(name, stacked parameters by name) for every module in `modules_to_save`."""
         return [(n, dict(m.module.named_parameters())) for n, m in self.stacked_modules()]
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
@@ -244,7 +280,7 @@ class ParticleModel(nn.Module):
         return stacked_modules(self.base)
 
     def train(self, mode: bool = True) -> ParticleModel:
-        """Training mode, but for BatchNorm: the frozen base keeps its statistics.
+        """Set the mode of all modules except BatchNorm, whose statistics stay frozen.
 
         Batch statistics would be taken over the rows of all particles and so mix them.
         """

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from multilora import calls
-from multilora.calls import Call
+from multilora import forward_state
 from multilora.fold import (
     Inputs,
     Names,
@@ -25,9 +24,10 @@ from multilora.fold import (
     tensors,
     unfold,
 )
+from multilora.forward_state import ForwardState
 from multilora.isolation import Axis, IsolationCheck, ParticleIsolationError
 from multilora.ops._library import FrozenTensorError
-from multilora.trunk import Reached, TrunkRows
+from multilora.trunk import Reached, TrunkOutput
 
 if TYPE_CHECKING:
     from multilora.model import ParticleModel
@@ -63,7 +63,7 @@ class Runner:
         args: tuple,
         kwargs: dict[str, Any],
         per_particle: bool,
-        rows: TrunkRows | None = None,
+        rows: TrunkOutput | None = None,
     ) -> Any:
         """The method `name` of the base, for every particle."""
         function = _method(model.base, name)
@@ -72,8 +72,8 @@ class Runner:
         if not torch.compiler.is_compiling():
             if model.thread not in (None, threading.get_ident()):
                 raise RuntimeError("another thread runs some of the particles (particle_chunk)")
-            call = calls.current()
-            if call is not None and call.owner is model and call.frozen:
+            state = forward_state.current()
+            if state is not None and state.owner is model and state.frozen:
                 return function(*args, **kwargs)
         if model.fold == "loop":
             return self._loop(model, name, function, args, kwargs, per_particle)
@@ -86,13 +86,13 @@ class Runner:
             return _unfolded(model, function(*args, **kwargs), inputs, None)
         return self._batch(model, name, function, inputs, rows)
 
-    def rows_at_the_cut(self, model: ParticleModel, args: tuple, kwargs: dict) -> TrunkRows:
+    def rows_at_the_cut(self, model: ParticleModel, args: tuple, kwargs: dict) -> TrunkOutput:
         """The base up to the cut of its trunk, without a graph."""
-        rows = TrunkRows(args, kwargs)
+        rows = TrunkOutput(args, kwargs)
         batch = self.inputs(model, "forward", args, kwargs, False).batch
-        call = Call(model, model.num_particles, batch=batch, trunk=rows)
+        state = ForwardState(model, model.num_particles, shared_batch=batch, trunk=rows)
         try:
-            with torch.no_grad(), call.active():
+            with torch.no_grad(), state.active():
                 model.base(*args, **self._without_cache(model, kwargs))
         except Reached:
             return rows
@@ -116,7 +116,7 @@ class Runner:
         name: str,
         function: Callable[..., Any],
         inputs: Inputs,
-        rows: TrunkRows | None,
+        rows: TrunkOutput | None,
     ) -> Any:
         """All particles in one batch, checked where this form of inputs is new."""
         sharded = _is_sharded(model.base)
@@ -142,9 +142,11 @@ class Runner:
         else:
             args, kwargs = inputs.folded(range(model.window.start, model.window.stop))
         total = None if model.num_particles == 1 else model.num_particles * inputs.batch
-        call = Call(model, model.num_particles, total, inputs.batch if shares else None, trunk=rows)
+        state = ForwardState(
+            model, model.num_particles, total, inputs.batch if shares else None, trunk=rows
+        )
         try:
-            output = self._called(model, name, call, partial(function, *args, **kwargs))
+            output = self._called(model, name, state, partial(function, *args, **kwargs))
         except _NOT_OF_THE_BATCH:
             raise
         except Exception as error:
@@ -195,7 +197,7 @@ class Runner:
             mine = (args, kwargs) if inputs is None else inputs.of_particle(model.window.start + k)
             mine = map_leaves(lambda x, k=k: x[k] if isinstance(x, PerParticle) else x, mine)
             run = partial(function, *mine[0], **mine[1])
-            outputs.append(self._called(model, name, Call(model, 1, part=part), run))
+            outputs.append(self._called(model, name, ForwardState(model, 1, part=part), run))
             if any(_version(t) != version for t, version in before):
                 raise ParticleIsolationError(
                     f"{type(model.base).__name__} writes into its input, which the next particle "
@@ -203,7 +205,9 @@ class Runner:
                 )
         return stack(outputs)
 
-    def _called(self, model: ParticleModel, name: str, call: Call, run: Callable[[], Any]) -> Any:
+    def _called(
+        self, model: ParticleModel, name: str, state: ForwardState, run: Callable[[], Any]
+    ) -> Any:
         """run() in its call, with a look at the layers in a mode's first forward."""
         first = name == "forward" and model.training not in self._ran
         entered: set[nn.Module] = set()
@@ -212,15 +216,15 @@ class Runner:
             parents = {_parent(model.base, layer) for layer in self._ran.get(True, ())}
             hooks = [p.register_forward_pre_hook(lambda m, _: entered.add(m)) for p in parents]
         try:
-            with call.active():
+            with state.active():
                 output = run()
         finally:
             for hook in hooks:
                 hook.remove()
         if first:
-            self._look_at_layers(model, call.ran, entered)
+            self._look_at_layers(model, state.ran, entered)
         for t in tensors(output):
-            call.mark(t)
+            state.mark(t)
         return output
 
     def _look_at_layers(
@@ -308,10 +312,10 @@ class ParticleView:
 
     def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         k = self._particle
-        call = Call(self._model, 1, part=lambda p: p[k : k + 1])
-        with call.active():
+        state = ForwardState(self._model, 1, part=lambda p: p[k : k + 1])
+        with state.active():
             output = function(*args, **kwargs)
-        return map_tensors(call.mark, output)
+        return map_tensors(state.mark, output)
 
 
 def _method(base: nn.Module, name: str) -> Callable[..., Any]:
@@ -333,7 +337,7 @@ def _can_check(model: ParticleModel, inputs: Inputs) -> bool:
         and model.num_particles > 1
         and inputs.batch > 0
         and not any(leaf.tensor.is_meta for leaf in inputs.leaves)
-        and not inputs.has_state
+        and not inputs.has_cache
         and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         and not _is_compiled(model.base)
     )

@@ -1,6 +1,6 @@
-"""Which modules of a model are adapted or saved, and whether particles can do that.
+"""Which modules of a model are adapted or saved, and whether particles support them.
 
-Names are found by PEFT itself; what particles cannot do is refused before anything is changed.
+PEFT itself finds their names. What particles do not support is refused before anything is changed.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
@@ -31,6 +32,8 @@ _ADAPTER = "default"
 
 
 class Target(NamedTuple):
+    """A layer to adapt, with its rank, scaling and dropout as PEFT chose them."""
+
     layer: nn.Module
     rank: int
     scaling: float
@@ -38,6 +41,7 @@ class Target(NamedTuple):
 
 
 def check_config(config: peft.LoraConfig) -> None:
+    """Raise TypeError for another configuration, NotImplementedError for an unsupported field."""
     import peft
 
     if not isinstance(config, peft.LoraConfig):
@@ -60,9 +64,10 @@ def check_config(config: peft.LoraConfig) -> None:
 def resolve(
     base: nn.Module, config: peft.LoraConfig
 ) -> tuple[peft.LoraConfig, dict[str, Target], dict[str, nn.Module]]:
-    """What PEFT would adapt, asked of PEFT itself; `base` stays as it is.
+    """Let PEFT choose what to adapt, on a copy of `base`.
 
-    -> the config as PEFT completes it, the targets and the modules to save by name.
+    Returns:
+        The configuration as PEFT completes it, the targets, and the modules to save by name.
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer as PeftLoraLayer
@@ -73,10 +78,9 @@ def resolve(
         raise ValueError("base already has adapters; pass the plain model")
     config = copy.deepcopy(config)
     trainable = {name: p.requires_grad for name, p in base.named_parameters()}
-    # PEFT changes a model's modules, hooks and attributes. It gets a copy of them, over the same
-    # tensors.
+    # PEFT changes a model's modules, hooks and attributes, so it gets a copy over the same tensors.
     shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
-    # Of linears with a forward of their own it knows some. It gets plain ones of their sizes.
+    # PEFT recognises only some of the layers that we wrap: show it plain linears of the same size.
     for module in filter(has_own_forward, base.modules()):
         sizes = (module.in_features, module.out_features)
         shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
@@ -118,74 +122,82 @@ def resolve(
 
 
 def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
-    from transformers.pytorch_utils import Conv1D
-
+    """Raise TypeError for a target or a module to save that particles do not support."""
     for name, target in targets.items():
-        layer = target.layer
-        if isinstance(layer, nn.Conv2d):
-            own = type(layer).forward, type(layer)._conv_forward
-            if own != (nn.Conv2d.forward, nn.Conv2d._conv_forward) or "forward" in vars(layer):
-                raise TypeError(
-                    f"target {name!r} is a {type(layer).__name__}, whose forward is not that of "
-                    "nn.Conv2d: the files of its particles would be another function in PEFT"
-                )
-            plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-            if not plain:
-                raise TypeError(
-                    f"target {name!r} is a Conv2d with groups={layer.groups}, "
-                    f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}; particles "
-                    "support groups=1, dilation=1 and zero padding"
-                )
-        elif isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        _check_target(name, target.layer)
+    for name, module in saved.items():
+        _check_saved(name, module)
+
+
+def _check_target(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, nn.Conv2d):
+        _check_convolution(name, layer)
+    elif isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
+            "never calls it: an adapter there would do nothing"
+        )
+    elif has_own_forward(layer):
+        if not any(True for _ in (*layer.parameters(), *layer.buffers())):
             raise TypeError(
-                f"target {name!r} belongs to an nn.MultiheadAttention, which reads its weight and "
-                "never calls it: an adapter there would do nothing"
+                f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
+                "which would say on which device its adapters belong"
             )
-        elif has_own_forward(layer):
-            if not any(True for _ in (*layer.parameters(), *layer.buffers())):
-                raise TypeError(
-                    f"target {name!r} is a {type(layer).__name__} without parameters and buffers, "
-                    "which would say on which device its adapters belong"
-                )
-        elif not (
-            isinstance(layer, Conv1D)
-            or (isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward)
+    elif not (isinstance(layer, nn.Linear) or _is_conv1d(layer)):
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__}; particles support nn.Linear, "
+            "transformers' Conv1D, nn.Conv2d, and modules without children that are linears of "
+            "in_features and out_features"
+        )
+
+
+def _check_convolution(name: str, layer: nn.Conv2d) -> None:
+    own = type(layer).forward, type(layer)._conv_forward
+    if own != (nn.Conv2d.forward, nn.Conv2d._conv_forward) or "forward" in vars(layer):
+        raise TypeError(
+            f"target {name!r} is a {type(layer).__name__}, whose forward is not that of "
+            "nn.Conv2d: the files of its particles would be another function in PEFT"
+        )
+    if layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        raise TypeError(
+            f"target {name!r} is a Conv2d with groups={layer.groups}, "
+            f"dilation={layer.dilation}, padding_mode={layer.padding_mode!r}; particles "
+            "support groups=1, dilation=1 and zero padding"
+        )
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D; a layer of it cannot be there before its module is."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return module is not None and isinstance(layer, module.Conv1D)
+
+
+def _check_saved(name: str, module: nn.Module) -> None:
+    for inner in module.modules():
+        if has_own_forward(inner) and not _is_trainable(inner):
+            raise TypeError(
+                f"modules_to_save {name!r} contains a {type(inner).__name__}, whose packed weight "
+                "cannot be trained; adapt it, or keep it out of the quantisation"
+            )
+    if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        raise TypeError(
+            f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
+            "be kept a particle"
+        )
+    for inner in module.modules():
+        if type(inner).__name__ == "_SpectralNorm" or any(
+            type(hook).__name__ == "SpectralNorm" for hook in inner._forward_pre_hooks.values()
         ):
             raise TypeError(
-                f"target {name!r} is a {type(layer).__name__}; particles support nn.Linear, "
-                "transformers' Conv1D, nn.Conv2d, and modules without children that are linears of "
-                "in_features and out_features"
+                f"modules_to_save {name!r} has spectral normalisation, whose running vectors "
+                "cannot be kept a particle"
             )
-    for name, module in saved.items():
-        quantised = [
-            type(m).__name__
-            for m in module.modules()
-            if has_own_forward(m) and not _is_trainable(m)
-        ]
-        if quantised:
+        plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
+        if isinstance(inner, nn.Embedding) and not plain and _has_special_rows(inner):
             raise TypeError(
-                f"modules_to_save {name!r} contains a {quantised[0]}, whose packed weight cannot "
-                "be trained; adapt it, or keep it out of the quantisation"
+                f"modules_to_save {name!r} contains {inner}: inside another module, particles "
+                "support embeddings without padding_idx and max_norm"
             )
-        if any(isinstance(m, _BatchNorm) for m in module.modules()):
-            raise TypeError(
-                f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
-                "be kept a particle"
-            )
-        for inner in module.modules():
-            if type(inner).__name__ == "_SpectralNorm" or any(
-                type(hook).__name__ == "SpectralNorm" for hook in inner._forward_pre_hooks.values()
-            ):
-                raise TypeError(
-                    f"modules_to_save {name!r} has spectral normalisation, whose running vectors "
-                    "cannot be kept a particle"
-                )
-            plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
-            if isinstance(inner, nn.Embedding) and not plain and _is_particular(inner):
-                raise TypeError(
-                    f"modules_to_save {name!r} contains {inner}: inside another module, particles "
-                    "support embeddings without padding_idx and max_norm"
-                )
 
 
 def _is_trainable(module: nn.Module) -> bool:
@@ -193,7 +205,7 @@ def _is_trainable(module: nn.Module) -> bool:
     return bool(parameters) and all(p.is_floating_point() for p in parameters)
 
 
-def _is_particular(embedding: nn.Embedding) -> bool:
+def _has_special_rows(embedding: nn.Embedding) -> bool:
     return embedding.padding_idx is not None or embedding.max_norm is not None
 
 
@@ -223,7 +235,7 @@ def check_base(base: nn.Module) -> None:
 
 
 def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]:
-    """The modules that hold no pretrained weights, each with the reason to think so."""
+    """The modules to save that hold no pretrained weights, each with the reason to think so."""
     config = getattr(base, "config", None)
     pretrained = getattr(base, "pretrained_cfg", None)
     new = {}

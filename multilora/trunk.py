@@ -1,9 +1,9 @@
 """A shared trunk: what lies below a cut of the model runs once for all particles.
 
-Below the first adapted block the rows of all particles are the same, if nothing there is random,
-keeps a state or is looked at a particle. The user promises that (`share_trunk`). The model is then
-fed the B rows of one particle, and a hook on the blocks from the cut on repeats what still has B
-rows to K·B. Nothing is tried or remembered between calls.
+Below the first adapted block the rows of all particles are the same, unless something there is
+random, keeps a state or depends on the particle. The user promises that nothing does
+(`share_trunk`). The model is then fed the B rows of one particle, and a hook on the blocks from the
+cut on repeats what still has B rows to K·B. Nothing is tried or remembered between calls.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multilora import calls
+from multilora import forward_state
 from multilora.fold import map_tensors
 from multilora.layers import LoraLayer
 
 
-class TrunkRows:
-    """The rows at the cut, of inputs args and kwargs, for any number of calls of the model."""
+class TrunkOutput:
+    """The rows at the cut for the inputs args and kwargs, from which the model can go on any number
+    of times."""
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]):
         self.args, self.kwargs = args, kwargs
@@ -35,8 +36,10 @@ class Reached(Exception):
 class Cut:
     """The place from which on every particle has rows of its own.
 
-    where: True, before the first block with an adapted layer, in the innermost nn.ModuleList or
-    nn.Sequential that holds all of them; or the name of a module of `base`, before which it lies.
+    Args:
+        where: True, for a cut before the first block with an adapted layer, in the innermost
+            nn.ModuleList or nn.Sequential that holds all of them; or the name of a module of
+            `base`, for a cut before that module.
     """
 
     def __init__(self, base: nn.Module, where: bool | str):
@@ -61,8 +64,8 @@ class _Below:
         self.block, self.override = block, vars(block).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = None if torch.compiler.is_compiling() else calls.current()
-        rows = None if call is None else call.trunk
+        state = None if torch.compiler.is_compiling() else forward_state.current()
+        rows = None if state is None else state.trunk
         if rows is None or not rows.filled:
             forward = self.override or type(self.block).forward.__get__(self.block)
             output = forward(*args, **kwargs)
@@ -74,16 +77,16 @@ class _Below:
 
 
 def _repeat(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-    call = None if torch.compiler.is_compiling() else calls.current()
-    if call is None or call.batch is None:
+    state = None if torch.compiler.is_compiling() else forward_state.current()
+    if state is None or state.shared_batch is None:
         return None
-    if call.trunk is not None and not call.trunk.filled:
-        call.trunk.filled = True
+    if state.trunk is not None and not state.trunk.filled:
+        state.trunk.filled = True
         raise Reached
 
     def repeat(t: Tensor) -> Tensor:
-        has_rows = t.ndim and t.shape[0] == call.batch
-        return t.repeat(call.particles, *[1] * (t.ndim - 1)) if has_rows else t
+        has_rows = t.ndim and t.shape[0] == state.shared_batch
+        return t.repeat(state.particles, *[1] * (t.ndim - 1)) if has_rows else t
 
     return map_tensors(repeat, args), map_tensors(repeat, kwargs)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import multilora as ml
 from documents import block
 from models import load_peft, particle_tensors, particles_of, peft_tensors
-from multilora.calls import Call
+from multilora.forward_state import ForwardState
 from multilora.layers import LoraLinear, LoraOpaqueLinear, has_own_forward
 from oracles import relative_error
 from processes import run_in_processes
@@ -248,7 +248,7 @@ def test_dropout_lies_before_A_only(training):
     layer = model.base.first
     x = torch.randn(K * BATCH, TOKENS, D_IN, dtype=torch.float64)
     torch.manual_seed(5)
-    with Call(model, K, len(x)).active():
+    with ForwardState(model, K, len(x)).active():
         y = layer(x)
     torch.manual_seed(5)
     rows = F.dropout(x.view(K, -1, D_IN), 0.5, training)
@@ -329,7 +329,7 @@ def test_memory_that_may_be_read_again_is_not_taken(how):
     x = torch.randn(K * BATCH, TOKENS, D_OUT)
     before = x.clone()
     expected = layer.base_layer(x).detach().clone()
-    with Call(model, K, len(x)).active():
+    with ForwardState(model, K, len(x)).active():
         y = layer(x)
     assert not torch.equal(y, expected) and torch.equal(x, before)
     held = {

@@ -1,0 +1,92 @@
+"""The state of a forward of the base model, as the layers inside it need to know it.
+
+It belongs to the thread that runs the forward, so that several threads may call one model. A
+backward that runs a checkpointed part of the model again sees the state of the forward that its
+outputs come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardState:
+    """The state of one forward of the base, or of one call of another of its methods.
+
+    Args:
+        owner: the ParticleModel that runs it; None in the isolation check.
+        particles: k, how many particles run in it.
+        rows: k·B, of which the leading axis at every particle layer is a multiple. None where one
+            particle, or none, runs on whatever it is given.
+        shared_batch: B where the inputs have B rows, to be repeated at the cut of a shared trunk;
+            else None.
+        part: a stacked parameter (K, ...) -> the tensor (k, ...) that runs in its place.
+        frozen: whether the base runs without any particle.
+        trunk: the TrunkOutput that this forward fills, or starts from.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module | None,
+        particles: int,
+        rows: int | None = None,
+        shared_batch: int | None = None,
+        part: Callable[[Tensor], Tensor] | None = None,
+        frozen: bool = False,
+        trunk: Any = None,
+    ):
+        self.owner, self.particles, self.rows = owner, particles, rows
+        self.shared_batch, self.part = shared_batch, part
+        self.frozen, self.trunk = frozen, trunk
+        #: The particle layers that have run so far.
+        self.ran: set[nn.Module] = set()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, this is the current state."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def mark(self, t: Tensor) -> Tensor:
+        """Make this state current again in the backward that passes through the output t."""
+        if t.requires_grad and torch.is_grad_enabled():
+            t.register_hook(functools.partial(_enter_backward, self))
+        return t
+
+
+_current: ContextVar[ForwardState | None] = ContextVar("multilora_forward", default=None)
+# The number of the backward that runs, and the state of the forward whose outputs it has reached.
+# Nodes of a later forward run before those of an earlier one, so everything up to the next marked
+# output belongs to this one. A plain global, because a GPU's backward runs on autograd's own
+# thread.
+_of_backward: tuple[int, Callable[[], ForwardState | None]] = (-1, lambda: None)
+
+
+def current() -> ForwardState | None:
+    """The state of the forward that runs; in a backward that runs a part of a forward again, the
+    state of that forward."""
+    state = _current.get()
+    if state is None and in_backward() and _of_backward[0] == torch._C._current_graph_task_id():
+        return _of_backward[1]()
+    return state
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _enter_backward(state: ForwardState, grad: Tensor) -> None:
+    global _of_backward
+    _of_backward = (torch._C._current_graph_task_id(), weakref.ref(state))

@@ -111,19 +111,20 @@ def read_set(folder: Path, marker: str, read: Callable[[], T]) -> T:
     Raises what read() raises, and ValueError where no reading fits between two saves.
     """
     for _ in range(_ATTEMPTS):
-        error = result = None
+        result: list[T] = []
+        error: Exception | None = None
         # Held open, so that no other file can get its number.
         with _held(folder, marker) as before:
             not_moved = _committed(folder)
             try:
-                result = read()
+                result.append(read())
             except (OSError, ValueError) as raised:
                 error = raised
             with _held(folder, marker) as after:
                 is_same = before == after
         if is_same and error is None:
-            return result
-        if is_same and not_moved == _committed(folder):
+            return result[0]
+        if is_same and error is not None and not_moved == _committed(folder):
             raise error
     raise ValueError(
         f"{folder} is saved to faster than it can be read; {_ATTEMPTS} readings failed"

@@ -39,9 +39,10 @@ def integer(name: str, value: Any, low: float = -math.inf, high: float = math.in
     """An integer in [low, high]."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise _refused(name, "an integer", _range(low, high), value)
-    if not low <= value <= high:
+    result = int(value)
+    if not low <= result <= high:
         raise _refused(name, "an integer", _range(low, high), value)
-    return int(value)
+    return result
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,8 @@ def vocabulary(
 
     Raises ValueError, naming the file, where they have embeddings of several sizes.
     """
-    modules, ours, found = _modules(base), _tensors(base), {}
+    modules, ours = _modules(base), _tensors(base)
+    found: dict[int, str] = {}
     for file, loaded in zip(tensor_files, tensors):
         for key, tensor in loaded.items():
             name, _ = _name_in_base(modules, key)
@@ -101,11 +102,12 @@ def changes(
 
     Raises ValueError, naming the file, where the files differ, and where an embedding does not fit.
     """
-    ours, first, changed = _tensors(base), stored[0], {}
+    ours, first = _tensors(base), stored[0]
+    changed: dict[str, Tensor] = {}
     for name, own in ours.items():
         if not any(name in loaded for loaded in stored):
-            tied = {other for other, tensor in ours.items() if tensor is own}
-            is_covered = not tied.isdisjoint(first) or f"{PREFIX}{name}" in (adapter or ())
+            same = {other for other, tensor in ours.items() if tensor is own}
+            is_covered = not same.isdisjoint(first) or f"{PREFIX}{name}" in (adapter or ())
             if resized_to is not None and not is_covered:
                 raise ValueError(
                     f"{tensor_files[0]} has embeddings of {resized_to} tokens, but not {name}, of "
@@ -142,7 +144,7 @@ def changes(
 
 @contextlib.contextmanager
 def changed(
-    base: nn.Module, embeddings: Mapping[str, Tensor], resized_to: int | None = None
+    base: Any, embeddings: Mapping[str, Tensor], resized_to: int | None = None
 ) -> Iterator[None]:
     """Give the base these embeddings, and as many tokens; it is as it was if something raises."""
     before, rows = {}, None
@@ -158,7 +160,7 @@ def changed(
         raise
 
 
-def _put(base: nn.Module, embeddings: Mapping[str, Tensor], rows: int | None) -> None:
+def _put(base: Any, embeddings: Mapping[str, Tensor], rows: int | None) -> None:
     if rows is not None:
         base.resize_token_embeddings(rows, mean_resizing=False)
     ours = _tensors(base)
@@ -174,7 +176,7 @@ def _modules(base: nn.Module) -> dict[str, nn.Module]:
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         # transformers' models for images have the getters, which raise.
         with contextlib.suppress(AttributeError, NotImplementedError):
-            module = getattr(base, getter)()
+            module: nn.Module = getattr(base, getter)()
             if id(module) in names:
                 found[names[id(module)]] = module
     return found
@@ -219,7 +221,7 @@ def _is_resized(base: nn.Module) -> bool:
     It is known from the configuration that the base was loaded with, on this machine, and where
     the model inside remembers the size that it was made with.
     """
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     size = _vocabulary_size(config)
     if size is None:
         return False

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,11 @@ _SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index
 #: States that an earlier call returned: their rows are particles × batch already.
 _CACHES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
 
+#: The axis of the batch in arguments or outputs by name; None where all rows share a tensor.
 Axes = Mapping[str, int | None]
+#: The axis of the particles in an output tensor. None: the tensor is the same for all particles;
+#: "same": its rows are the same for all particles, for which it is repeated.
+Axis = int | Literal["same"] | None
 
 
 class PerParticle(list):
@@ -213,15 +217,15 @@ def _first(
     raise ValueError("the model's inputs hold no tensor with a batch axis")
 
 
-def unfold(output: Any, axes: list[int | str | None], particles: int) -> Any:
-    """(K·m, ...) -> (K, m, ...) of every tensor of the output; axes: see `particle_axis`."""
-    axes = iter(axes)
+def unfold(output: Any, axes: Sequence[Axis], particles: int) -> Any:
+    """(K·m, ...) -> (K, m, ...) for every tensor of the output, with the axis of its particles."""
+    remaining = iter(axes)
 
     def one(t: Tensor) -> Tensor:
-        axis = next(axes)
+        axis = next(remaining)
         if axis is None:
             return t
-        if axis == "same":
+        if not isinstance(axis, int):
             return t.expand(particles, *t.shape)
         rows = t.shape[axis] // particles
         return t.view(*t.shape[:axis], particles, rows, *t.shape[axis + 1 :]).movedim(axis, 0)
@@ -229,8 +233,9 @@ def unfold(output: Any, axes: list[int | str | None], particles: int) -> Any:
     return map_tensors(one, output)
 
 
-def conventional_axes(output: Any, rows: int, axes: Axes | int | None) -> list[int | None]:
-    """The axis of every output tensor by `output_axes`, else the leading one of `rows` rows."""
+def conventional_axes(output: Any, rows: int, axes: Axes | int | None) -> list[Axis]:
+    """The particles' axis of every output tensor by `output_axes`, else the leading one where it
+    has `rows` rows."""
 
     def axis(name: str, t: Tensor) -> int | None:
         if axes is None or (isinstance(axes, Mapping) and name not in axes):
@@ -292,9 +297,10 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     values, keys = parts
     values = [map_leaves(function, value) for value in values]
     if isinstance(tree, Mapping):
+        named = dict(zip(tree, values))
         if dataclasses.is_dataclass(tree):  # ModelOutput
-            return type(tree)(**dict(zip(keys, values)))
-        return (OrderedDict if isinstance(tree, OrderedDict) else dict)(zip(keys, values))
+            return type(tree)(**named)
+        return OrderedDict(named) if isinstance(tree, OrderedDict) else named
     if keys is not None:
         return dataclasses.replace(tree, **dict(zip(keys, values)))
     return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from multilora.fold import Inputs, map_tensors, named_tensors, tensors
+from multilora.fold import Axis, Inputs, map_tensors, named_tensors, tensors
 from multilora.forward_state import ForwardState
-from multilora.layers import LoraLayer, ParticleLayer
+from multilora.layers import ParticleLayer, lora_layers
 from multilora.randomness import RandomState
 
 #: How many particles run where their adapters are moved apart.
 _SEVERAL = 4
-
-#: None: the tensor is the same for all particles; "same": so are its rows, and it is repeated.
-Axis = int | str | None
 
 
 class ParticleIsolationError(ValueError):
@@ -189,6 +186,7 @@ class IsolationCheck:
         self._restore()
         again = self._run_several(other, rows)
         self._restore()
+        assert self._axes is not None
         return self._is_same(run, again, self._axes, _SEVERAL, 1)
 
     def _give_up(self) -> None:
@@ -205,7 +203,7 @@ class IsolationCheck:
 
     def _all_equal(self) -> bool:
         """Whether no adapter tells two particles apart, as at the start."""
-        factors = [m.lora_B for m in self.base.modules() if isinstance(m, LoraLayer)]
+        factors = (layer.lora_B for _, layer in lora_layers(self.base))
         return all(bool((B - B[:1] == 0).all()) for B in factors)
 
     # --- the runs ---
@@ -269,7 +267,7 @@ class IsolationCheck:
 
     def _part(self, other: int = 0) -> Callable[[Tensor], Tensor]:
         """The tensors (4, ...) of `_several`, moved apart; other: how the others are."""
-        scaling = {m.lora_B: m.scaling for m in self.base.modules() if isinstance(m, LoraLayer)}
+        scaling: dict[Tensor, float] = {m.lora_B: m.scaling for _, m in lora_layers(self.base)}
 
         @functools.cache
         def part(parameter: Tensor) -> Tensor:
@@ -340,25 +338,27 @@ class IsolationCheck:
         if names != [name for name, _ in named_tensors(one.output)]:
             raise self._error("the output of one particle alone has other fields")
         for name, a, b in zip(names, tensors(many.output), tensors(one.output)):
-            axes.append(self._axis(a, b, n, batch))
-            if axes[-1] == "none":
+            try:
+                axes.append(self._axis(a, b, n, batch))
+            except LookupError:
                 raise self._error(
                     f"output {name!r} is {tuple(a.shape)} for {n} particles with a batch of "
                     f"{batch} each, and {tuple(b.shape)} for one"
-                )
+                ) from None
         if all(axis is None for axis in axes):
             raise self._error("no output has rows for every particle")
         return axes
 
     def _axis(self, many: Tensor, one: Tensor, n: int, batch: int) -> Axis:
+        """The axis of n particles in `many`. Raises LookupError where it has none."""
         if many.shape == one.shape:
             is_rows = self.shared and many.ndim > 0 and many.shape[0] == batch
             return "same" if is_rows else None
-        if many.ndim != one.ndim:
-            return "none"
-        differ = [i for i, (a, b) in enumerate(zip(many.shape, one.shape)) if a != b]
-        fits = len(differ) == 1 and many.shape[differ[0]] == n * one.shape[differ[0]]
-        return differ[0] if fits else "none"
+        if many.ndim == one.ndim:
+            differ = [i for i, (a, b) in enumerate(zip(many.shape, one.shape)) if a != b]
+            if len(differ) == 1 and many.shape[differ[0]] == n * one.shape[differ[0]]:
+                return differ[0]
+        raise LookupError
 
     @functools.cached_property
     def _eps(self) -> float:
@@ -400,8 +400,8 @@ class IsolationCheck:
             if a.shape != b.shape:
                 return False
             if isinstance(axis, int):
-                mine = (t.unflatten(axis, (n, -1)).select(axis, particle) for t in (a, b))
-                if _apart(*mine, axis)[0] > self._least / 4:
+                a, b = (t.unflatten(axis, (n, -1)).select(axis, particle) for t in (a, b))
+                if _apart(a, b, axis)[0] > self._least / 4:
                     return False
         return True
 
@@ -432,10 +432,14 @@ class IsolationCheck:
                 found.append(name)
                 return
             for a, b in zip(tensors(output), of_one):
-                axis = self._axis(a, b, n, batch)
-                shapes = f"{name}: {tuple(a.shape)} together, {tuple(b.shape)} alone"
-                if axis == "none" or _apart(*_mine(a, b, axis, n, k), axis)[0] > self._least:
-                    found.append(shapes)
+                try:
+                    axis = self._axis(a, b, n, batch)
+                except LookupError:
+                    differs = True
+                else:
+                    differs = _apart(*_mine(a, b, axis, n, k), axis)[0] > self._least
+                if differs:
+                    found.append(f"{name}: {tuple(a.shape)} together, {tuple(b.shape)} alone")
                     return
 
         n, k = (_SEVERAL, 1) if few else (self.particles, self.particle)
@@ -493,7 +497,7 @@ class _Snapshot:
     _LARGEST = 1 << 20
 
     def __init__(self, base: nn.Module):
-        self.values = {}
+        self.values: dict[tuple[nn.Module, str], tuple[dict[str, Any], Any, Any]] = {}
         for module in base.modules():
             if isinstance(module, ParticleLayer):
                 continue
@@ -517,8 +521,9 @@ class _Snapshot:
             b = other.values.get(key, (None, None, None))[2]
             if type(a) is float and type(b) is float:
                 a, b = torch.tensor([a]), torch.tensor([b])
-            same_shape = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape
-            if same_shape and a.is_floating_point() and _apart(a, b, None)[0] > least:
+            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
+                continue
+            if a.is_floating_point() and _apart(a, b, None)[0] > least:
                 return key
         return None
 

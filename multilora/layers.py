@@ -32,7 +32,8 @@ class ParticleLayer(nn.Module):
     def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
         """(module, name in it, tensor) of everything with a particle axis."""
         for name, parameter in self._parameters.items():
-            yield self, name, parameter
+            if parameter is not None:
+                yield self, name, parameter
 
     def enter(self) -> ForwardState | None:
         """The call that this layer runs in; None under torch.compile and where nobody says.
@@ -112,9 +113,12 @@ class LoraLayer(ParticleLayer):
     lora_A (K, r, d_in), lora_B (K, d_out, r); for a convolution d_in = channels · kernel area.
     """
 
+    # Any module with the attributes that a kind of layer needs: weight, bias, sizes.
+    base_layer: Any
+
     def __init__(
         self,
-        base_layer: nn.Module,
+        base_layer: Any,
         num_particles: int,
         rank: int,
         scaling: float,
@@ -133,12 +137,12 @@ class LoraLayer(ParticleLayer):
         return self.lora_A.shape[0]
 
     @staticmethod
-    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+    def weight_shape(base_layer: Any) -> tuple[int, int]:
         """(d_out, d_in) of the layer's weight as a matrix."""
         raise NotImplementedError
 
     @staticmethod
-    def masters(base_layer: nn.Module) -> dict[str, Any]:
+    def masters(base_layer: Any) -> dict[str, Any]:
         """The factors' dtype and device: float32 for half-precision layers, as PEFT does it."""
         weight = base_layer.weight
         return {
@@ -160,12 +164,13 @@ class LoraLayer(ParticleLayer):
         if state is not None and state.frozen:
             return self.base_layer(x)
         lora_A, lora_B = own(self.lora_A, state), own(self.lora_B, state)
-        if not is_same_for_all(x, state):
+        rows = None if state is None else state.rows
+        if rows is None or not is_same_for_all(x, state):
             self.require_rows(x, state, len(lora_A))
             return self.adapted(x, lora_A, lora_B)
-        # Once for every particle, and its result for each of its examples.
+        # Compute it once for every particle, and repeat the result for each of its examples.
         y = self.adapted(x.repeat_interleave(len(lora_A), 0), lora_A, lora_B)
-        return y.repeat_interleave(state.rows // len(lora_A), 0).as_subclass(_ForEveryExample)
+        return y.repeat_interleave(rows // len(lora_A), 0).as_subclass(_ForEveryExample)
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """The layer of x (k·B, ...) with the factors of k particles."""
@@ -190,8 +195,9 @@ class LoraLinear(LoraLayer):
     """K adapters on nn.Linear, or on transformers' Conv1D, whose weight is (d_in, d_out)."""
 
     @staticmethod
-    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
-        return tuple(_linear_weight(base_layer).shape)
+    def weight_shape(base_layer: Any) -> tuple[int, int]:
+        d_out, d_in = _linear_weight(base_layer).shape
+        return d_out, d_in
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         base = self.base_layer
@@ -215,12 +221,13 @@ class LoraOpaqueLinear(LoraLayer):
     """
 
     @staticmethod
-    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+    def weight_shape(base_layer: Any) -> tuple[int, int]:
         # The weight may be packed, or a shard.
-        return base_layer.out_features, base_layer.in_features
+        d_in, d_out = linear_sizes(base_layer)
+        return d_out, d_in
 
     @staticmethod
-    def masters(base_layer: nn.Module) -> dict[str, Any]:
+    def masters(base_layer: Any) -> dict[str, Any]:
         tensors = list(_tensors_of(base_layer))
         double = any(t.dtype == torch.float64 for t in tensors)
         return {
@@ -270,7 +277,7 @@ class LoraConv2d(LoraLayer):
     """
 
     @staticmethod
-    def weight_shape(base_layer: nn.Module) -> tuple[int, int]:
+    def weight_shape(base_layer: Any) -> tuple[int, int]:
         return base_layer.weight.shape[0], base_layer.weight[0].numel()
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -357,7 +364,7 @@ class StackedModule(ParticleLayer):
                 fresh = torch.empty(stacked.shape[1:])
                 stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.enter()
         self.template.train(self.training)
         if state is not None and state.frozen:
@@ -368,13 +375,23 @@ class StackedModule(ParticleLayer):
                 return self._linear(args[0], state, **parameters)
             if type(self.template) is nn.Embedding:
                 return self._embedding(args[0], state, **parameters)
-        leaves, structure = tree_flatten((args, kwargs))
-        floating = [t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        floating = [t.dtype for t in _tensors_in((args, kwargs)) if t.is_floating_point()]
         dtype = floating[0] if floating else self.original_0.dtype
         parameters = {name: p.to(dtype) for name, p in parameters.items()}
-        particles = len(next(iter(parameters.values())))
-        if particles == 1:
+        if len(next(iter(parameters.values()))) == 1:
             return self._run({name: p[0] for name, p in parameters.items()}, args, kwargs)
+        return self._run_mapped(parameters, args, kwargs, state)
+
+    def _run_mapped(
+        self,
+        parameters: dict[str, Tensor],
+        args: tuple,
+        kwargs: dict[str, Any],
+        state: ForwardState | None,
+    ) -> Any:
+        """The module for each of several particles, under vmap."""
+        particles = len(next(iter(parameters.values())))
+        leaves, structure = tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, Tensor) and t.ndim > 0]
         shared = len(tensors) > 0 and all(is_same_for_all(t, state) for t in tensors)
         unit = particles if state is None or state.rows is None else state.rows
@@ -382,17 +399,18 @@ class StackedModule(ParticleLayer):
         rows = [t for t, is_mapped in zip(leaves, mapped) if is_mapped]
         for t in rows:
             self.require_rows(t, state, particles)
-        rows = [split(t, particles) for t in rows]
         if not rows and not shared:
             shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
             raise ValueError(f"a stacked module needs an input of particles × batch; got {shapes}")
 
-        def one_particle(parameters, *rows):
-            rows = iter(rows)
-            inputs = [next(rows) if m else leaf for leaf, m in zip(leaves, mapped)]
-            return self._run(parameters, *tree_unflatten(inputs, structure))
+        def one_particle(parameters: dict[str, Tensor], *rows: Tensor) -> Any:
+            remaining = iter(rows)
+            inputs = [next(remaining) if m else leaf for leaf, m in zip(leaves, mapped)]
+            args, kwargs = tree_unflatten(inputs, structure)
+            return self._run(parameters, args, kwargs)
 
-        outputs = torch.func.vmap(one_particle, randomness="different")(parameters, *rows)
+        parts = [split(t, particles) for t in rows]
+        outputs = torch.func.vmap(one_particle, randomness="different")(parameters, *parts)
         outputs = tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, outputs)
         if not shared:
             return outputs
@@ -469,6 +487,11 @@ def has_own_forward(module: nn.Module) -> bool:
     return True
 
 
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """(in_features, out_features) of any kind of linear."""
+    return module.in_features, module.out_features
+
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -483,15 +506,18 @@ def flat(x: Tensor, particles: int) -> Tensor:
     return x.reshape(particles, length // particles * math.prod(axes), d)
 
 
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(module.parameters(), module.buffers())
 
 
-def _linear_weight(base_layer: nn.Module) -> Tensor:
+def _linear_weight(base_layer: Any) -> Tensor:
     """The weight as (d_out, d_in)."""
-    if isinstance(base_layer, nn.Linear):
-        return base_layer.weight
-    return base_layer.weight.T
+    weight: Tensor = base_layer.weight
+    return weight if isinstance(base_layer, nn.Linear) else weight.T
 
 
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

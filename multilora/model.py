@@ -90,7 +90,8 @@ class ParticleModel(nn.Module):
         # chose them.
         self.every, self.window = num_particles, slice(0, num_particles)
         self.thread: int | None = None
-        self._runner, self._cut = Runner(), None
+        self._runner = Runner()
+        self._cut: Cut | None = None
         self.share_trunk = share_trunk
         self._freeze_statistics()
 
@@ -243,7 +244,7 @@ class ParticleModel(nn.Module):
                 `optim.EachParticle` instead. See `optim.separate_parameters`.
         """
         if separate:
-            return separate_parameters(self)
+            return [*separate_parameters(self)]
         # The order is that of parameters(), which opens a generator for every module: too slow for
         # every step.
         found: dict[int, nn.Parameter] = {}
@@ -292,7 +293,7 @@ class ParticleModel(nn.Module):
         for module in self.base.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
-                module.reset_running_stats = _statistics_are_frozen
+                setattr(module, "reset_running_stats", _statistics_are_frozen)  # noqa: B010
 
     def save_pretrained(
         self, path: str | Path, save_embedding_layers: bool | Literal["auto"] = "auto"

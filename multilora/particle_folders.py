@@ -104,7 +104,7 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
     seeds: int | list[int] = 0
     if isinstance(path, (str, os.PathLike)):
         root = Path(path)
-        source = atomic.newest(root, _INDEX)
+        source = str(atomic.newest(root, _INDEX))
         seeds, adapters = atomic.read_set(root, _INDEX, lambda: _read_root(root))
     else:
         folders = [Path(p) for p in path]
@@ -114,7 +114,7 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
         adapters = [_read_folder(folder) for folder in folders]
     configs, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
     check_same(config_files, configs)
-    return Saved(str(source), seeds, configs, config_files, tensors, tensor_files)
+    return Saved(source, seeds, configs, config_files, tensors, tensor_files)
 
 
 def _read_root(root: Path) -> tuple[list[int], list[_Adapter]]:

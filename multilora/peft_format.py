@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multilora import atomic
-from multilora.layers import ParticleLayer, has_own_forward
+from multilora.layers import ParticleLayer, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
     import peft
@@ -157,7 +157,7 @@ def _init(file: Path, init: bool | str) -> bool | str:
     name = init.lower() if isinstance(init, str) else init
     if name in (True, "gaussian"):
         return name
-    if name is False or name in _PLAIN_INITS:
+    if not isinstance(name, str) or name in _PLAIN_INITS:
         return True
     if name.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise ValueError(
@@ -193,10 +193,10 @@ def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig])
                     "particles share one configuration"
                 )
             differing.add(key)
-    if differing := sorted(differing.difference(_DESCRIPTIONS)):
-        kept = {key: first[key] for key in differing}
+    if notable := sorted(differing.difference(_DESCRIPTIONS)):
+        kept = {key: first[key] for key in notable}
         warnings.warn(
-            f"the adapters differ in {differing}, of which particles share one: those of "
+            f"the adapters differ in {notable}, of which particles share one: those of "
             f"{config_files[0]} are kept, {kept}",
             stacklevel=4,
         )
@@ -227,7 +227,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     # torch.load(weights_only=True) executes nothing either, but lets calls pass that allocate.
     for operation, argument, _ in operations:
         named = operation.name in ("GLOBAL", "STACK_GLOBAL", "INST")
-        if named and not (operation.name == "GLOBAL" and _OF_TENSORS.fullmatch(argument)):
+        if named and not (operation.name == "GLOBAL" and _OF_TENSORS.fullmatch(str(argument))):
             raise ValueError(f"it holds {argument or 'a global'}, which is no tensor")
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, dict):
@@ -269,7 +269,8 @@ def expected_tensors(
 
     if any(isinstance(module, (BaseTunerLayer, ParticleLayer)) for module in base.modules()):
         raise ValueError("base already has adapters; pass the plain model")
-    shadow, plain = _without_memory(base), copy.deepcopy(config)
+    shadow: Any = _without_memory(base)
+    plain = copy.deepcopy(config)
     # PEFT allocates a rank, if only for a moment: it is asked for the names and the other sizes.
     plain.r, plain.rank_pattern, plain.alpha_pattern = 1, {}, {}
     with warnings.catch_warnings():
@@ -327,8 +328,7 @@ def _without_memory(base: nn.Module) -> nn.Module:
             copies[id(t)] = nn.Parameter(empty, t.requires_grad) if is_parameter else empty
     for module in filter(has_own_forward, base.modules()):
         copies[id(module)] = nn.Linear(
-            module.in_features,
-            module.out_features,
+            *linear_sizes(module),
             bias=getattr(module, "bias", None) is not None,
             device="meta",
             dtype=computing_dtype(module),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def predict_loader(
     rows, targets = [], []
     with _evaluating(model):
         for inputs, labels in _batches(model, loader):
-            if labels is None and isinstance(inputs, Mapping):
+            if labels is None and isinstance(inputs, dict):
                 labels = inputs.pop("labels", None)
             if not isinstance(labels, Tensor):
                 raise ValueError(
@@ -150,7 +150,8 @@ def _chosen(out: Any, name: str | int | None) -> Tensor:
     """The tensor of logits among a model's outputs."""
     if name is not None:
         try:
-            z = out[name] if isinstance(out, (Mapping, tuple, list)) else getattr(out, str(name))
+            is_container = isinstance(out, (Mapping, tuple, list))
+            z = cast(Any, out)[name] if is_container else getattr(out, str(name))
         except (KeyError, IndexError, AttributeError, TypeError):
             has = sorted(out) if isinstance(out, Mapping) else type(out).__name__
             raise ValueError(f"the model has no output {name!r}; it gave {has}") from None

@@ -47,7 +47,8 @@ class RandomState:
             and _same_numpy(self._numpy, other._numpy)
         )
 
-    __hash__ = None
+    # Equality is that of states that change.
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _same_numpy(a: Any, b: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from multilora import forward_state
 from multilora.fold import (
+    Axis,
     Inputs,
     Names,
     PerParticle,
@@ -25,7 +26,7 @@ from multilora.fold import (
     unfold,
 )
 from multilora.forward_state import ForwardState
-from multilora.isolation import Axis, IsolationCheck, ParticleIsolationError
+from multilora.isolation import IsolationCheck, ParticleIsolationError
 from multilora.ops._library import FrozenTensorError
 from multilora.trunk import Reached, TrunkOutput
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class _AdaptersDoNotRun(ValueError):
-    """No fault of the batch: a loop would not help."""
+    """Adapters have no effect, for which the batch is not to blame: a loop would not help."""
 
 
 #: Errors for which the batch of particles is not to blame.
@@ -47,13 +48,13 @@ _NOT_OF_THE_BATCH = (
 
 
 class Runner:
-    """Calls the base of a model, and knows what earlier calls have shown of it."""
+    """Calls the base of a model, and remembers what earlier calls have shown about it."""
 
     def __init__(self):
         self._names: dict[str, Names] = {}
-        # By method, mode and form of the inputs: the particles' axis in the outputs.
+        # The particles' axis in the outputs, for each method, mode and form of the inputs.
         self._checked: dict[Any, list[Axis] | None] = {}
-        # By mode: the particle layers that ran in its first forward.
+        # The particle layers that ran in the first forward of each mode.
         self._ran: dict[bool, set[str]] = {}
 
     def run(
@@ -163,13 +164,13 @@ class Runner:
         return _unfolded(model, output, inputs, axes)
 
     def _next_particle(self, particles: int) -> int:
-        """Which one to look at, another one for each check; 0 where none would do.
+        """The particle to compare, another one for each check; 0 where none would do.
 
-        Not the first or the last, whose rows may be where they would be without the others, nor the
-        one in the middle, which stays there where a model turns the batch round.
+        The rows of the first and the last may be where they would be without the others. Those of
+        the one in the middle stay there where a model turns the batch round.
         """
-        told = [k for k in range(1, particles - 1) if 2 * k != particles - 1]
-        return told[len(self._checked) % len(told)] if told else 0
+        telling = [k for k in range(1, particles - 1) if 2 * k != particles - 1]
+        return telling[len(self._checked) % len(telling)] if telling else 0
 
     def _loop(
         self,
@@ -194,8 +195,11 @@ class Runner:
                     parts[parameter] = parameter.split(1)
                 return parts[parameter][k]
 
+            def entry(x: Any, k: int = k) -> Any:
+                return x[k] if isinstance(x, PerParticle) else x
+
             mine = (args, kwargs) if inputs is None else inputs.of_particle(model.window.start + k)
-            mine = map_leaves(lambda x, k=k: x[k] if isinstance(x, PerParticle) else x, mine)
+            mine = map_leaves(entry, mine)
             run = partial(function, *mine[0], **mine[1])
             outputs.append(self._called(model, name, ForwardState(model, 1, part=part), run))
             if any(_version(t) != version for t, version in before):
@@ -208,7 +212,7 @@ class Runner:
     def _called(
         self, model: ParticleModel, name: str, state: ForwardState, run: Callable[[], Any]
     ) -> Any:
-        """run() in its call, with a look at the layers in a mode's first forward."""
+        """run() while `state` is current; the first forward of a mode checks which layers ran."""
         first = name == "forward" and model.training not in self._ran
         entered: set[nn.Module] = set()
         hooks = []
@@ -230,7 +234,7 @@ class Runner:
     def _look_at_layers(
         self, model: ParticleModel, ran: set[nn.Module], entered: set[nn.Module]
     ) -> None:
-        """Raise where adapters did not run in a mode's first forward, and warn of some."""
+        """After a mode's first forward, raise where no adapter ran, and warn where some did not."""
         adapters = dict(model.lora_layers())
         layers = adapters | dict(model.stacked_modules())
         names = {name for name, layer in layers.items() if layer in ran}
@@ -242,8 +246,8 @@ class Runner:
                 "have no effect; choose other target_modules"
             )
         if not model.training:
-            missing = self._ran.get(True, set()) - names
-            missing = sorted(n for n in missing if _parent(model.base, n) in entered)
+            trained = self._ran.get(True, set()) - names
+            missing = sorted(n for n in trained if _parent(model.base, n) in entered)
             if missing:
                 raise _AdaptersDoNotRun(
                     f"{', '.join(missing[:5])} ran in training mode and not in evaluation, where "
@@ -263,8 +267,8 @@ class Runner:
     def _look_at_prompts(
         self, model: ParticleModel, args: tuple, kwargs: dict[str, Any], per_particle: bool
     ) -> None:
-        """Check the forward that generation calls. Its own output cannot be compared: it is as long
-        as the longest answer of all particles."""
+        """Check the forward that generation calls. The output of generation cannot be compared,
+        because it is as long as the longest answer of all particles."""
         prompts = dict(self._names_of(model, "generate").of(args, kwargs))
         known = self._names_of(model, "forward").order
         if "inputs" in prompts:
@@ -292,10 +296,10 @@ class Runner:
 
 
 class ParticleView:
-    """One particle of a model, called as the base is: rows (B, ...) in and out.
+    """One particle of a model, which is called as the base is: rows (B, ...) in and out.
 
-    Gradients go to its part of the stacked tensors. Attributes are the base's; its methods run with
-    this particle's adapters.
+    Gradients go to the particle's part of the stacked tensors. Attributes are those of the base,
+    whose methods run with this particle's adapters.
     """
 
     def __init__(self, model: ParticleModel, particle: int):
@@ -319,7 +323,7 @@ class ParticleView:
 
 
 def _method(base: nn.Module, name: str) -> Callable[..., Any]:
-    """The base for its forward, so that hooks run; another method by its name, or path."""
+    """The base itself for its forward, so that hooks run; another method by its name or path."""
     if name == "forward":
         return base
     path, _, last = name.rpartition(".")
@@ -344,7 +348,7 @@ def _can_check(model: ParticleModel, inputs: Inputs) -> bool:
 
 
 def _refuse_guesses(model: ParticleModel, inputs: Inputs) -> None:
-    """Raise where an input was taken for a batch by its length, and nobody looks at that."""
+    """Raise where only its length says that an input has a batch, and no check will follow."""
     if model.num_particles > 1 and inputs.guessed:
         name = inputs.guessed[0]
         raise ValueError(
@@ -372,5 +376,5 @@ def _is_sharded(base: nn.Module) -> bool:
 
 
 def _version(t: Tensor) -> int:
-    """What changes when a tensor is written to; an inference tensor keeps none."""
+    """The counter of writes to a tensor; an inference tensor has none."""
     return 0 if t.is_inference() else t._version

@@ -9,12 +9,12 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import LoraLayer, StackedModule, has_own_forward
+from multilora.layers import LoraLayer, StackedModule, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
     import peft
@@ -79,11 +79,10 @@ def resolve(
     config = copy.deepcopy(config)
     trainable = {name: p.requires_grad for name, p in base.named_parameters()}
     # PEFT changes a model's modules, hooks and attributes, so it gets a copy over the same tensors.
-    shared = {id(t): t for t in [*base.parameters(), *base.buffers()]}
+    shared: dict[int, Any] = {id(t): t for t in [*base.parameters(), *base.buffers()]}
     # PEFT recognises only some of the layers that we wrap: show it plain linears of the same size.
     for module in filter(has_own_forward, base.modules()):
-        sizes = (module.in_features, module.out_features)
-        shared[id(module)] = nn.Linear(*sizes, bias=False, device="meta")
+        shared[id(module)] = nn.Linear(*linear_sizes(module), bias=False, device="meta")
     shadow = copy.deepcopy(base, shared)
     targets, saved = {}, {}
     try:
@@ -211,7 +210,7 @@ def _has_special_rows(embedding: nn.Embedding) -> bool:
 
 def vocabulary(base: nn.Module) -> list[nn.Module]:
     """Token embeddings and language-model heads, which hold a pretrained vocabulary."""
-    modules = []
+    modules: list[nn.Module] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         # transformers' models for images have the getters, which raise.
         with contextlib.suppress(AttributeError, NotImplementedError):
@@ -236,7 +235,7 @@ def check_base(base: nn.Module) -> None:
 
 def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]:
     """The modules to save that hold no pretrained weights, each with the reason to think so."""
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     pretrained = getattr(base, "pretrained_cfg", None)
     new = {}
     for name, module in saved.items():
@@ -258,7 +257,7 @@ def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]
     return new
 
 
-def _classifiers(base: nn.Module) -> set[nn.Module]:
+def _classifiers(base: Any) -> set[nn.Module]:
     """The heads of a timm model."""
     heads = base.get_classifier() if hasattr(base, "get_classifier") else ()
     return set(heads) if isinstance(heads, (tuple, list)) else {heads}

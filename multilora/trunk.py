@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from multilora import forward_state
 from multilora.fold import map_tensors
-from multilora.layers import LoraLayer
+from multilora.layers import lora_layers
 
 
 class TrunkOutput:
@@ -97,23 +97,27 @@ def _blocks(base: nn.Module, where: bool | str) -> tuple[list[nn.Module], list[n
         first, holder = (base.get_submodule(n) for n in (where, where.rpartition(".")[0]))
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)):
             return [], [first]
-    else:
-        adapted = [name.split(".") for name, m in base.named_modules() if isinstance(m, LoraLayer)]
-        holder, first = None, None
-        for name, module in base.named_modules():
-            path = name.split(".") if name else []
-            if isinstance(module, (nn.ModuleList, nn.Sequential)) and all(
-                a[: len(path)] == path for a in adapted
-            ):
-                inside = {a[len(path)] for a in adapted}
-                holder, first = module, next(m for n, m in module.named_children() if n in inside)
-        if holder is None:
-            warnings.warn(
-                "share_trunk=True: no nn.ModuleList or nn.Sequential holds all adapted layers, so "
-                "nothing is shared; give the name of the module before which the trunk ends",
-                stacklevel=4,
-            )
-            return [], []
+        return _split_at(holder, first)
+    adapted = [name.split(".") for name, _ in lora_layers(base)]
+    found = None
+    for name, module in base.named_modules():
+        path = name.split(".") if name else []
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and all(
+            a[: len(path)] == path for a in adapted
+        ):
+            inside = {a[len(path)] for a in adapted}
+            found = module, next(m for n, m in module.named_children() if n in inside)
+    if found is None:
+        warnings.warn(
+            "share_trunk=True: no nn.ModuleList or nn.Sequential holds all adapted layers, so "
+            "nothing is shared; give the name of the module before which the trunk ends",
+            stacklevel=4,
+        )
+        return [], []
+    return _split_at(*found)
+
+
+def _split_at(holder: nn.Module, first: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     blocks = list(holder.children())
     return blocks[: blocks.index(first)], blocks[blocks.index(first) :]
 

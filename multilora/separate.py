@@ -1,0 +1,258 @@
+"""Parameters of one particle alone, over the memory of the stacked ones."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def separate_parameters(model: Any) -> list[SeparateParameter]:
+    """K leaves for every stacked tensor (K, ...), as the optimizers of K runs would get them.
+
+    A leaf is the memory of its part of the stacked tensor, and its `.grad` is that part of the
+    stacked gradient, at any time. method.backward, accumulation, clipping the model, GradScaler,
+    and zero_grad of the optimizer or of the model, with set_to_none or without, all meet there. So
+
+        optimizer = torch.optim.Adafactor(model.particle_parameters(separate=True))
+
+    steps each tensor by its own statistics, as K runs do, and parameter groups can give each
+    particle its own learning rate. An optimizer that computes something over *all* its parameters
+    (the clipping inside timm's Lamb, D-adaptation, L-BFGS) is needed once for each particle:
+    `optim.EachParticle`.
+
+    A leaf follows its tensor. After model.to(...) and load_state_dict(assign=True) it becomes part
+    of what the model then holds, from the next look at its gradient on, with which every step
+    begins. It can be deep-copied together with the model, copy.deepcopy((model, optimizer)), but
+    not alone, and it cannot be pickled: save optimizer.state_dict(). The gradient of a loss of the
+    leaves themselves is added to that of the model's outputs.
+
+    Args:
+        model: a ParticleModel or an iterable of stacked tensors.
+
+    Returns:
+        The leaves in the order of the tensors, the K particles of a tensor side by side, so that
+        `leaves[k::K]` are those of particle k (`leaf.particle` is k). An adapter of a convolution
+        has the shape that PEFT gives it there.
+
+    Raises:
+        RuntimeError: on use of a leaf, if the model is gone or has other particles by then.
+    """
+    if not isinstance(model, nn.Module):
+        return [leaf for t in stacked_tensors(model) for leaf in _Stack(t).leaves()]
+    wanted = {id(p) for p in stacked_tensors(model)}
+    leaves: list[SeparateParameter] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in wanted:
+                wanted.remove(id(parameter))
+                leaves += _Stack(parameter, module, name).leaves()
+    return leaves
+
+
+class SeparateParameter(nn.Parameter):
+    """One particle's part of a stacked tensor; see `separate_parameters`."""
+
+    particle: int
+    _stack: _Stack
+
+    def __new__(cls, stack: _Stack, particle: int) -> SeparateParameter:
+        part = stack.part(stack.tensor().detach(), particle)
+        leaf = torch.Tensor._make_subclass(cls, part, True)
+        leaf._stack, leaf.particle = stack, particle
+        leaf.register_post_accumulate_grad_hook(_add_to_stacked)
+        return leaf
+
+    def __init__(self, stack: _Stack, particle: int):
+        pass
+
+    @property
+    def stacked(self) -> Tensor:
+        """The tensor (K, ...) that this is a part of."""
+        return self._stack.tensor()
+
+    @property
+    def grad(self) -> Tensor | None:
+        self._stack.follow(self)
+        return self._stack.grad(self.particle)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._stack.follow(self)
+        if value is None:
+            self._stack.clear_grad(self.particle)
+        else:
+            self._stack.set_grad(self.particle, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SeparateParameter:
+        if id(self) not in memo:
+            memo[id(self)] = SeparateParameter(copy.deepcopy(self._stack, memo), self.particle)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("separate parameters cannot be pickled; save optimizer.state_dict()")
+
+
+# The gradient that PyTorch itself keeps for a leaf.
+_GRAD: Any = torch.Tensor.grad
+
+
+def _add_to_stacked(leaf: SeparateParameter) -> None:
+    """Move what autograd left on the leaf itself to where all its readers look."""
+    own = _GRAD.__get__(leaf)
+    _GRAD.__set__(leaf, None)
+    there = leaf.grad
+    if there is None:
+        leaf.grad = own
+    else:
+        there += own
+
+
+class _Stack:
+    """A stacked tensor, found where its module keeps it, and the gradients of its particles.
+
+    Args:
+        tensor: the stacked tensor (K, ...).
+        module, name: the module that holds it and its name there. Without them, the tensor itself
+            is kept.
+    """
+
+    def __init__(self, tensor: Tensor, module: nn.Module | None = None, name: str = ""):
+        self._tensor = tensor if module is None else None
+        self._module, self._name = None if module is None else weakref.ref(module), name
+        self.particles = len(tensor)
+        self._shape: tuple[int, ...] = tensor.shape[1:]
+        layer = getattr(module, "base_layer", None)
+        if isinstance(layer, nn.Conv2d):
+            # Stored flat; A is a convolution to r channels, B one of 1×1.
+            kernel = layer.weight.shape[1:] if name == "lora_A" else (tensor.shape[2], 1, 1)
+            self._shape = (tensor.shape[1], *kernel)
+        # The particles whose gradient is None though the stacked one is not; and that one, with
+        # its version, which changes with every change in place: then they have one again.
+        self._cleared: set[int] = set()
+        self._cleared_of: tuple[Tensor, int] | None = None
+
+    def leaves(self) -> Iterator[SeparateParameter]:
+        return (SeparateParameter(self, k) for k in range(self.particles))
+
+    def tensor(self) -> Tensor:
+        """The stacked tensor, where it is now."""
+        if self._module is None:
+            assert self._tensor is not None
+            return self._tensor
+        module = self._module()
+        if module is None:
+            raise RuntimeError(
+                "the model of these separate parameters is gone: keep it, and make them anew from "
+                "the one that is trained"
+            )
+        tensor = module._parameters.get(self._name)
+        if tensor is None or len(tensor) != self.particles:
+            raise RuntimeError(
+                f"these are parameters of {self.particles} particles, and the model's "
+                f"{self._name!r} is {None if tensor is None else tuple(tensor.shape)} now; use "
+                "them outside of model.particles(), and make them anew for another model"
+            )
+        return tensor
+
+    def part(self, stacked: Tensor, particle: int) -> Tensor:
+        return stacked[particle].view(self._shape)
+
+    def follow(self, leaf: SeparateParameter) -> None:
+        """Make the leaf's memory that of the tensor, which model.to and others exchange."""
+        stacked = self.tensor().detach()
+        offset = leaf.particle * stacked.stride(0) * stacked.element_size()
+        where = (stacked.data_ptr() + offset, stacked.dtype, stacked.device)
+        if where != (leaf.data_ptr(), leaf.dtype, leaf.device):
+            leaf.data = self.part(stacked, leaf.particle)
+
+    def grad(self, particle: int) -> Tensor | None:
+        stacked = self.tensor().grad
+        if stacked is None or particle in self._cleared_in(stacked):
+            return None
+        return self.part(stacked, particle)
+
+    @torch.no_grad()
+    def clear_grad(self, particle: int) -> None:
+        stacked = self.tensor().grad
+        if stacked is None:
+            return
+        cleared = self._cleared_in(stacked) | {particle}
+        if len(cleared) == self.particles:
+            self.tensor().grad, self._cleared_of = None, None
+            return
+        # The next backward adds to it.
+        stacked[particle].zero_()
+        self._cleared, self._cleared_of = cleared, (stacked, stacked._version)
+
+    @torch.no_grad()
+    def set_grad(self, particle: int, value: Tensor) -> None:
+        tensor = self.tensor()
+        if tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            cleared = set(range(self.particles))
+        else:
+            cleared = self._cleared_in(tensor.grad)
+        self.part(tensor.grad, particle).copy_(value)
+        self._cleared, self._cleared_of = cleared - {particle}, (tensor.grad, tensor.grad._version)
+
+    def _cleared_in(self, stacked: Tensor) -> set[int]:
+        if self._cleared_of is not None:
+            seen, version = self._cleared_of
+            if seen is stacked and version == stacked._version:
+                return self._cleared
+            self._cleared_of = None
+        return set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
+        owner = self._tensor if self._module is None else self._module()
+        if id(owner) not in memo:
+            raise TypeError(
+                "separate parameters are part of a model: copy it with them, and before them, "
+                "copy.deepcopy((model, optimizer))"
+            )
+        if id(self) not in memo:
+            twin = copy.copy(self)
+            twin._cleared_of = None
+            if self._module is None:
+                twin._tensor = memo[id(owner)]
+            else:
+                twin._module = weakref.ref(memo[id(owner)])
+            memo[id(self)] = twin
+        return memo[id(self)]
+
+
+def stacked_tensors(model: Any) -> list[Tensor]:
+    """The stacked tensors (K, ...) of what a user calls the model."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    if hasattr(model, "particle_parameters"):
+        tensors = model.particle_parameters()
+    elif hasattr(model, "passes"):
+        tensors = model.params
+    elif isinstance(model, Iterable) and not isinstance(model, nn.Module):
+        tensors = [model] if isinstance(model, Tensor) else list(model)
+        # model.parameters() holds the frozen ones too.
+        tensors = [t for t in tensors if t.requires_grad]
+    else:
+        raise TypeError(
+            "model must be a ParticleModel, a method or stacked tensors; "
+            f"got {type(model).__name__}"
+        )
+    if any(isinstance(t, SeparateParameter) for t in tensors):
+        raise TypeError("separate parameters have no particle axis; clip the model itself")
+    if not tensors or any(t.ndim == 0 for t in tensors):
+        raise ValueError(
+            "trainable stacked tensors (K, ...) are needed, and at least one of them; "
+            f"got shapes {[tuple(t.shape) for t in tensors[:4]]}"
+        )
+    return tensors

@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, one by one and as a set.
 
 Contents reach the disk before the rename that shows them, and the rename before the function
-returns, so that neither a killed process nor a power cut leaves half a file under its own name.
+returns. So neither a killed process nor a power cut leaves half a file under its final name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, TypeVar
 
 _STAGING = ".multilora-staging-"
 _COMMIT = ".multilora-commit"
-# A reading that fits between two saves is repeated at most this often.
+# How often a reading is tried until it fits between two saves.
 _ATTEMPTS = 100
-# More than the list of the files of 50,000 particles; what is larger is no JSON of ours or PEFT's.
+# The list of the files of 50,000 particles is smaller; JSON of ours or PEFT's is never larger.
 _LARGEST_JSON = 1 << 24
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replace `file` by what write(stream) writes; a reader finds the old file or the new one."""
     for left_by_a_kill in file.parent.glob(f".{file.name}.*.tmp"):
         left_by_a_kill.unlink(missing_ok=True)
-    # A name of its own: two processes that write one file must not write into each other's.
+    # A unique name: two processes that write one file must not write into the same temporary one.
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -60,19 +60,21 @@ def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
+    """Replace `file` by `text`, as `write_file` does."""
     write_file(file, lambda stream: stream.write(text.encode()))
 
 
 def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
-    """Write a set of files below `folder`, all of them or none; its other files are left.
+    """Write a set of files below `folder`, all of them or none; its other files are left alone.
 
-    write(staging) makes the set below an empty folder. One rename inside `folder` then makes it
-    the set that `newest` finds, and after that each file is moved into its place. A process that
-    is killed before the rename leaves what nobody reads, after it what everybody reads; the next
-    call clears up either.
+    write(staging) makes the set below an empty folder. One rename inside `folder` then makes it the
+    set that `newest` finds, and after that each file is moved into its place. If the process is
+    killed before the rename, nobody reads the new set; after it, everybody does. The next call
+    clears up either.
 
-    Raises OSError where another process wrote to `folder` at the same time; the sets of the two are
-    never mixed, and at least one of them is there.
+    Raises:
+        OSError: another process wrote to `folder` at the same time. The sets of the two are never
+            mixed, and at least one of them is there.
     """
     make_folder(folder)
     _move_into_place(folder)
@@ -96,19 +98,22 @@ def replace_files(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def newest(folder: Path, name: str) -> Path:
-    """Where the file `name` of the last complete set of `folder` is."""
+    """The path of the file `name` of the last complete set of `folder`."""
     committed = folder / _COMMIT / name
     return committed if committed.is_file() else folder / name
 
 
 def read_set(folder: Path, marker: str, read: Callable[[], T]) -> T:
-    """read(), whose files below `folder`, found by `newest`, are all of one complete set.
+    """The result of read(), whose files below `folder`, found by `newest`, belong to one set.
 
-    marker: a file that each set brings along. As long as it is the same file, no other set was
-    committed. Where a process commits one while read() runs, or moves files that read() has not
-    found for that reason, what it has read or raised is forgotten and it runs again.
+    If a process commits a set while read() runs, or moves files that read() therefore does not
+    find, the result or the error is dropped and read() runs again.
 
-    Raises what read() raises, and ValueError where no reading fits between two saves.
+    Args:
+        marker: a file of every set. As long as it is the same file, no other set was committed.
+
+    Raises:
+        ValueError: no reading fitted between two saves. Errors of read() come through.
     """
     for _ in range(_ATTEMPTS):
         result: list[T] = []
@@ -132,7 +137,7 @@ def read_set(folder: Path, marker: str, read: Callable[[], T]) -> T:
 
 
 def _committed(folder: Path) -> list[str]:
-    """The files that wait to be moved into their places."""
+    """The files that still have to be moved into their places."""
     commit = folder / _COMMIT
     if not commit.is_dir():
         return []
@@ -141,9 +146,9 @@ def _committed(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _held(folder: Path, name: str) -> Iterator[tuple[int, int] | None]:
-    """Which file `newest` finds, as device and number; None where there is none."""
+    """The file that `newest` finds, as device and inode; None where there is none."""
     descriptor = None
-    # In this order: what is moved in between is found in its place.
+    # In this order, a file that is moved in between is found in its final place.
     for path in (folder / _COMMIT / name, folder / name):
         # A pipe does not block.
         with contextlib.suppress(OSError, ValueError):
@@ -158,10 +163,12 @@ def _held(folder: Path, name: str) -> Iterator[tuple[int, int] | None]:
 
 
 def require_file(file: Path, missing: str) -> None:
-    """Raise where `file` is no file that could be read.
+    """Raise unless `file` is a file that can be read.
 
-    FileNotFoundError with the words `missing` where nothing is there, ValueError for a folder, a
-    device, a pipe or a loop of links, PermissionError.
+    Raises:
+        FileNotFoundError: nothing is there; the message ends with `missing`.
+        ValueError: it is a folder, a device, a pipe or a loop of links.
+        PermissionError: it may not be looked at.
     """
     try:
         mode = file.stat().st_mode
@@ -178,7 +185,7 @@ def require_file(file: Path, missing: str) -> None:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Whatever its content makes fail inside is a ValueError that names `file`."""
+    """Turn an error that the content of `file` causes into a ValueError that names it."""
     try:
         yield
     except (FileNotFoundError, PermissionError):
@@ -252,9 +259,9 @@ def _disturbed(folder: Path) -> OSError:
 
 
 def _discard(staging: Path) -> bool:
-    """Whether `staging` was still there."""
-    # Renamed first: its writer, if it lives, then fails to commit it instead of committing what
-    # is left of it.
+    """Remove `staging`, and return whether it was still there."""
+    # The rename comes first, so that its writer, if it lives, fails to commit it instead of
+    # committing a part of it.
     trash = _staging(staging.parent)
     try:
         os.rename(staging, trash)
@@ -265,7 +272,7 @@ def _discard(staging: Path) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """The contents of a file, or the names in a folder, to the disk."""
+    """Flush the contents of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Checks of arguments: one error in one form for every number, integer, choice and flag.
+"""Checks of arguments, with the same form of error for every number, integer, choice and flag.
 
-Each returns the value, a Python number, or raises ValueError with the name, what is allowed and
-what was given. A bool is no number here, nor is a string or None.
+Each check returns the value, as a Python number, or raises ValueError with the name, the allowed
+values and the given one. A bool does not count as a number, nor does a string or None.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> float:
-    """A finite real number in [low, high]; without an end that is open."""
+    """Return a finite real number in [low, high], or in an interval with open ends."""
     result = math.nan
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
@@ -36,7 +36,7 @@ def number(
 
 
 def integer(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
-    """An integer in [low, high]."""
+    """Return an integer in [low, high]."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise _refused(name, "an integer", _range(low, high), value)
     result = int(value)
@@ -46,7 +46,7 @@ def integer(name: str, value: Any, low: float = -math.inf, high: float = math.in
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
-    """One of some words."""
+    """Return one of the words in `choices`."""
     *others, last = choices
     if not isinstance(value, str) or value not in (*others, last):
         words = ", ".join(f'"{word}"' for word in others)
@@ -55,7 +55,7 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and not what merely counts as one."""
+    """Return True or False; other values that count as true or false are refused."""
     if not isinstance(value, bool):
         raise _refused(name, "True or False", "", value)
     return value

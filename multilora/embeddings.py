@@ -1,7 +1,7 @@
-"""Token embeddings and language-model heads of the base, as they stand in the files of adapters.
+"""Token embeddings and language-model heads of the base, which PEFT writes into adapter files.
 
 PEFT writes them beside the factors where one of them is a target, or where the vocabulary of the
-base was resized. They are the base's: K particles share one.
+base was resized. They belong to the base, so the K particles share them.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from multilora.layers import LoraLayer
 from multilora.peft_format import PREFIX, check_numbers
 
-# Where PEFT keeps the module that it has wrapped, by the names in its files.
+# The name, in PEFT's files, under which it keeps a module that it has wrapped.
 _WRAPPED = ("base_layer.", "original_module.")
 
 
 def to_save(base: nn.Module, save: bool | Literal["auto"]) -> dict[str, Tensor]:
-    """What is written beside the factors, under PEFT's names; of tied tensors the first.
+    """The tensors to write beside the factors, under PEFT's names; only the first of tied tensors.
 
-    save: "auto" where the vocabulary was resized, which is PEFT's rule but for one case: a head
-    among the targets is not written where it is what the base was loaded with.
+    Args:
+        save: "auto" writes them where the vocabulary was resized. That is PEFT's rule but for one
+            case: a head among the targets is not written where the base was loaded with it.
     """
     if save not in (True, False, "auto"):
         raise ValueError(f'save_embedding_layers must be True, False or "auto"; got {save!r}')
@@ -45,10 +46,10 @@ def to_save(base: nn.Module, save: bool | Literal["auto"]) -> dict[str, Tensor]:
 def split(
     base: nn.Module, tensors: Mapping[str, Tensor], adapter: Mapping[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a file that are not the embeddings', and the embeddings' by their names in
-    the plain base.
+    """Split the tensors of a file into the adapter's, and the embeddings' by their names in `base`.
 
-    adapter: by its names, what the adapter itself must hold.
+    Args:
+        adapter: a mapping whose keys are the tensors that the adapter itself must hold.
     """
     modules, ours = _modules(base), _tensors(base)
     rest, stored = {}, {}
@@ -56,7 +57,7 @@ def split(
         name, is_wrapped = _name_in_base(modules, key)
         if key not in adapter and name in ours:
             stored[name] = tensor
-        # The others in a wrapper are what a module to save has replaced, or, once more, is.
+        # Any other tensor of a wrapper is the original of a module to save, or a copy of it.
         elif key in adapter or not is_wrapped:
             rest[key] = tensor
     return rest, stored
@@ -67,7 +68,8 @@ def vocabulary(
 ) -> int | None:
     """The number of tokens of the embeddings in the files; None where it is the base's, or unknown.
 
-    Raises ValueError, naming the file, where they have embeddings of several sizes.
+    Raises:
+        ValueError: the files have embeddings of several sizes; the message names the file.
     """
     modules, ours = _modules(base), _tensors(base)
     found: dict[int, str] = {}
@@ -94,13 +96,16 @@ def changes(
     resized_to: int | None = None,
     adapter: Mapping[str, object] | None = None,
 ) -> dict[str, Tensor]:
-    """The embeddings that the base does not have yet, by their names in it.
+    """The embeddings in the files that differ from those of the base, by their names in it.
 
-    stored: those of the K files, by those names; where one is missing, it is the base's.
-    resized_to: the number of tokens that the base will be given; `adapter` as in `split`: what
-    holds a new vocabulary must then be in the files or in the adapters.
+    Args:
+        stored: the embeddings of each of the K files, by those names. A missing one is the base's.
+        resized_to: the number of tokens that the base will be given. What holds a new vocabulary
+            must then be in the files or in the adapters.
+        adapter: as in `split`.
 
-    Raises ValueError, naming the file, where the files differ, and where an embedding does not fit.
+    Raises:
+        ValueError: the files differ, or an embedding does not fit; the message names the file.
     """
     ours, first = _tensors(base), stored[0]
     changed: dict[str, Tensor] = {}
@@ -146,7 +151,7 @@ def changes(
 def changed(
     base: Any, embeddings: Mapping[str, Tensor], resized_to: int | None = None
 ) -> Iterator[None]:
-    """Give the base these embeddings, and as many tokens; it is as it was if something raises."""
+    """Give the base these embeddings and as many tokens, and take them back if the body raises."""
     before, rows = {}, None
     if embeddings or resized_to is not None:
         before = {name: t.detach().clone() for name, t in _tensors(base).items()}
@@ -170,7 +175,7 @@ def _put(base: Any, embeddings: Mapping[str, Tensor], rows: int | None) -> None:
 
 
 def _modules(base: nn.Module) -> dict[str, nn.Module]:
-    """Token embedding and language-model head by their names in the base, as they are there."""
+    """The token embedding and the language-model head, by their names in the base."""
     names = {id(module): name for name, module in base.named_modules()}
     found = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -183,7 +188,7 @@ def _modules(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _plain(module: nn.Module) -> dict[str, Tensor]:
-    """The frozen tensors of an embedding or a head by name; none of what every particle has."""
+    """The frozen tensors of an embedding or a head by name, without those of the particles."""
     if isinstance(module, LoraLayer):
         module = module.base_layer
     if not isinstance(module, (nn.Embedding, nn.Linear)):
@@ -216,9 +221,9 @@ def _same(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_resized(base: nn.Module) -> bool:
-    """Whether the vocabulary is another than the base was made or loaded with, if that is known.
+    """Whether the vocabulary is known to differ from the one that the base was made or loaded with.
 
-    It is known from the configuration that the base was loaded with, on this machine, and where
+    It is known where the configuration that the base was loaded with is on this machine, and where
     the model inside remembers the size that it was made with.
     """
     config: Any = getattr(base, "config", None)

@@ -1,4 +1,4 @@
-"""Particles on the batch axis: which axis of which input that is, by the inputs' names."""
+"""Particles on the batch axis: find that axis in the inputs, fold particles in, and out again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: Inputs that hold the batch wherever they are, the first that is given before the others.
+#: Inputs that define the batch, wherever they stand; the first of these that is given does.
 _FIRST = (
     "input_ids inputs_embeds pixel_values input_values input_features decoder_input_ids "
     "decoder_inputs_embeds"
 ).split()
-#: Inputs with a row for every example; one of them that has another length is no guess.
+#: Inputs with a row for every example. One of them with another length is an error.
 _ROWS = {
     *_FIRST,
     *(
@@ -26,7 +26,7 @@ _ROWS = {
 }
 #: Inputs that are the same for all examples, whatever their length.
 _SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index", "edge_attr"}
-#: States that an earlier call returned: their rows are particles × batch already.
+#: Inputs that an earlier call returned: their rows are particles × batch already.
 _CACHES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
 
 #: The axis of the batch in arguments or outputs by name; None where all rows share a tensor.
@@ -37,15 +37,16 @@ Axis = int | Literal["same"] | None
 
 
 class PerParticle(list):
-    """An output that is no tensor, one entry a particle: pass it on as it is."""
+    """An output that is not a tensor, with one entry for each particle; a caller may pass it on."""
 
 
 class Leaf(NamedTuple):
     """A tensor among the inputs.
 
-    axis: of the batch, in the shape that the base sees; None where all rows share it.
-    own: whether it has a particle axis in front.
-    guessed: whether its length alone says that it has rows.
+    Attributes:
+        axis: the axis of the batch in the shape that the base sees; None where all rows share it.
+        own: whether it has a particle axis in front.
+        guessed: whether only its length says that it has rows.
     """
 
     name: str
@@ -56,12 +57,17 @@ class Leaf(NamedTuple):
 
 
 class Inputs:
-    """The arguments of one call, with the batch axis of each tensor in them.
+    """The arguments of one call, with the batch axis of each tensor in them; `batch` is B.
 
-    batch: B. particles: K of inputs that are (K, B, ...), a mini-batch for each; or None.
-    strict: whether it matters, as it does not for one particle.
+    Args:
+        names: the names of the arguments.
+        args, kwargs: the arguments.
+        axes: the batch axes that the user has given, by name.
+        particles: K for inputs (K, B, ...), with a mini-batch for each particle; else None.
+        strict: whether a batch axis that is ambiguous raises. For one particle it does not matter.
 
-    Raises ValueError, naming the argument, where none has a batch axis, or one is ambiguous.
+    Raises:
+        ValueError: no argument has a batch axis, or one is ambiguous; the message names it.
     """
 
     def __init__(
@@ -111,7 +117,7 @@ class Inputs:
         moved = shape[len(lead) + axis : len(lead) + axis + 1]
         if shape[: len(lead)] == lead and moved == (batch,):
             return Leaf(name, tensor, axis, bool(lead), not known)
-        # Of one mini-batch a particle the others' inputs may still be the same for all.
+        # Beside a mini-batch for each particle, another input may still be the same for all.
         same = not lead or shape[0] != batch or batch == 1
         if not self.strict or (same and (not known or (lead and shape[0] == 1))):
             return Leaf(name, tensor, None, False, False)
@@ -124,12 +130,15 @@ class Inputs:
 
     @property
     def guessed(self) -> list[str]:
-        """The arguments that have the batch's length and no name that says so."""
+        """The arguments that were taken for a batch only because of their length."""
         return [leaf.name for leaf in self.leaves if leaf.guessed]
 
     def form(self, of_one: bool = True) -> tuple:
-        """What decides how the base treats these inputs, beside numbers and lengths; of_one: and
-        whether the batch is of one example."""
+        """A key for how the base may treat these inputs, apart from numbers and lengths.
+
+        Args:
+            of_one: whether a batch of one example has another key.
+        """
         rest = tuple(
             (name, value)
             for name, value in self.names.of(self.args, self.kwargs)
@@ -139,7 +148,7 @@ class Inputs:
         return leaves, rest, of_one and self.batch == 1, self.particles is not None
 
     def of_particle(self, particle: int, rows: Tensor | None = None) -> tuple[tuple, dict]:
-        """The arguments of one particle alone, or of some of its rows."""
+        """The arguments for one particle alone, or for some of its rows."""
 
         def alone(leaf: Leaf) -> Tensor:
             t = leaf.tensor[particle] if leaf.own else leaf.tensor
@@ -150,7 +159,7 @@ class Inputs:
         return self._map(alone)
 
     def folded(self, which: Sequence[int], rows: Tensor | None = None) -> tuple[tuple, dict]:
-        """The arguments of some particles in one batch, particle first."""
+        """The arguments for some particles in one batch, particle first."""
 
         def fold(leaf: Leaf) -> Tensor:
             if leaf.axis is None:
@@ -171,7 +180,7 @@ class Inputs:
         return map_tensors(lambda _: function(next(leaves)), (self.args, self.kwargs))
 
     def is_uniform(self) -> bool:
-        """Whether all examples are equal, or nothing but zeros: mixing them would not show."""
+        """Whether all examples are equal, or all zero, so that mixing them would not show."""
         rows = [x.tensor.movedim(x.axis + x.own, 0) for x in self.leaves if x.axis is not None]
         return all(
             bool((t == t[:1]).all()) and (self.batch > 1 or (t.is_floating_point() and not t.any()))
@@ -180,7 +189,7 @@ class Inputs:
 
     @property
     def has_cache(self) -> bool:
-        """Whether an argument is a state of an earlier call, which a call may change."""
+        """Whether an argument comes from an earlier call, and a call may change it."""
         arguments = self.names.of(self.args, self.kwargs)
         return any(name in _CACHES and value is not None for name, value in arguments)
 
@@ -196,6 +205,7 @@ class Names:
         self.takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
     def of(self, args: tuple, kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The given arguments with their names."""
         beyond = (f"argument {i}" for i in range(len(self.positional), len(args)))
         return [*zip([*self.positional[: len(args)], *beyond], args), *kwargs.items()]
 
@@ -203,7 +213,7 @@ class Names:
 def _first(
     arguments: list[tuple[str, Any]], order: list[str], axes: Axes, lead: int
 ) -> tuple[str, Tensor]:
-    """The argument whose batch is the batch; lead: axes in front of it."""
+    """The argument that defines the batch; `lead` is the number of axes in front of it."""
     given = {}
     for name, value in arguments:
         found = next((t for t in tensors(value) if t.ndim > lead), None)
@@ -272,11 +282,12 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists, dicts and dataclasses."""
     return (leaf for leaf in _leaves(tree) if isinstance(leaf, Tensor))
 
 
 def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
-    """Every tensor of an output, by the field or index that it is in; "" where it is all."""
+    """Every tensor of an output with its field or index; "" where the output is the tensor."""
     if isinstance(output, Tensor):
         return [("", output)]
     parts = _parts(output)
@@ -286,11 +297,12 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """`tree` with function(t) in place of every tensor t."""
     return map_leaves(lambda x: function(x) if isinstance(x, Tensor) else x, tree)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """`tree` with function(leaf) for every leaf in tuples, lists, dicts and dataclasses."""
+    """`tree` with function(leaf) for every leaf of its tuples, lists, dicts and dataclasses."""
     parts = _parts(tree)
     if parts is None:
         return function(tree)
@@ -316,7 +328,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 
 def _parts(tree: Any) -> tuple[list[Any], list[str] | None] | None:
-    """The values in a container and their names, if it has any; None of what is a leaf."""
+    """The values in a container and their names, if it has any; None for a leaf."""
     if isinstance(tree, Mapping):
         return list(tree.values()), list(tree)
     if isinstance(tree, (list, tuple)) and not isinstance(tree, (PerParticle, torch.Size)):

@@ -88,9 +88,10 @@ class IsolationCheck:
 
     @torch.no_grad()
     def axes(self, output: Any) -> list[Axis] | None:
-        """The axis of the particles in every tensor of the call's output; None: not to be checked.
+        """The axis of the particles in every tensor of the call's output; None if unknown.
 
-        Raises ParticleIsolationError.
+        Raises:
+            ParticleIsolationError: the model mixes particles.
         """
         if self.failure is not None:
             raise self._error(
@@ -98,7 +99,7 @@ class IsolationCheck:
                 f"raises {type(self.failure).__name__}: {self.failure}"
             ) from self.failure
         if self._alone is not None and self._drew():
-            # One particle alone did not draw: of one row there is nothing to choose.
+            # One particle alone drew nothing, because there is nothing to choose among its rows.
             self._alone = None
             with self._before_the_call():
                 self._compare_beside_others()
@@ -115,7 +116,7 @@ class IsolationCheck:
         return fitted
 
     def raised(self, error: Exception) -> ParticleIsolationError:
-        """What to raise where the call raised, and one particle alone did not."""
+        """The error to raise where the call raised, and one particle alone did not."""
         return self._error(
             f"the model runs for one particle alone, and for several together it raises "
             f"{type(error).__name__}: {error}"
@@ -141,7 +142,11 @@ class IsolationCheck:
         self._compare_beside_others()
 
     def _is_compared(self, quiet: contextlib.AbstractContextManager) -> bool:
-        """Compare one particle with the same beside others, on a few rows; False: they drew."""
+        """Compare one particle with itself beside others, on a few rows.
+
+        Returns:
+            False where random numbers were drawn, so that the comparison says nothing.
+        """
         with quiet:
             alone = self._run_alone(self._part(), self._few_rows())
             if self._drew():
@@ -164,7 +169,7 @@ class IsolationCheck:
         """Compare a particle with itself beside others that are moved, random numbers the same."""
         start, rows = self.random, self._few_rows(4)
         try:
-            # So often that drawn rows hardly ever are a particle's own every time.
+            # Often enough that rows chosen at random are hardly ever the particle's own each time.
             for _ in range(4 // len(rows) or 1):
                 alone = self._run_alone(self._part(), rows)
                 self._restore()
@@ -261,12 +266,16 @@ class IsolationCheck:
             self.random, self.snapshot = before
 
     def _several(self) -> tuple[int, ...]:
-        """The particle that is looked at, with others before and behind it, in the second place."""
+        """The particle to compare, in the second place, with others before and behind it."""
         k, n = self.particle, self.particles
         return (k + 1) % n, k, (k - 1) % n, (k + 2) % n
 
     def _part(self, other: int = 0) -> Callable[[Tensor], Tensor]:
-        """The tensors (4, ...) of `_several`, moved apart; other: how the others are."""
+        """A function to the tensors (4, ...) of `_several`, moved apart.
+
+        Args:
+            other: 0 or 1, two ways to move the other three particles.
+        """
         scaling: dict[Tensor, float] = {m.lora_B: m.scaling for _, m in lora_layers(self.base)}
 
         @functools.cache
@@ -285,15 +294,15 @@ class IsolationCheck:
             )
             noise = noise.sin().mT.reshape(some.shape).to(some)
             if other:
-                # Of another size, so that what is taken over all rows is another number.
+                # Another size changes whatever the model computes over all rows.
                 noise[[0, 2, 3]] *= 0.25
-            # As large as the frozen product at its usual start, for A at its own.
+            # With A at its usual start, B·A is then as large as the frozen product.
             return some + noise / (abs(scaling[parameter]) or 1.0) / parameter.shape[-1] ** 0.5
 
         return part
 
     def _others(self) -> Callable[[Tensor], Tensor]:
-        """All particles' tensors, those of the others moved as `_part` moves them."""
+        """A function to all particles' tensors, with the others moved as `_part` moves them."""
         part = self._part()
 
         @functools.cache
@@ -312,16 +321,16 @@ class IsolationCheck:
     # --- the comparison ---
 
     def _judge(self, many: _Run, one: _Run, n: int, particle: int, batch: int) -> list[Axis]:
-        """The axis of n particles in every tensor of `many`; raises where that particle, alone
-        with its batch, is another."""
+        """The axis of n particles in every tensor of `many`; raises where the rows of `particle`
+        differ from those in `one`, where it is alone with its batch."""
         axes = self._places(many, one, n, batch)
         apart = [
             (_apart(*_mine(a, b, axis, n, particle), axis), name)
             for (name, a), b, axis in zip(named_tensors(many.output), tensors(one.output), axes)
-            if a.ndim  # a number is a mean over all, such as `.loss`
+            if a.ndim  # a scalar such as `.loss` is a mean over all particles
         ]
         for (worst, typical), name in apart:
-            # Half precision may send a row elsewhere (a router's choice), but not most rows.
+            # In half precision a router may send a row to another expert, but not most rows.
             gross = typical > self._most if self._is_rough else worst > self._most
             if gross or (worst > self._least and not self._is_rounding(many, axes, n, particle)):
                 raise self._error(f"output {name!r} differs by {worst:.2g} of its size")
@@ -362,7 +371,7 @@ class IsolationCheck:
 
     @functools.cached_property
     def _eps(self) -> float:
-        """The rounding of the least exact numbers that the model computes with."""
+        """The relative rounding of the least exact dtype that the model computes with."""
         dtypes = {p.dtype for p in self.base.parameters() if p.dtype.is_floating_point}
         dtypes |= {leaf.tensor.dtype for leaf in self.inputs.leaves} | {torch.float32}
         for kind in {d.type for d in self.devices}:
@@ -378,7 +387,7 @@ class IsolationCheck:
 
     @property
     def _least(self) -> float:
-        """What rounding may change, of the size of a row; beyond it `_is_rounding` is asked."""
+        """The difference of a row that rounding explains; beyond it, `_is_rounding` decides."""
         return min(100 * self._eps, 2e-3)
 
     @property
@@ -386,8 +395,8 @@ class IsolationCheck:
         return 0.1 if self._is_rough else 1e-3
 
     def _is_rounding(self, many: _Run, axes: list[Axis], n: int, particle: int) -> bool:
-        """Whether a particle stays what it is beside others that are moved: the very same kernels
-        run, so that the least mixture shows."""
+        """Whether a particle stays the same beside others that are moved. The very same kernels
+        run, so that the smallest mixture shows."""
         if self.sharded:
             return True
         with self._before_the_call():
@@ -415,7 +424,7 @@ class IsolationCheck:
         )
 
     def _first_difference(self) -> str:
-        """Where in the model it begins, for the message."""
+        """The module where the difference begins, for the message."""
         seen: list[tuple[nn.Module, list[Tensor]]] = []
         found: list[str] = []
         few = self._axes is not None or self._alone is None
@@ -458,14 +467,14 @@ class IsolationCheck:
 
 
 def _mine(many: Tensor, one: Tensor, axis: Axis, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """The part of particle k, and what it is alone."""
+    """The part of particle k among many, and the same alone."""
     if not isinstance(axis, int):
         return many, one
     return many.unflatten(axis, (n, -1)).select(axis, k), one
 
 
 def _apart(a: Tensor, b: Tensor, axis: Axis) -> tuple[float, float]:
-    """The distance of a's rows from b's, relative to their size: the largest, and the median."""
+    """The largest and the median distance between rows of a and b, relative to their size."""
     a, b = a.detach(), b.detach()
     if isinstance(axis, int):
         a, b = (t.movedim(axis, 0) for t in (a, b))
@@ -478,20 +487,20 @@ def _apart(a: Tensor, b: Tensor, axis: Axis) -> tuple[float, float]:
         error = (a != b).any(1).double()
     else:
         a, b = a.double(), b.double()
-        # Masks: infinities and the largest numbers there are.
+        # Masks hold infinities and the largest finite numbers.
         equal = (a == b) | (a.isnan() & b.isnan())
         plain = a.isfinite() & b.isfinite() & (b.abs() < 1e30)
         error = torch.where(equal, 0, torch.where(plain, a - b, torch.inf)).square().mean(1)
         size = torch.where(plain, b, 0).square().mean(1)
-        # A row of zeros may round too.
+        # The second term allows rows of zeros to round.
         error = (error / (size + 1e-6 * size.mean()).clamp_min(1e-60)).sqrt()
     return error.max().item(), error.median().item()
 
 
 class _Snapshot:
-    """The buffers, and the tensors and numbers among the attributes, of all modules but ours.
+    """The buffers of all modules but ours, and the tensors and numbers among their attributes.
 
-    Large tensors are left out: packed weights are buffers too.
+    Large tensors are left out, because packed weights are buffers too.
     """
 
     _LARGEST = 1 << 20
@@ -516,7 +525,7 @@ class _Snapshot:
                 where[name] = value
 
     def difference(self, other: _Snapshot, least: float) -> tuple[nn.Module, str] | None:
-        """A tensor, or a number with a fraction, that is another one there."""
+        """The place of a floating tensor or number that differs in `other`."""
         for key, (_, _, a) in self.values.items():
             b = other.values.get(key, (None, None, None))[2]
             if type(a) is float and type(b) is float:
@@ -539,11 +548,11 @@ _RANDOM = {
 
 
 class _WithoutRandomness(TorchFunctionMode):
-    """Inside, PyTorch's dropout keeps everything and its random numbers are constants."""
+    """Inside, PyTorch's dropout keeps everything, and its random numbers are constants."""
 
     def __init__(self):
         super().__init__()
-        #: Whether constants took the place of numbers that are not dropout's.
+        #: Whether constants took the place of random numbers other than dropout's.
         self.guessed = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -22,23 +22,28 @@ from multilora.ops import lora_add, lora_linear
 
 
 class ParticleLayer(nn.Module):
-    """A layer of K particles."""
+    """A layer that holds tensors of K particles."""
 
     @property
     def num_particles(self) -> int:
-        """K, or how many of them there are inside `ParticleModel.particles`."""
+        """K; inside `ParticleModel.particles`, the number of those particles."""
         raise NotImplementedError
 
     def stacked(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-        """(module, name in it, tensor) of everything with a particle axis."""
+        """(module, name in it, tensor) for everything with a particle axis."""
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 yield self, name, parameter
 
     def enter(self) -> ForwardState | None:
-        """The call that this layer runs in; None under torch.compile and where nobody says.
+        """Record that this layer runs, and return the state of the forward that it runs in.
 
-        Raises RuntimeError outside of a call, where rows would be dealt out to the particles.
+        Returns:
+            The state; None under torch.compile, in a backward, and for one particle alone.
+
+        Raises:
+            RuntimeError: several particles run outside of a forward, where each row would go to one
+                of them.
         """
         if torch.compiler.is_compiling():
             return None
@@ -54,8 +59,10 @@ class ParticleLayer(nn.Module):
         return state
 
     def require_rows(self, x: Tensor, state: ForwardState | None, particles: int) -> None:
-        """Raise ValueError where the leading axis of x cannot be particles times batch. Lengths can
-        fit by accident: that is for the isolation check to find."""
+        """Raise ValueError where the leading axis of x cannot be particles × batch.
+
+        A length can fit by accident; the isolation check finds that.
+        """
         unit = particles if state is None or state.rows is None else state.rows
         if state is not None and particles != state.particles:
             raise RuntimeError("another thread chose other particles in the middle of a forward")
@@ -68,16 +75,16 @@ class ParticleLayer(nn.Module):
 
 
 def is_same_for_all(x: Tensor, state: ForwardState | None) -> bool:
-    """Whether x is (1, ...), one set of rows for all particles' examples (relative positions)."""
+    """Whether x is (1, ...), such as relative positions: one row for all particles' examples."""
     return state is not None and state.rows is not None and x.shape[0] == 1 != state.rows
 
 
 class _ForEveryExample(Tensor):
-    """Rows for all particles' examples, made of one row that all share.
+    """Rows for all particles' examples, which a layer made from one row that all share.
 
-    Models that know of the one row repeat it for their batch (DeBERTa's relative positions do):
-    that is done already. Reshaping and swapping axes keep the leading axis, and with it this type;
-    whatever else is computed is a tensor like any other.
+    A model that knows of the one row repeats it for its batch, as DeBERTa does with relative
+    positions. The rows are repeated already, so `repeat` leaves this axis alone. Reshaping and
+    swapping axes keep the leading axis, and with it this type; any other result is a plain tensor.
     """
 
     @classmethod
@@ -143,7 +150,7 @@ class LoraLayer(ParticleLayer):
 
     @staticmethod
     def masters(base_layer: Any) -> dict[str, Any]:
-        """The factors' dtype and device: float32 for half-precision layers, as PEFT does it."""
+        """The factors' dtype and device: float32 for half-precision layers, as in PEFT."""
         weight = base_layer.weight
         return {
             "dtype": torch.promote_types(weight.dtype, torch.float32),
@@ -151,7 +158,7 @@ class LoraLayer(ParticleLayer):
         }
 
     def __getattr__(self, name: str) -> Any:
-        """What models read of a layer, its weight or sizes, is the frozen layer's."""
+        """A model that reads the layer's weight or sizes gets those of the frozen layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -214,10 +221,10 @@ class LoraLinear(LoraLayer):
 
 
 class LoraOpaqueLinear(LoraLayer):
-    """K adapters on a linear whose product is its own: see `has_own_forward`.
+    """K adapters on a linear that only its own forward computes: see `has_own_forward`.
 
-    The base layer is called once, with the rows of all particles; the low-rank part is added to
-    its output, whose dtype stays.
+    The base layer is called once, with the rows of all particles. The low-rank part is added to its
+    output, which keeps its dtype.
     """
 
     @staticmethod
@@ -261,7 +268,7 @@ class LoraOpaqueLinear(LoraLayer):
             )
 
     def _is_held(self, x: Tensor, y: Tensor) -> bool:
-        """Whether y's memory may be read again: x's or the layer's own, or what a hook has seen."""
+        """Whether something else may read y's memory: x, a tensor of the layer, or a hook."""
         base = self.base_layer
         memory = y.untyped_storage().data_ptr()
         return bool(base._forward_hooks) or any(
@@ -271,9 +278,9 @@ class LoraOpaqueLinear(LoraLayer):
 
 
 class LoraConv2d(LoraLayer):
-    """K adapters on nn.Conv2d as PEFT has it: A a convolution to r channels, B a 1×1 one.
+    """K adapters on nn.Conv2d as in PEFT: A is a convolution to r channels, B a 1×1 convolution.
 
-    The adapters of all particles are one grouped convolution.
+    The adapters of all particles run as one grouped convolution.
     """
 
     @staticmethod
@@ -298,23 +305,23 @@ class LoraConv2d(LoraLayer):
 
 
 class StackedModule(ParticleLayer):
-    """K copies of a module (`modules_to_save`: the head) with stacked parameters (K, ...).
+    """K copies of a module to save, such as the head, with stacked parameters (K, ...).
 
-    nn.Linear runs as one batched product and nn.Embedding as one look-up; any other module runs
-    under torch.func.vmap, or as it is for one particle. Buffers are shared by the particles.
+    nn.Linear runs as one batched product and nn.Embedding as one look-up. Any other module runs
+    under torch.func.vmap, or as it is for one particle. The particles share the buffers.
     """
 
     def __init__(self, module: nn.Module, num_particles: int):
         super().__init__()
-        # The structure without storage, to run with other tensors; not registered, so its tensors
-        # are no state.
+        # The structure without storage, to be run with other tensors. It is not registered as a
+        # module, so state_dict leaves it out.
         self.__dict__["template"] = copy.deepcopy(module).to("meta")
         self.module = copy.deepcopy(module)
         for i, (name, parameter) in enumerate(list(self.module.named_parameters())):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             stacked = parameter.detach().to(dtype).expand(num_particles, *parameter.shape)
             _set_parameter(self.module, name, nn.Parameter(stacked.clone()))
-            # For the frozen base, and for its dtype, beside the float32 masters.
+            # Kept beside the float32 masters for the frozen base, and for its dtype.
             original = module.get_parameter(name).detach()
             self.register_buffer(f"original_{i}", original, persistent=False)
 
@@ -323,7 +330,7 @@ class StackedModule(ParticleLayer):
         return next(self.module.parameters()).shape[0]
 
     def __getattr__(self, name: str) -> Any:
-        """What models read of the module: sizes are the original's, parameters the particle's."""
+        """A model that reads the module gets the original's sizes and the particle's parameters."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -353,7 +360,7 @@ class StackedModule(ParticleLayer):
                     yield module, name, parameter
 
     def reset_particle(self, particle: int, generator: torch.Generator) -> None:
-        """Redraw this particle's matrices at the standard deviation that they have."""
+        """Redraw this particle's matrices, keeping the standard deviation of each."""
         with torch.no_grad():
             for stacked in self.module.parameters():
                 if stacked.ndim < 3:
@@ -445,7 +452,7 @@ class StackedModule(ParticleLayer):
         first = first.view(-1, *[1] * (rows.ndim - 1))
         y = F.embedding(rows + first, weight.flatten(0, 1)).flatten(0, 1)
         if self.template.padding_idx is not None:
-            # The padding row has no gradient, in every particle.
+            # The padding row of each particle has no gradient.
             y = torch.where((ids == self.template.padding_idx).unsqueeze(-1), y.detach(), y)
         return y
 
@@ -467,15 +474,15 @@ def stacked_modules(base: nn.Module) -> Iterator[tuple[str, StackedModule]]:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether `module` is a linear that only its own forward computes.
 
-    That is an nn.Linear with another forward, with hooks, or with a weight of a tensor class of its
-    own (bitsandbytes, torchao, DTensor), or any module without children that has the sizes of one,
-    in_features and out_features (GPTQ, AWQ).
+    That is an nn.Linear with another forward, with hooks, or with a weight of a special tensor
+    class (bitsandbytes, torchao, DTensor), or any module without children that has the sizes of a
+    linear, in_features and out_features (GPTQ, AWQ).
     """
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     if any(module.children()) or not all(isinstance(size, int) and size > 0 for size in sizes):
         return False
     if isinstance(module, nn.Linear):
-        # Its users read the weight and call nothing.
+        # nn.MultiheadAttention reads the weight of this class and never calls the module.
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return False
         return not (
@@ -501,7 +508,7 @@ def split(x: Tensor, particles: int) -> Tensor:
 
 
 def flat(x: Tensor, particles: int) -> Tensor:
-    """(k·B, *, d) -> (k, T, d), with T the product of B and *: one view, as each costs autograd."""
+    """(k·B, *, d) -> (k, T, d), with T the product of B and *, in one view to spare autograd."""
     length, *axes, d = x.shape
     return x.reshape(particles, length // particles * math.prod(axes), d)
 

@@ -1,8 +1,8 @@
 """Losses of K particles: (logits (K, ..., C), targets) -> (K,), a mean for every particle.
 
-Any callable of that form is a loss. Those here also know what their targets look like, so that a
-method can cut them into chunks, and over how much they are means, so that a method can join the
-means of many processes to that over all their data.
+Any callable of that form is a loss. The losses here also know the shapes of their targets, so that
+a method can cut them into chunks, and the number of terms in their means, so that a method can
+combine the means of many processes into the mean over all their data.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ Loss = Callable[[Tensor, Any], Tensor]
 class RowLoss:
     """A loss whose targets have an entry for every row of the logits (K, *rows, C).
 
-    Targets are (*rows, *entry), shared by the particles, or (K, *rows, *entry), a mini-batch for
-    each. The result is in float32 or better; without a valid target it is zero, with zero gradient.
+    Targets are (*rows, *entry), shared by the particles, or (K, *rows, *entry), with a mini-batch
+    for each. The result is float32 or better. Without a valid target it is zero, with zero
+    gradient.
     """
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -35,13 +36,15 @@ class RowLoss:
         return self._sum(logits, targets, own) / torch.where(count == 0, 1, count)
 
     def count(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """What the mean is over: () where the particles share the targets, else (K,)."""
+        """The number of terms in the mean: () where the particles share the targets, else (K,)."""
         return self._count(logits, targets, self.own_targets(logits, targets, len(logits)))
 
     def own_targets(self, logits: Tensor, targets: Tensor, particles: int) -> bool:
-        """Whether targets hold a mini-batch for each of so many particles, or of those of `logits`.
+        """Whether targets hold a mini-batch for each of `particles` particles, or of those of
+        `logits`.
 
-        Raises ValueError where they fit the logits neither so nor shared.
+        Raises:
+            ValueError: they fit the logits neither so nor shared.
         """
         shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
         if logits.ndim < 3:
@@ -78,12 +81,13 @@ class RowLoss:
 class CrossEntropy(RowLoss):
     """−Σ_c t_c w_c log p_c, a mean over valid targets; in nats.
 
-    targets int64 (*rows): classes, −100 left out; or floating (*rows, C): probabilities, which sum
-    to one, as mixup and cutmix make them.
-    label_smoothing: ε in [0, 1]; t becomes (1 − ε) t + ε/C.
-    weight: w (C,) >= 0; of classes y, the mean is then Σ w_y … / Σ w_y.
+    Targets are classes, int64 (*rows), where −100 is left out, or probabilities, floating
+    (*rows, C), which sum to one, as mixup and cutmix make them. The result is that of
+    torch.nn.functional.cross_entropy, except where no target is valid: it is not NaN there.
 
-    As torch.nn.functional.cross_entropy, but for its NaN without a valid target.
+    Args:
+        label_smoothing: ε in [0, 1]; t becomes (1 − ε) t + ε/C.
+        weight: w (C,) >= 0. For classes y, the mean is then Σ w_y … / Σ w_y.
     """
 
     label_smoothing: float = 0.0
@@ -128,7 +132,7 @@ class CrossEntropy(RowLoss):
 
 @dataclass(frozen=True, eq=False)
 class SoftTargets(CrossEntropy):
-    """`CrossEntropy` for probabilities (*rows, C) alone: classes raise TypeError."""
+    """`CrossEntropy` that takes only probabilities (*rows, C): classes raise TypeError."""
 
     def _entries(self, logits: Tensor, targets: Tensor) -> list[tuple[int, ...]]:
         if not targets.is_floating_point():
@@ -142,8 +146,11 @@ class SoftTargets(CrossEntropy):
 class BCE(RowLoss):
     """−[w t log σ(z) + (1 − t) log(1 − σ(z))], a mean over rows and labels: multi-label.
 
-    targets (*rows, C), of any dtype, in [0, 1]; pos_weight: w (C,) >= 0.
-    As torch.nn.functional.binary_cross_entropy_with_logits.
+    Targets are (*rows, C), of any dtype, in [0, 1]. The result is that of
+    torch.nn.functional.binary_cross_entropy_with_logits.
+
+    Args:
+        pos_weight: w (C,) >= 0.
     """
 
     pos_weight: Tensor | None = None
@@ -166,9 +173,12 @@ class BCE(RowLoss):
 class GaussianNLL(RowLoss):
     """½ [(t − μ)² / v + log v], a mean over rows and outputs: regression.
 
-    The model's outputs (K, *rows, 2·D) are μ and then log v; with a `variance` > 0, v is that and
-    the outputs (K, *rows, D) are μ. targets (*rows, D), or (*rows) where D = 1.
-    As torch.nn.functional.gaussian_nll_loss, but for the floor under its variance.
+    The model's outputs (K, *rows, 2·D) are μ and then log v. Targets are (*rows, D), or (*rows)
+    where D = 1. The result is that of torch.nn.functional.gaussian_nll_loss, without the floor
+    under its variance.
+
+    Args:
+        variance: v > 0; the model's outputs (K, *rows, D) are then μ alone.
     """
 
     variance: float | None = None
@@ -202,7 +212,7 @@ class GaussianNLL(RowLoss):
 
 
 def named(loss: str | Loss, *others: str) -> str | Loss:
-    """The loss of that name; a callable, or a name among `others`, is itself."""
+    """The loss of that name. A callable, or a name among `others`, is returned as it is."""
     if callable(loss):
         return loss
     if not isinstance(loss, str) or loss not in (*NAMES, *others):
@@ -214,9 +224,11 @@ def named(loss: str | Loss, *others: str) -> str | Loss:
 def own_targets(loss: Loss, logits: Tensor, targets: Any, particles: int) -> bool:
     """Whether targets hold a mini-batch for each of `particles` particles.
 
-    Any callable's targets are a tensor that the particles share where its first axis is as long as
-    the second of the logits, their own where that is so of the axis behind the particles'. Raises
-    ValueError where both are.
+    The targets of any other callable are shared by the particles if their first axis is as long as
+    the second axis of the logits, and each particle's own if the axis behind the particles' is.
+
+    Raises:
+        ValueError: both hold.
     """
     if isinstance(loss, RowLoss):
         return loss.own_targets(logits, targets, particles)
@@ -236,14 +248,14 @@ def own_targets(loss: Loss, logits: Tensor, targets: Any, particles: int) -> boo
 
 
 def class_predictions(loss: Loss, logits: Tensor, targets: Any) -> tuple[Tensor, Tensor] | None:
-    """Logits (K, N, C) and int64 targets (N,) or, each particle's own, (K, N).
+    """Logits (K, N, C) and int64 targets (N,), or (K, N) where each particle has its own.
 
-    Of probabilities the target is the most likely class. None where the loss is of no classes.
+    For probabilities, the target is the most likely class. None where the loss has no classes.
     """
     if isinstance(loss, RowLoss) and not isinstance(loss, CrossEntropy):
         return None
     if not isinstance(loss, RowLoss):
-        # What a callable's targets are is seen from themselves.
+        # Only the targets of a callable themselves tell what they are.
         if not isinstance(targets, Tensor) or logits.ndim < 3:
             return None
         soft = targets.is_floating_point()
@@ -268,15 +280,25 @@ def require_probabilities(targets: Tensor) -> None:
 
 
 def causal_targets(input_ids_or_labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """A causal language model's targets: position t has the token t + 1, the last `ignore_index`.
+    """A causal language model's targets: token t + 1 at position t, `ignore_index` at the last.
 
-    (..., T) int64 -> (..., T). Logits are not shifted then:
+    The logits are then not shifted:
 
         method.backward(lambda: (model(**batch).logits, ml.causal_targets(labels)))
 
-    labels: the tokens, with −100 where the loss is not to look, at padding and mostly at the
-    prompt. A model that is given labels itself shifts them inside, for its own loss; a method
-    makes its own from the logits and does not know that they are of a language model.
+    A model that is given labels shifts them inside, for its own loss. A method computes its loss
+    from the logits, and cannot know that they are a language model's.
+
+    Args:
+        input_ids_or_labels: the tokens, int64 (..., T), with −100 at padding and usually at the
+            prompt, where there is no loss.
+        ignore_index: the target of the last position.
+
+    Returns:
+        int64 (..., T).
+
+    Raises:
+        ValueError: the tokens are not int64, or have no axis.
     """
     tokens = input_ids_or_labels
     if tokens.dtype != torch.int64 or tokens.ndim < 1:
@@ -287,14 +309,14 @@ def causal_targets(input_ids_or_labels: Tensor, ignore_index: int = IGNORE_INDEX
 
 
 def _sum_to_one(targets: Tensor) -> Tensor:
-    """Whether each row (..., C) is of probabilities, to the rounding of half precision."""
+    """Whether each row (..., C) holds probabilities, up to the rounding of half precision."""
     off = (targets.to(accumulator(targets.dtype)).sum(-1) - 1).abs()
     return (targets >= 0).all(-1) & (off < 2e-2)
 
 
 def _require(good: Tensor, what: str, targets: Tensor) -> None:
     if targets.is_cuda:
-        # Reported at the next synchronisation: waiting for the device here would stall it.
+        # The error appears at the next synchronisation: waiting for the device would stall it.
         torch._assert_async(good.all(), f"multilora: {what}")
     elif not good.all():
         raise ValueError(f"{what}; got targets {tuple(targets.shape)} in which some are not")
@@ -310,7 +332,7 @@ def _check_weight(name: str, weight: Tensor | None) -> None:
 
 
 def _of_classes(weight: Tensor, logits: Tensor) -> Tensor:
-    """Weights (C,) as the logits (K, ..., C) need them."""
+    """Weights (C,) in the dtype and on the device of the logits (K, ..., C)."""
     if weight.shape != logits.shape[-1:]:
         raise ValueError(
             f"a loss's weights must be (C,) for logits (K, ..., C); got {tuple(weight.shape)} for "

@@ -24,25 +24,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """The predictive measures of K particles over a whole data set.
 
-    logits (K, N, C) (log-probabilities do as well, `predict(..., log=True)`), −∞ for a class that
-    is masked; targets (N,) int64, −100 left out; ood_logits (K, M, C): the same particles on inputs
-    from another distribution.
+    Args:
+        logits: (K, N, C), with −∞ for a class that is masked. Log-probabilities do as well, as
+            `predict(..., log=True)` and `predict_loader` return them.
+        targets: int64 (N,); −100 is left out.
+        combine: the predictive p̄ is the mean of the probabilities ("prob"), or the softmax of the
+            mean logits ("logit").
+        ood_logits: (K, M, C), the same particles on inputs from another distribution.
 
-    combine: the predictive p̄ is the mean of the probabilities ("prob"), or the softmax of the
-    mean logits ("logit"). -> a dict of floats, entropies in nats:
+    Returns:
+        A dict of floats, with entropies in nats:
 
-    accuracy, nll (−log p̄_y), brier (summed over classes), ece (15 equal-width bins over the
-    whole set, 0 to 1), entropy H[p̄];
-    mutual_information H[p̄] − mean_k H[p_k] = mean_k KL(p_k‖p̄) and diversity mean_k KL(p̄‖p_k)
-    (Bella's), both of the mean probabilities whatever `combine` is;
-    member_accuracy, member_nll: lists of K;
-    auroc_misclassification: how well H[p̄] ranks errors above hits (NaN where all or none is right);
-    with ood_logits, ood_entropy, ood_mutual_information, and auroc_ood and auroc_ood_mi: how
-    well H[p̄] and the mutual information rank the other distribution above this one;
-    combine, num_examples.
+        - accuracy, nll (−log p̄_y), brier (summed over classes), ece (15 equal-width bins over the
+          whole set, 0 to 1), entropy H[p̄];
+        - mutual_information H[p̄] − mean_k H[p_k] = mean_k KL(p_k‖p̄), and diversity
+          mean_k KL(p̄‖p_k) (Bella's), both of the mean probabilities whatever `combine` is;
+        - member_accuracy and member_nll, lists of K;
+        - auroc_misclassification: how well H[p̄] ranks errors above hits, NaN where all or none is
+          right;
+        - with ood_logits: ood_entropy, ood_mutual_information, and auroc_ood and auroc_ood_mi, the
+          quality of H[p̄] and of the mutual information as scores of the other distribution;
+        - combine and num_examples.
 
-    Raises ValueError for shapes that do not fit, a target outside [0, C) or without probability,
-    no valid target, and rows of logits with NaN or +∞, or with nothing but −∞.
+    Raises:
+        ValueError: shapes do not fit, a target is outside [0, C) or has no probability, no target
+            is valid, or a row of logits holds NaN or +∞, or nothing but −∞.
     """
     from torchmetrics.functional.classification import (
         binary_auroc,
@@ -96,8 +102,8 @@ def evaluate(
 
 
 def _auroc(binary_auroc, score: Tensor, positive: Tensor) -> float:
-    # Ranks, because torchmetrics takes scores outside [0, 1] for logits and squashes them: ties
-    # must stay ties and nothing else may become one.
+    # Torchmetrics would take scores outside [0, 1] for logits and squash them. Ranks keep ties, and
+    # make no others.
     _, rank = torch.unique(score, return_inverse=True)
     return binary_auroc(rank / max(rank.max().item(), 1), positive.long()).item()
 
@@ -107,7 +113,7 @@ def _at_least_float32(t: Tensor) -> Tensor:
 
 
 def log_mean(members: Tensor) -> Tensor:
-    """log mean_k p_k (...) from log p_k (K, ...), without leaving log space."""
+    """log mean_k p_k (...) from log p_k (K, ...), computed in log space."""
     # Rounding can lift a certain prediction above probability one.
     return (torch.logsumexp(members, 0) - math.log(members.shape[0])).clamp_max(0)
 
@@ -166,7 +172,7 @@ def _check(logits, targets, combine, ood_logits) -> None:
 
 
 def require_targets(name: str, targets: Tensor, classes: int, shapes: str) -> Tensor:
-    """Where targets (N,) are valid; ValueError where none is, or one is outside [0, classes)."""
+    """The mask of valid targets (N,); ValueError if none is, or one is not in [0, classes)."""
     valid = targets != IGNORE_INDEX
     if not valid.any():
         raise ValueError(f"{name} needs at least one valid target; got {shapes}")

@@ -1,6 +1,6 @@
-"""Folders of PEFT adapters: what stands in their files, and what may stand there.
+"""The files of a PEFT adapter folder: what they hold, and what is accepted.
 
-A folder may be anybody's. Nothing of a size that its files only declare is allocated: tensors are
+A folder may come from anybody. Nothing is allocated whose size its files only declare: tensors are
 mapped, and compared with what PEFT itself would make of the configuration before they are read.
 """
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# What PEFT writes with safe_serialization=False.
+# The file that PEFT writes with safe_serialization=False.
 PICKLED = "adapter_model.bin"
-# How PEFT names the tensors of a wrapped model in its files.
+# The prefix in PEFT's files for the names of tensors of a wrapped model.
 PREFIX = "base_model.model."
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,33 +101,34 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "revision": (_or(_is_none, _is_text), "a text"),
     "peft_version": (_or(_is_none, _is_text), "a text"),
 }
-# How an adapter began, how it was trained, and options of what is switched off: nothing that its
-# trained factors compute.
+# Fields for how an adapter began, how it was trained, and options of features that are off. They do
+# not change what its trained factors compute.
 _WITHOUT_EFFECT = frozenset(
     """
     runtime_config loftq_config eva_config corda_config lora_ga_config velora_config megatron_core
     qalora_group_size
     """.split()
 )
-# Of these beginnings only the factors are left when an adapter is trained.
+# Ways to begin of which only the factors are left when an adapter is trained.
 _PLAIN_INITS = ("orthogonal", "eva", "mica")
-# Here PEFT takes a part out of the base's weights, again whenever such an adapter is loaded.
+# Ways to begin with which PEFT takes a part out of the base's weights, at every load.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# In which fields the K adapters may differ; the first one's value is kept. The first line of them
-# is nothing to speak of.
+# The fields in which the K adapters may differ; the first one's value is kept. Differences in the
+# first of these tuples are not worth a warning.
 _DESCRIPTIONS = ("base_model_name_or_path", "revision", "peft_version", "auto_mapping")
 _FREE_FIELDS = (*_DESCRIPTIONS, "lora_dropout", "init_lora_weights", "fan_in_fan_out")
 
 
 def read_config(file: Path) -> peft.LoraConfig:
-    """The configuration in an adapter_config.json of a LoRA adapter that particles can be.
+    """The configuration in the adapter_config.json of a LoRA adapter.
 
     How the adapter began is not kept: its init_lora_weights is True or "gaussian", for particles
     that start anew from this configuration.
 
-    Raises ValueError, naming the file and the field, for a damaged file, another kind of adapter,
-    a value that means nothing, and a field that particles do not support.
+    Raises:
+        ValueError: the file is damaged, the adapter is of another kind, a value means nothing, or
+            particles do not support a field. The message names the file and the field.
     """
     import peft
 
@@ -173,7 +174,8 @@ def _init(file: Path, init: bool | str) -> bool | str:
 def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig]) -> None:
     """Raise ValueError where K configurations differ in what their adapters compute.
 
-    Where they differ in the rest that particles share, the first one's is kept, and said to be.
+    Where they differ in other fields that particles share, a warning says that the first one's
+    values are kept.
     """
 
     def comparable(value: Any) -> Any:
@@ -205,13 +207,14 @@ def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig])
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a file of weights, mapped into memory: none of them is read yet.
 
-    Raises ValueError, naming the file, where it is damaged, or a pickle of anything but tensors.
+    Raises:
+        ValueError: the file is damaged, or a pickle of anything but tensors; the message names it.
     """
     with atomic.reading(file):
         return _unpickle(file) if file.suffix == ".bin" else load_file(file)
 
 
-# What a pickle of tensors calls.
+# The globals that a pickle of tensors names.
 _OF_TENSORS = re.compile(
     r"collections OrderedDict|torch \w+Storage|torch._utils _rebuild_(tensor_v2|parameter)"
 )
@@ -235,7 +238,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"it holds {key!r}, a {type(tensor).__name__}, no tensor by name")
-    # A tensor of any size can be a view of one number; a tied one is there a few times.
+    # A tensor of any size can be a view of one number. A tied tensor occurs a few times.
     size = file.stat().st_size
     declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if declared > 4 * size:
@@ -254,12 +257,14 @@ class Expected(NamedTuple):
 def expected_tensors(
     base: nn.Module, config: peft.LoraConfig, vocabulary: int | None = None
 ) -> dict[str, Expected]:
-    """What PEFT's file of an adapter over the plain model `base` holds; nothing is allocated.
+    """The tensors in PEFT's file of an adapter over the plain model `base`; nothing is allocated.
 
-    vocabulary: the number of tokens that the base is to have, where it is another one.
+    Args:
+        vocabulary: the number of tokens that the base will be given, if that is another one.
 
-    Raises ValueError where a scaling is no number in the dtype of its layer or where `base` has
-    adapters, and whatever PEFT raises where the configuration does not fit.
+    Raises:
+        ValueError: a scaling overflows in the dtype of its layer, or `base` has adapters. PEFT's
+            errors for a configuration that does not fit come through.
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer as PeftLoraLayer
@@ -271,10 +276,10 @@ def expected_tensors(
         raise ValueError("base already has adapters; pass the plain model")
     shadow: Any = _without_memory(base)
     plain = copy.deepcopy(config)
-    # PEFT allocates a rank, if only for a moment: it is asked for the names and the other sizes.
+    # PEFT would allocate the rank, if only for a moment, so ask it only for names and other sizes.
     plain.r, plain.rank_pattern, plain.alpha_pattern = 1, {}, {}
     with warnings.catch_warnings():
-        # They come when the particles are made.
+        # The same warnings come when the particles are made.
         warnings.simplefilter("ignore")
         if vocabulary is not None:
             shadow.resize_token_embeddings(vocabulary, mean_resizing=False)
@@ -318,7 +323,7 @@ def computing_dtype(layer: nn.Module) -> torch.dtype:
 
 
 def _without_memory(base: nn.Module) -> nn.Module:
-    """A copy of a model with tensors on the meta device; linears of other kinds are plain ones."""
+    """A copy of a model with tensors on the meta device, and with plain linears for opaque ones."""
     copies: dict[int, Any] = {}
     for t in itertools.chain(base.parameters(), base.buffers()):
         copies[id(t)] = t
@@ -341,7 +346,8 @@ def check_tensors(
 ) -> None:
     """Raise ValueError, naming the file, unless names, shapes, dtypes and numbers are right.
 
-    The shapes come first; numbers must be finite, and still be so in the dtype that computes.
+    All shapes are checked before any number. Numbers must be finite, also in the dtype that the
+    layer computes with.
     """
     missing = sorted(expected.keys() - tensors.keys())
     unexpected = sorted(tensors.keys() - expected.keys())
@@ -363,8 +369,8 @@ def check_tensors(
 def check_numbers(file: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError, naming the file, unless a tensor's numbers can be computed with in `dtype`.
 
-    That is, they are of a kind that floating-point numbers, or those of another `dtype`, are stored
-    as, and finite both as they are and as `dtype`.
+    They must be stored as any floating-point dtype, or as `dtype` itself where that is another
+    kind, and be finite both as they are and as `dtype`.
     """
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     kinds = _FLOATS if dtype in _FLOATS else (dtype,)

@@ -1,4 +1,4 @@
-"""The random numbers that a forward may draw: PyTorch's, NumPy's and Python's."""
+"""The generators that a forward may draw from: PyTorch's, NumPy's and Python's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 class RandomState:
-    """The states of PyTorch's generators of the CPU and of `devices`, of NumPy's and of Python's.
+    """The states of PyTorch's generators for the CPU and for `devices`, of NumPy's and of Python's.
 
-    `restore` puts them back, so that what runs again draws the same numbers. Two are equal where
-    nothing was drawn in between. A generator that a module made for itself is not among them.
+    `restore` puts them back, so that code that runs again draws the same numbers. Two states are
+    equal if nothing was drawn in between. A generator that a module made for itself is not covered.
     """
 
     def __init__(self, devices: Iterable[torch.device] = ()):

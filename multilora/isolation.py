@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from multilora.comparison import Snapshot, distances, own_part
 from multilora.fold import Axis, Inputs, map_tensors, named_tensors, tensors
 from multilora.forward_state import ForwardState
-from multilora.layers import ParticleLayer, lora_layers
-from multilora.randomness import RandomState
+from multilora.layers import lora_layers
+from multilora.randomness import RandomState, WithoutRandomness
 
 #: How many particles run where their adapters are moved apart.
 _SEVERAL = 4
@@ -29,7 +29,7 @@ class _Run(NamedTuple):
     """The output of a call of some particles, and the modules' state after it."""
 
     output: Any
-    snapshot: _Snapshot
+    snapshot: Snapshot
 
 
 class IsolationCheck:
@@ -67,7 +67,7 @@ class IsolationCheck:
         self.particle, self.particles, self.first = particle, particles, first
         self.shared, self.sharded = shared, sharded
         self.devices = list({p.device: None for p in base.parameters()})
-        self.random, self.snapshot = RandomState(self.devices), _Snapshot(base)
+        self.random, self.snapshot = RandomState(self.devices), Snapshot(base)
         #: Whether the rows were such that a mixture of them would have shown.
         self.telling = not inputs.is_uniform()
         #: Whether the check could not be made.
@@ -106,7 +106,7 @@ class IsolationCheck:
         if self._axes is None:
             if self._alone is None:
                 return None
-            call = _Run(output, _Snapshot(self.base))
+            call = _Run(output, Snapshot(self.base))
             return self._judge(call, self._alone, self.particles, self.particle, self.inputs.batch)
         fitted = []
         for axis, (name, t) in zip(self._axes, named_tensors(output), strict=True):
@@ -132,7 +132,7 @@ class IsolationCheck:
             self._restore()
         elif self._is_compared(contextlib.nullcontext()):
             return
-        held = _WithoutRandomness()
+        held = WithoutRandomness()
         known = self._is_compared(held)
         if known and not held.guessed:
             return
@@ -243,7 +243,7 @@ class IsolationCheck:
         # Copies: the model may write into them.
         args, kwargs = map_tensors(Tensor.clone, inputs)
         with torch.no_grad(), state.active():
-            return _Run(self.function(*args, **kwargs), _Snapshot(self.base))
+            return _Run(self.function(*args, **kwargs), Snapshot(self.base))
 
     def _restore(self) -> None:
         self.random.restore()
@@ -255,7 +255,7 @@ class IsolationCheck:
         """Inside, random numbers and modules are as they were before the call."""
         before, now = (
             (self.random, self.snapshot),
-            (RandomState(self.devices), _Snapshot(self.base)),
+            (RandomState(self.devices), Snapshot(self.base)),
         )
         self._restore()
         try:
@@ -325,7 +325,7 @@ class IsolationCheck:
         differ from those in `one`, where it is alone with its batch."""
         axes = self._places(many, one, n, batch)
         apart = [
-            (_apart(*_mine(a, b, axis, n, particle), axis), name)
+            (distances(*own_part(a, b, axis, n, particle), axis), name)
             for (name, a), b, axis in zip(named_tensors(many.output), tensors(one.output), axes)
             if a.ndim  # a scalar such as `.loss` is a mean over all particles
         ]
@@ -410,7 +410,7 @@ class IsolationCheck:
                 return False
             if isinstance(axis, int):
                 a, b = (t.unflatten(axis, (n, -1)).select(axis, particle) for t in (a, b))
-                if _apart(a, b, axis)[0] > self._least / 4:
+                if distances(a, b, axis)[0] > self._least / 4:
                     return False
         return True
 
@@ -446,14 +446,14 @@ class IsolationCheck:
                 except LookupError:
                     differs = True
                 else:
-                    differs = _apart(*_mine(a, b, axis, n, k), axis)[0] > self._least
+                    differs = distances(*own_part(a, b, axis, n, k), axis)[0] > self._least
                 if differs:
                     found.append(f"{name}: {tuple(a.shape)} together, {tuple(b.shape)} alone")
                     return
 
         n, k = (_SEVERAL, 1) if few else (self.particles, self.particle)
         batch = len(self._few_rows()) if few else self.inputs.batch
-        quiet = contextlib.nullcontext() if not few else _WithoutRandomness()
+        quiet = contextlib.nullcontext() if not few else WithoutRandomness()
         with contextlib.suppress(Exception), quiet:
             self._restore()
             with _watching(self._names, record):
@@ -464,117 +464,6 @@ class IsolationCheck:
                 self._run_several() if few else self._run_all()
         self._restore()
         return found[0] if found else ""
-
-
-def _mine(many: Tensor, one: Tensor, axis: Axis, n: int, k: int) -> tuple[Tensor, Tensor]:
-    """The part of particle k among many, and the same alone."""
-    if not isinstance(axis, int):
-        return many, one
-    return many.unflatten(axis, (n, -1)).select(axis, k), one
-
-
-def _apart(a: Tensor, b: Tensor, axis: Axis) -> tuple[float, float]:
-    """The largest and the median distance between rows of a and b, relative to their size."""
-    a, b = a.detach(), b.detach()
-    if isinstance(axis, int):
-        a, b = (t.movedim(axis, 0) for t in (a, b))
-    else:
-        a, b = a.unsqueeze(0), b.unsqueeze(0)
-    if a.numel() == 0:
-        return 0.0, 0.0
-    a, b = (t.reshape(len(t), -1) for t in (a, b))
-    if not a.is_floating_point():
-        error = (a != b).any(1).double()
-    else:
-        a, b = a.double(), b.double()
-        # Masks hold infinities and the largest finite numbers.
-        equal = (a == b) | (a.isnan() & b.isnan())
-        plain = a.isfinite() & b.isfinite() & (b.abs() < 1e30)
-        error = torch.where(equal, 0, torch.where(plain, a - b, torch.inf)).square().mean(1)
-        size = torch.where(plain, b, 0).square().mean(1)
-        # The second term allows rows of zeros to round.
-        error = (error / (size + 1e-6 * size.mean()).clamp_min(1e-60)).sqrt()
-    return error.max().item(), error.median().item()
-
-
-class _Snapshot:
-    """The buffers of all modules but ours, and the tensors and numbers among their attributes.
-
-    Large tensors are left out, because packed weights are buffers too.
-    """
-
-    _LARGEST = 1 << 20
-
-    def __init__(self, base: nn.Module):
-        self.values: dict[tuple[nn.Module, str], tuple[dict[str, Any], Any, Any]] = {}
-        for module in base.modules():
-            if isinstance(module, ParticleLayer):
-                continue
-            for where in (module._buffers, vars(module)):
-                for name, value in where.items():
-                    if isinstance(value, Tensor) and value.numel() <= self._LARGEST:
-                        self.values[module, name] = where, value, value.detach().clone()
-                    elif type(value) in (int, float):
-                        self.values[module, name] = where, value, value
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for (_, name), (where, value, copy) in self.values.items():
-                if isinstance(value, Tensor) and not _is_equal(value, copy):
-                    value.copy_(copy)
-                where[name] = value
-
-    def difference(self, other: _Snapshot, least: float) -> tuple[nn.Module, str] | None:
-        """The place of a floating tensor or number that differs in `other`."""
-        for key, (_, _, a) in self.values.items():
-            b = other.values.get(key, (None, None, None))[2]
-            if type(a) is float and type(b) is float:
-                a, b = torch.tensor([a]), torch.tensor([b])
-            if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape):
-                continue
-            if a.is_floating_point() and _apart(a, b, None)[0] > least:
-                return key
-        return None
-
-
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | (a != a)).all())
-
-
-_RANDOM = {
-    **{"rand": 0.5, "rand_like": 0.5, "uniform_": 0.5, "bernoulli": 1.0, "bernoulli_": 1.0},
-    **{"randn": 0.0, "randn_like": 0.0, "normal_": 0.0},
-}
-
-
-class _WithoutRandomness(TorchFunctionMode):
-    """Inside, PyTorch's dropout keeps everything, and its random numbers are constants."""
-
-    def __init__(self):
-        super().__init__()
-        #: Whether constants took the place of random numbers other than dropout's.
-        self.guessed = False
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        name = getattr(function, "__name__", "")
-        if name.removesuffix("_").rstrip("123d").endswith("dropout"):
-            return kwargs["input"] if "input" in kwargs else args[0]
-        if name == "scaled_dot_product_attention":
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
-        elif name == "multi_head_attention_forward":
-            kwargs["training"] = False
-        elif name in _RANDOM:
-            self.guessed = True
-            if name.endswith("_"):
-                return args[0].fill_(_RANDOM[name])
-            if name in ("rand_like", "randn_like", "bernoulli"):
-                return torch.full_like(args[0], _RANDOM[name])
-            size = args[0] if args and not isinstance(args[0], int) else args
-            kwargs.pop("generator", None)
-            return torch.full(kwargs.pop("size", size), _RANDOM[name], **kwargs)
-        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class RandomState:
@@ -55,3 +56,40 @@ def _same_numpy(a: Any, b: Any) -> bool:
     if a is None or b is None:
         return a is b
     return all(bool((x == y).all()) if hasattr(x, "all") else x == y for x, y in zip(a, b))
+
+
+# The constant in place of the random numbers of each function.
+_CONSTANTS = {
+    **{"rand": 0.5, "rand_like": 0.5, "uniform_": 0.5, "bernoulli": 1.0, "bernoulli_": 1.0},
+    **{"randn": 0.0, "randn_like": 0.0, "normal_": 0.0},
+}
+
+
+class WithoutRandomness(TorchFunctionMode):
+    """Inside, PyTorch's dropout keeps everything, and its random numbers are constants."""
+
+    def __init__(self):
+        super().__init__()
+        #: Whether constants took the place of random numbers other than dropout's.
+        self.guessed = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(function, "__name__", "")
+        if name.removesuffix("_").rstrip("123d").endswith("dropout"):
+            return kwargs["input"] if "input" in kwargs else args[0]
+        if name == "scaled_dot_product_attention":
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}
+        elif name == "multi_head_attention_forward":
+            kwargs["training"] = False
+        elif name in _CONSTANTS:
+            self.guessed = True
+            if name.endswith("_"):
+                return args[0].fill_(_CONSTANTS[name])
+            if name in ("rand_like", "randn_like", "bernoulli"):
+                return torch.full_like(args[0], _CONSTANTS[name])
+            size = args[0] if args and not isinstance(args[0], int) else args
+            kwargs.pop("generator", None)
+            return torch.full(kwargs.pop("size", size), _CONSTANTS[name], **kwargs)
+        return function(*args, **kwargs)

@@ -37,47 +37,55 @@ _METHOD = "multilora_method.pt"
 class ParticleTrainer(Trainer):
     """transformers.Trainer with `method.backward(closure)` for the backward of the loss.
 
-    model: a ParticleModel over a language model, causal, masked or encoder-decoder, or a
-        classifier of examples or of tokens: a model whose own loss is the cross-entropy of its
-        logits at its labels. The router loss of a mixture of experts counts, for each particle.
-    args, options: Trainer's. Refused is what would not reach the method: an overridden
-        compute_loss, compute_loss_func, label smoothing (the methods' `loss=` takes both), NEFTune,
-        DeepSpeed, FSDP, DataParallel, and optimizers that step inside the backward.
-    method: model -> Method, such as ml.SVGD or lambda model: ml.IBDR(model, alpha=0.02), called
-        once, when the model is where it is trained; `trainer.method` is what it made.
-
-    labels: classes (B,), or of tokens (B, T), −100 where there is none; a causal model's are its
-    token ids, not shifted. Only labelled positions reach the method.
+    Labels are classes (B,), or classes of tokens (B, T), with −100 where there is none. Those of a
+    causal model are its token ids, not shifted. Only labelled positions reach the method.
 
     K particles step as K Trainers would step them. A step of M micro-batches is the mean over all
     their labels, where Trainer counts them for this model (`num_items_in_batch`, here always over
-    all processes); the sum of their means, where the model makes nothing of that count, as many
-    classifiers of transformers; or else the mean of their means. A micro-batch without labels
-    takes no part.
-    max_grad_norm clips each particle by itself. An optimizer that is not known to treat all
-    elements of a tensor alike (Adafactor, ...) is made once for every particle, `EachParticle`; one
-    that is given must be so or be over model.particle_parameters(separate=True).
+    all processes). It is the sum of their means, where the model ignores that count, as many
+    classifiers of transformers do; or else the mean of their means. A micro-batch without labels
+    takes no part. max_grad_norm clips each particle by itself. An optimizer that is not known to
+    treat all elements of a tensor alike (Adafactor, ...) is made once for every particle,
+    `EachParticle`; one that is given must be so or be over
+    model.particle_parameters(separate=True).
 
     Log lines also hold nll_particle_k, router_loss and what `method.backward` returns (divergence,
     lambda, ...), as means since the last line; grad_norm is the largest of the last step's
     grad_norm_particle_k.
 
-    Evaluation is of the averaged predictive. Predictions are log((1/K) Σ_k p_k), (N, C) of a
-    classifier; of tokens (N, L, V), with predictions[n, i] of the token label_ids[n, i]: nothing is
-    left to shift, and columns of a causal model before a batch's first label are cut off both.
-    eval_loss is the mean NLL over all labels of the set. Measures of `metrics.evaluate` over the
-    whole set, and each particle's, come with it for classifiers of examples, unless
-    args.prediction_loss_only. It runs as many particles at a time as the method does
+    Evaluation is of the averaged predictive. Predictions are log((1/K) Σ_k p_k), (N, C) for a
+    classifier. For tokens they are (N, L, V), with predictions[n, i] for the token label_ids[n, i]:
+    nothing is left to shift, and columns of a causal model before a batch's first label are cut off
+    both. eval_loss is the mean NLL over all labels of the set. For classifiers of examples, the
+    measures of `metrics.evaluate` over the whole set, and those of each particle, come with it,
+    unless args.prediction_loss_only. As many particles run at a time as in the method
     (particle_chunk).
 
-    checkpoint-N holds K PEFT adapters and no base model, and a run resumed from it ends with the
-    numbers of one that was never stopped. (Trainer of transformers 4.51 skips wrong batches where
-    accumulation does not divide an epoch.) resume_from_checkpoint=True passes over checkpoints
-    whose writing was interrupted.
+    checkpoint-N holds K PEFT adapters and no base model, and a run that is resumed from it ends
+    with the numbers of one that was never stopped. (Trainer of transformers 4.51 skips wrong
+    batches where accumulation does not divide an epoch.) resume_from_checkpoint=True passes over
+    checkpoints whose writing was interrupted.
 
-    Raises TypeError for another model or method, ValueError for models, labels or options that do
-    not fit; and in the first step where the model's own loss is not what is trained here.
+    Args:
+        model: a ParticleModel over a language model, causal, masked or encoder-decoder, or over a
+            classifier of examples or of tokens: a model whose own loss is the cross-entropy of its
+            logits at its labels. The router loss of a mixture of experts counts, for each particle.
+        args, options: those of Trainer. What would not reach the method is refused: an overridden
+            compute_loss, compute_loss_func, label smoothing (the methods' `loss=` takes both),
+            NEFTune, DeepSpeed, FSDP, DataParallel, and optimizers that step inside the backward.
+        method: a function, model -> Method, such as ml.SVGD or
+            lambda model: ml.IBDR(model, alpha=0.02). It is called once, when the model is where it
+            is trained; `trainer.method` is its result.
+
+    Raises:
+        TypeError: the model or the method is of another kind.
+        ValueError: a model, labels or options do not fit; in the first step, the model's own loss
+            is not the one that is trained here.
     """
+
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -112,7 +120,8 @@ class ParticleTrainer(Trainer):
         if self.optimizer is not None:
             _check_optimizer(self.optimizer, model)
         self.add_callback(_ZeroGrad())
-        self._make_method, self._method = method, None
+        self._make_method = method
+        self._method: Method | None = None
         self._micro_batches = 1
         self._loss_checked = False
         self._sums_means: bool | None = None
@@ -120,9 +129,13 @@ class ParticleTrainer(Trainer):
         self._log_names: list[str] = []
         self._log_sum: Tensor | None = None  # over the steps since the last line
         self._log_steps = 0.0
+        # Of an evaluation: sum and number of labels of every example; log-probabilities, targets.
+        self._eval_nll: list[Tensor] = []
+        self._eval_members: list[list[Tensor]] = []
 
     @property
     def method(self) -> Method:
+        """The method, which is made at its first use."""
         if self._method is None:
             if self.args.world_size > 1 and self.model_wrapped is self.model:
                 # The method averages over the processes that it finds in the wrapper.
@@ -135,7 +148,7 @@ class ParticleTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # Trainer clips, and measures, all that it finds in the model as one gradient.
+        # Trainer would clip, and measure, everything in the model as one gradient.
         self.accelerator.clip_grad_norm_ = self._clip_each
 
     def _clip_each(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
@@ -151,18 +164,19 @@ class ParticleTrainer(Trainer):
             if not is_elementwise(kind):
                 self.optimizer = self._each_particle(kind, options, own)
         super().create_optimizer(*args, **kwargs)
+        optimizer: Any = self.optimizer
         given = {
             id(p.stacked if isinstance(p, SeparateParameter) else p)
-            for group in self.optimizer.param_groups
+            for group in optimizer.param_groups
             for p in group["params"]
         }
         own = [p for p in own if id(p) not in given]
         if own:
-            self.optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         if self.model_wrapped is not self.model:
             # transformers 4 leaves the optimizer of a model that is wrapped by now as it is.
-            self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
-        return self.optimizer
+            optimizer = self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        return optimizer
 
     def _optimizer_class(self) -> tuple[type, dict[str, Any]]:
         if self.optimizer_cls_and_kwargs is not None:
@@ -207,6 +221,7 @@ class ParticleTrainer(Trainer):
         if targets is None:
             raise ValueError(f"a training batch needs labels; got {sorted(inputs)}")
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        at_labels: tuple[Any, ...] = (slice(None), *where)
         share = self._share(len(where[0]), num_items_in_batch)
         if share == 0:
             return torch.zeros((), device=self.args.device)
@@ -226,7 +241,7 @@ class ParticleTrainer(Trainer):
             with self.compute_loss_context_manager():
                 output = model(**inputs)
             logits = self._task.logits(output, targets)
-            chosen = logits[(slice(None), *where)]
+            chosen = logits[at_labels]  # (K, N, C)
             if router is not None:
                 extra = router(output, len(logits), inputs.get("attention_mask"))
                 routed.append(extra.detach())
@@ -235,33 +250,35 @@ class ParticleTrainer(Trainer):
 
         stats = self.method.backward(closure, scale=scale)
         self._check_own_loss(batch, inputs, targets)
-        each = {f"nll_particle_{k}": nll for k, nll in enumerate(self.method.particle_nll)}
+        members = self.method.particle_nll
+        assert members is not None
+        each = {f"nll_particle_{k}": nll for k, nll in enumerate(members)}
         logged = {name: value for name, value in stats.items() if name != "loss"} | each
         loss = stats["loss"] * share
         if router is not None:
-            # Of the last pass.
+            # The router losses of the last pass.
             extra = torch.cat(routed)[-self.model.num_particles :].mean()
             logged["router_loss"] = extra
             loss = loss + extra * router_share
-        # Kept on the device: to read a number is to wait for it.
+        # The sums stay on the device, because reading a number would wait for it.
         row = share * torch.stack([value.float() for value in logged.values()])
         self._log_sum = row if self._log_sum is None else self._log_sum + row
         self._log_names, self._log_steps = list(logged), self._log_steps + share
         return loss
 
     def _share(self, labels: int, items: Any) -> float:
-        """What the mean over a micro-batch's labels counts in its step."""
+        """The weight of the mean over a micro-batch's labels in its step."""
         if items is None:
             return 1 / self._micro_batches
         if self.args.world_size > 1:
             here = torch.tensor(labels, device=self.args.device)
             labels = int(self.accelerator.gather(here).sum())
-        # A step without any label is a step of methods that move without.
+        # In a step without any label, some methods still move.
         return labels / float(items) if float(items) else 1 / self._micro_batches
 
     def _leaves_means(self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor) -> bool:
-        """Whether the base ignores the number of a step's labels, which Trainer gives it: its loss
-        is a mean, and Trainer adds up the micro-batches'."""
+        """Whether the base ignores the number of a step's labels, which Trainer gives it. Its loss
+        is then a mean, and Trainer adds up those of the micro-batches."""
         if self._sums_means is None:
             labels, found = self._own_labels(batch, targets), False
             if labels is not None:
@@ -270,7 +287,7 @@ class ParticleTrainer(Trainer):
                     self._own_output(inputs, labels, num_items_in_batch=n * items) for n in (1, 2)
                 ]
                 one, two = (getattr(output, "loss", None) for output in outputs)
-                found = one is not None and one.item() == two.item()
+                found = one is not None and two is not None and one.item() == two.item()
             if self.args.world_size > 1:
                 here = torch.tensor(int(found), device=self.args.device)
                 found = bool(self.accelerator.gather(here).max())
@@ -278,7 +295,7 @@ class ParticleTrainer(Trainer):
         return self._sums_means
 
     def _own_labels(self, batch: dict[str, Any], targets: Tensor) -> Tensor | None:
-        """Labels of which the base computes what the method does; None where it does not."""
+        """The labels from which the base computes the method's loss; None where it cannot."""
         labels = self._task.own_labels(batch, targets)
         loss = getattr(self.method, "loss", "ensemble")
         return labels if loss == "ensemble" or loss is NAMES["particle"] else None
@@ -296,13 +313,13 @@ class ParticleTrainer(Trainer):
     def _check_own_loss(
         self, batch: dict[str, Any], inputs: dict[str, Any], targets: Tensor
     ) -> None:
-        """Once: raise where the base itself computes another loss from the labels of a batch."""
+        """In the first step, raise if the base computes another loss from the labels of a batch."""
         if self._loss_checked:
             return
         self._loss_checked = True
         labels = self._own_labels(batch, targets)
         if labels is None:
-            return  # It computes none, or the user has another one.
+            return  # The base computes no loss, or the user chose another one.
         output = self._own_output(inputs, labels)
         logits = self._task.logits(output, targets)
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -428,7 +445,7 @@ class ParticleTrainer(Trainer):
         self._signature_columns = [*self._task.columns, "label", "label_ids", *self.label_names]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        # A card tells of the model that was fine-tuned: its name, its task.
+        # A card describes the model that was fine-tuned: its name, its task.
         particles, self.model = self.model, self.model.base
         try:
             super().create_model_card(*args, **kwargs)
@@ -449,7 +466,7 @@ class _ZeroGrad(TrainerCallback):
 
 
 def _not_reentrant(enable: Callable[..., None], **options: Any) -> None:
-    """Enable activation checkpointing, if not asked otherwise of the kind that methods can use."""
+    """Enable activation checkpointing, by default of the kind that methods can use."""
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         if name in options:
             options[name] = {"use_reentrant": False} | (options[name] or {})
@@ -471,7 +488,7 @@ def _check_options(args: TrainingArguments | None, options: dict[str, Any]) -> N
         refused |= {name: getattr(args, name) for name in names}
         refused["label_names"] = args.label_names if args.label_names != ["labels"] else None
         optim = str(getattr(args.optim, "value", args.optim))
-        # They choose among the base's layers, or step where Trainer's own backward runs.
+        # These choose among the base's layers, or step where Trainer's own backward runs.
         chooses = any(name in optim for name in ("galore", "apollo", "lomo", "layerwise"))
         refused["optim"] = optim if chooses else None
     for name, value in refused.items():

@@ -1,4 +1,4 @@
-"""What transformers' models are trained for: where their labels belong, and what else they lose."""
+"""The losses of transformers' models: where their labels belong, and the loss of a router."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from multilora.ops.common import IGNORE_INDEX
 
-# By the names of transformers' classes: those whose loss is the cross-entropy of `logits` at
-# `labels`, one a token or one an example.
+# Names of transformers' classes whose loss is the cross-entropy of `logits` at `labels`, with one
+# label for each token or for each example.
 _PER_TOKEN = re.compile(
     "ForCausalLM|LMHeadModel|WithLMHead|DoubleHeadsModel|ForMaskedLM|ForTokenClassification"
     "|ForConditionalGeneration|ForImageTextToText|EncoderDecoderModel"
@@ -24,20 +24,22 @@ _PER_TOKEN = re.compile(
 _PER_EXAMPLE = re.compile(
     "For(Sequence|Image|Video|Audio)Classification|ForMultipleChoice|ForNextSentencePrediction"
 )
-# They generate, and their labels are of the positions themselves.
+# Models that generate, and whose labels nevertheless belong to the positions themselves.
 _UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel")
 
 
 class Task:
-    """A model's loss: the cross-entropy of its logits at its labels, and of what it routes.
+    """A model's loss: the cross-entropy of its logits at its labels, and the loss of its router.
 
-    base: a transformers model whose own loss is of that kind, or another module whose logits
-        (B, ..., C) have labels (B, ...).
+    Args:
+        base: a transformers model whose own loss is of that kind, or another module whose logits
+            (B, ..., C) have labels (B, ...).
 
-    Raises ValueError for a model whose loss is another.
+    Raises:
+        ValueError: the model has another loss.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: Any):
         name, config = type(base).__name__, getattr(base, "config", None)
         self.base = base
         self.columns = list(inspect.signature(base.forward).parameters)
@@ -49,7 +51,7 @@ class Task:
         self.reads_labels = decodes
         per_token = self.shifts or decodes or bool(_PER_TOKEN.search(name))
         per_example = not per_token and bool(_PER_EXAMPLE.search(name))
-        #: Axes of the labels; None where only the logits tell.
+        #: The number of axes of the labels; None where only the logits tell.
         self.label_axes = 2 if per_token else 1 if per_example else None
         _check_loss_is_known(base, self.columns, per_token or per_example)
         if "Classification" in name or self.label_axes is None:
@@ -57,9 +59,13 @@ class Task:
         self.router = router_loss(base)
 
     def split(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
-        """-> what the base takes, and the targets (B, ...) of its last positions' logits.
+        """Split a batch into the inputs of the base and the targets.
 
-        Raises ValueError for labels of another kind.
+        Returns:
+            The inputs, and the targets (B, ...) of the logits at the last positions.
+
+        Raises:
+            ValueError: the labels are of another kind.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
@@ -86,9 +92,10 @@ class Task:
         return inputs, targets
 
     def logits(self, output: Any, targets: Tensor | None) -> Tensor:
-        """(K, B, ..., C) for targets (B, ...); without targets, what there is.
+        """The logits (K, B, ..., C) for targets (B, ...), or all of them without targets.
 
-        Raises ValueError where the output has no such logits.
+        Raises:
+            ValueError: the output has no such logits.
         """
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
@@ -102,7 +109,7 @@ class Task:
         return logits
 
     def own_labels(self, batch: dict[str, Any], targets: Tensor) -> Tensor | None:
-        """What the base itself takes for the logits that `targets` are of; None if it does not."""
+        """The labels from which the base computes the loss at `targets`; None if it cannot."""
         if "labels" not in self.columns or "shift_labels" in batch:
             return None
         only_last = self.shifts and "logits_to_keep" in self.columns
@@ -116,7 +123,7 @@ class Task:
 
     def _decoder_inputs(self, labels: Tensor) -> dict[str, Tensor]:
         shift = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
-        # Where only its forward can shift them, it also computes a loss that nobody reads.
+        # If only its forward can shift them, it also computes a loss, which is ignored.
         return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
 
 
@@ -138,15 +145,18 @@ def _check_single_label(base: nn.Module) -> None:
     if kind not in (None, "single_label_classification") or labels < 2:
         raise ValueError(
             f"{type(base).__name__} with problem_type {kind!r} and {labels} labels is neither a "
-            "language model nor a classifier with one label an example or token"
+            "language model nor a classifier with one label for each example or token"
         )
 
 
 class RouterLoss:
-    """The coefficient times the load-balancing loss of a mixture of experts, of every particle.
+    """The coefficient times the load-balancing loss of a mixture of experts, for every particle.
 
-    balance: transformers' function, of (router logits of every layer, experts, experts a token,
-        attention mask).
+    Args:
+        balance: transformers' function of (router logits of every layer, experts, experts for each
+            token, attention mask).
+        experts, chosen: how many experts there are, and how many each token goes to.
+        coefficient: the weight of the loss.
     """
 
     def __init__(
@@ -166,11 +176,12 @@ class RouterLoss:
 
 
 def router_loss(base: nn.Module) -> RouterLoss | None:
-    """What the model adds to its loss for its router; None where it adds nothing.
+    """The loss that the model adds for its router; None where it adds nothing.
 
-    Raises ValueError for a router whose loss is not known here.
+    Raises:
+        ValueError: the loss of the router is not known here.
     """
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     option = inspect.signature(base.forward).parameters.get("output_router_logits")
     counts = None if option is None else option.default
@@ -188,7 +199,7 @@ def router_loss(base: nn.Module) -> RouterLoss | None:
     arguments = [] if balance is None else list(inspect.signature(balance).parameters)
     settings = [setting(n) for n in ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")]
     known = arguments == ["gate_logits", "num_experts", "top_k", "attention_mask"]
-    if not known or None in settings:
+    if balance is None or not known or None in settings:
         raise ValueError(
             f"the router loss of {type(base).__name__} is not one that ParticleTrainer can compute "
             "for every particle; train without it, base.config.output_router_logits = False"
@@ -197,7 +208,7 @@ def router_loss(base: nn.Module) -> RouterLoss | None:
 
 
 def with_loss(logits: Tensor, extra: Tensor, weight: float | Tensor) -> Tensor:
-    """`logits`, whose backward also is that of weight · Σ_k extra_k: a loss beside the method's."""
+    """`logits`, with the backward of another loss, weight · Σ_k extra_k, beside the method's."""
     return _WithLoss.apply(logits, extra, weight)
 
 

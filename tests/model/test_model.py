@@ -966,3 +966,17 @@ def test_predict_leaves_the_mode_alone():
     assert not probabilities.requires_grad
     expected = model.eval()(**family.inputs()).softmax(-1)
     assert torch.equal(probabilities, expected)
+
+
+def test_names_of_version_0_1():
+    from multilora import attach, checkpoint, layers, model, optim, separate
+
+    assert model.get_particle_model is attach.get_particle_model
+    assert model.particle_seeds is attach.particle_seeds
+    assert layers.LoraForeignLinear is layers.LoraOpaqueLinear
+    assert layers.is_foreign_linear is layers.has_own_forward
+    assert checkpoint.save_pretrained is ml.ParticleModel.save_pretrained
+    assert checkpoint.soup is ml.ParticleModel.soup
+    assert optim.separate_parameters is separate.separate_parameters
+    with pytest.raises(AttributeError, match=r"'multilora.model' has no attribute 'particles'"):
+        _ = model.particles

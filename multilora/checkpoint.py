@@ -56,7 +56,7 @@ def load_particle_model(
     """
     saved = particle_folders.read(path)
     config, file = saved.configs[0], saved.config_files[0]
-    rows = embeddings.vocabulary(base, saved.tensor_files, saved.tensors)
+    rows = embeddings.tokens_in_files(base, saved.tensor_files, saved.tensors)
     with _fitting(file, Exception):
         expected = expected_tensors(base, config, rows)
     split = [embeddings.split(base, tensors, expected) for tensors in saved.tensors]

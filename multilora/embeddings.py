@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from multilora.layers import LoraLayer
 from multilora.peft_format import PREFIX, check_numbers
+from multilora.targets import vocabulary
 
 # The name, in PEFT's files, under which it keeps a module that it has wrapped.
 _WRAPPED = ("base_layer.", "original_module.")
@@ -63,7 +64,7 @@ def split(
     return rest, stored
 
 
-def vocabulary(
+def tokens_in_files(
     base: nn.Module, tensor_files: Sequence[Path], tensors: Sequence[Mapping[str, Tensor]]
 ) -> int | None:
     """The number of tokens of the embeddings in the files; None where it is the base's, or unknown.
@@ -177,14 +178,7 @@ def _put(base: Any, embeddings: Mapping[str, Tensor], rows: int | None) -> None:
 def _modules(base: nn.Module) -> dict[str, nn.Module]:
     """The token embedding and the language-model head, by their names in the base."""
     names = {id(module): name for name, module in base.named_modules()}
-    found = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        # transformers' models for images have the getters, which raise.
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            module: nn.Module = getattr(base, getter)()
-            if id(module) in names:
-                found[names[id(module)]] = module
-    return found
+    return {names[id(module)]: module for module in vocabulary(base) if id(module) in names}
 
 
 def _plain(module: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,22 +51,18 @@ def evaluate(
             is valid, or a row of logits holds NaN or +∞, or nothing but −∞.
     """
     from torchmetrics.functional.classification import (
-        binary_auroc,
         multiclass_accuracy,
         multiclass_calibration_error,
     )
 
     _check(logits, targets, combine, ood_logits)
     valid = targets != IGNORE_INDEX
-    logits, targets = _at_least_float32(logits[:, valid]), targets[valid]
-    particles, examples, classes = logits.shape
-    members = logits.log_softmax(-1)  # (K, N, C)
-    mean = log_mean(members)  # (N, C), log of the mean probabilities
-    log_p = mean if combine == "prob" else logits.mean(0).log_softmax(-1)
+    predictive, targets = _predictive(logits[:, valid], combine), targets[valid]
+    members, log_p, entropy = predictive.members, predictive.log_p, predictive.entropy
+    particles, examples, classes = members.shape
     p = log_p.exp()
     nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
     wrong = p.argmax(-1) != targets
-    entropy = _entropy(log_p)
     one_hot = nn.functional.one_hot(targets, classes)
     member_nll = -members.gather(-1, targets.expand(particles, -1)[..., None]).squeeze(-1)
     result = {
@@ -75,8 +71,8 @@ def evaluate(
         "ece": multiclass_calibration_error(p.float(), targets, classes, n_bins=15).item(),
         "brier": (p - one_hot).square().sum(-1).mean().item(),
         "entropy": entropy.mean().item(),
-        "mutual_information": _mutual_information(members, mean).mean().item(),
-        "diversity": _kl(mean, members).mean().item(),
+        "mutual_information": predictive.mutual_information.mean().item(),
+        "diversity": _kl(predictive.mean, members).mean().item(),
         "member_accuracy": (members.argmax(-1) == targets).double().mean(-1).tolist(),
         "member_nll": member_nll.mean(-1).tolist(),
         "auroc_misclassification": math.nan,
@@ -84,24 +80,46 @@ def evaluate(
         "num_examples": examples,
     }
     if wrong.any() and not wrong.all():
-        result["auroc_misclassification"] = _auroc(binary_auroc, entropy, wrong)
+        result["auroc_misclassification"] = _auroc(entropy, wrong)
     if ood_logits is not None:
-        ood_logits = _at_least_float32(ood_logits)
-        ood_members = ood_logits.log_softmax(-1)
-        ood_mean = log_mean(ood_members)
-        ood_log_p = ood_mean if combine == "prob" else ood_logits.mean(0).log_softmax(-1)
-        ood_entropy = _entropy(ood_log_p)
-        ood_mi = _mutual_information(ood_members, ood_mean)
-        mi = _mutual_information(members, mean)
-        is_ood = torch.cat([torch.zeros_like(entropy), torch.ones_like(ood_entropy)]).bool()
-        result["ood_entropy"] = ood_entropy.mean().item()
-        result["ood_mutual_information"] = ood_mi.mean().item()
-        result["auroc_ood"] = _auroc(binary_auroc, torch.cat([entropy, ood_entropy]), is_ood)
-        result["auroc_ood_mi"] = _auroc(binary_auroc, torch.cat([mi, ood_mi]), is_ood)
+        result |= _ood_measures(predictive, _predictive(ood_logits, combine))
     return result
 
 
-def _auroc(binary_auroc, score: Tensor, positive: Tensor) -> float:
+class _Predictive(NamedTuple):
+    """The predictive distributions of N examples, in log space."""
+
+    members: Tensor  # (K, N, C), log p_k
+    mean: Tensor  # (N, C), the log of the mean probabilities
+    log_p: Tensor  # (N, C), log p̄ as `combine` says
+    entropy: Tensor  # (N,), H[p̄]
+    mutual_information: Tensor  # (N,)
+
+
+def _predictive(logits: Tensor, combine: str) -> _Predictive:
+    logits = _at_least_float32(logits)
+    members = logits.log_softmax(-1)
+    mean = log_mean(members)
+    log_p = mean if combine == "prob" else logits.mean(0).log_softmax(-1)
+    # As mean_k KL(p_k‖p̄) it is never negative, unlike the difference of two rounded entropies.
+    return _Predictive(members, mean, log_p, _entropy(log_p), _kl(members, mean))
+
+
+def _ood_measures(own: _Predictive, ood: _Predictive) -> dict[str, float]:
+    """How the predictive looks on another distribution, and how well it tells the two apart."""
+    is_ood = torch.cat([torch.zeros_like(own.entropy), torch.ones_like(ood.entropy)]).bool()
+    information = torch.cat([own.mutual_information, ood.mutual_information])
+    return {
+        "ood_entropy": ood.entropy.mean().item(),
+        "ood_mutual_information": ood.mutual_information.mean().item(),
+        "auroc_ood": _auroc(torch.cat([own.entropy, ood.entropy]), is_ood),
+        "auroc_ood_mi": _auroc(information, is_ood),
+    }
+
+
+def _auroc(score: Tensor, positive: Tensor) -> float:
+    from torchmetrics.functional.classification import binary_auroc
+
     # Torchmetrics would take scores outside [0, 1] for logits and squash them. Ranks keep ties, and
     # make no others.
     _, rank = torch.unique(score, return_inverse=True)
@@ -122,11 +140,6 @@ def _entropy(log_p: Tensor) -> Tensor:
     return torch.special.entr(log_p.exp()).sum(-1)
 
 
-def _mutual_information(members: Tensor, mean: Tensor) -> Tensor:
-    """mean_k KL(p_k‖p̄) (N,): never negative, unlike the difference of two rounded entropies."""
-    return _kl(members, mean)
-
-
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """mean over particles of KL(p‖q) (N,), one of the two (K, N, C) and the other (N, C)."""
     p = log_p.exp()
@@ -135,7 +148,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return terms.sum(-1).mean(0).clamp_min(0)
 
 
-def _check(logits, targets, combine, ood_logits) -> None:
+def _check(logits: Tensor, targets: Tensor, combine: str, ood_logits: Tensor | None) -> None:
     shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
     if logits.ndim != 3 or targets.shape != logits.shape[1:2]:
         raise ValueError(f"evaluate needs logits (K, N, C) and targets (N,); got {shapes}")

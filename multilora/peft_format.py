@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multilora import atomic
-from multilora.layers import ParticleLayer, has_own_forward, linear_sizes
+from multilora.layers import has_own_forward, linear_sizes
+from multilora.targets import check_plain
 
 if TYPE_CHECKING:
     import peft
@@ -268,12 +269,10 @@ def expected_tensors(
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer as PeftLoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
     from peft.utils.save_and_load import get_peft_model_state_dict
 
-    if any(isinstance(module, (BaseTunerLayer, ParticleLayer)) for module in base.modules()):
-        raise ValueError("base already has adapters; pass the plain model")
+    check_plain(base)
     shadow: Any = _without_memory(base)
     plain = copy.deepcopy(config)
     # PEFT would allocate the rank, if only for a moment, so ask it only for names and other sizes.

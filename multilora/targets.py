@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import LoraLayer, StackedModule, has_own_forward, linear_sizes
+from multilora.layers import ParticleLayer, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
     import peft
@@ -71,11 +71,9 @@ def resolve(
     """
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer as PeftLoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    if any(isinstance(m, (BaseTunerLayer, LoraLayer, StackedModule)) for m in base.modules()):
-        raise ValueError("base already has adapters; pass the plain model")
+    check_plain(base)
     config = copy.deepcopy(config)
     trainable = {name: p.requires_grad for name, p in base.named_parameters()}
     # PEFT changes a model's modules, hooks and attributes, so it gets a copy over the same tensors.
@@ -216,6 +214,14 @@ def vocabulary(base: nn.Module) -> list[nn.Module]:
         with contextlib.suppress(AttributeError, NotImplementedError):
             modules.append(getattr(base, getter)())
     return modules
+
+
+def check_plain(base: nn.Module) -> None:
+    """Raise ValueError where the base has adapters of PEFT's or of ours."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, (BaseTunerLayer, ParticleLayer)) for module in base.modules()):
+        raise ValueError("base already has adapters; pass the plain model")
 
 
 def check_base(base: nn.Module) -> None:

@@ -79,11 +79,13 @@ def committed(folder: Path = RESULTS) -> list[str]:
     found = []
     for file in folder.rglob("*.json"):
         record = json.loads(file.read_text())
-        about, cases = record["machine"], record.get("cases", record.get("growth", []))
-        wrong = sum(1 for case in cases if case.get("failures"))
+        about = record.get("machine", {})
+        cases = next((part for part in record.values() if isinstance(part, list)), [])
+        wrong = sum(1 for case in cases if isinstance(case, dict) and case.get("failures"))
         name = file.relative_to(folder).with_suffix("")
-        text = f"{name}: {about['device']}, {len(cases)} cases, {wrong} with a failure"
-        found.append((about["date"], f"{about['date'][:10]}  {text}"))
+        date, device = about.get("date", ""), about.get("device", "no device")
+        text = f"{name}: {device}, {len(cases)} cases, {wrong} with a failure"
+        found.append((date, f"{date[:10]}  {text}"))
     return [line for _, line in sorted(found, reverse=True)]
 
 

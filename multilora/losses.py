@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +209,14 @@ class GaussianNLL(RowLoss):
         targets = targets.to(logits.dtype).reshape(mean.shape if own else mean.shape[1:])
         nll = 0.5 * ((targets - mean).square() * torch.exp(-log_v) + log_v)
         return nll.flatten(1).sum(-1)
+
+
+@overload
+def named(loss: str | Loss) -> Loss: ...
+
+
+@overload
+def named(loss: str | Loss, *others: str) -> str | Loss: ...
 
 
 def named(loss: str | Loss, *others: str) -> str | Loss:

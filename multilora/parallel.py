@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("data", "particle")
-# The integers of so many bytes, and an odd one that scatters others: 2⁶⁴ over the golden ratio.
+# The integer dtype of each size in bytes.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# An odd integer that scatters others when it multiplies them: 2⁶⁴ over the golden ratio.
 _SCATTER = 0x9E3779B97F4A7C15 - 2**64
 _Items = TypeVar("_Items", Sequence[Any], Tensor)
 
@@ -39,7 +40,11 @@ class Processes:
 
     @staticmethod
     def of_mesh(mesh: DeviceMesh | None) -> Processes:
-        """Raises ValueError for a mesh with other axes than "data" and "particle"."""
+        """The processes of a mesh with the axes "data", "particle" or both; None: this one alone.
+
+        Raises:
+            ValueError: if the mesh has other axes.
+        """
         if mesh is None:
             return Processes()
         names = getattr(mesh, "mesh_dim_names", None) or ()
@@ -52,7 +57,11 @@ class Processes:
         return Processes(groups.get("data"), groups.get("particle"))
 
     def own(self, items: _Items) -> _Items:
-        """This process's share of what has one entry, or row, a particle."""
+        """This process's share of what has one entry, or row, per particle.
+
+        Raises:
+            ValueError: if the processes cannot share the particles equally.
+        """
         share, rest = divmod(len(items), self.particle_size)
         if rest or not share:
             raise ValueError(
@@ -61,16 +70,16 @@ class Processes:
         return items[self.particle_rank * share : (self.particle_rank + 1) * share]
 
     def gather(self, t: Tensor) -> Tensor:
-        """(K/P, ...) -> (K, ...), the particles of all processes in their order; no gradient."""
-        if self.particle_size == 1:
+        """(K/P, ...) -> (K, ...), the particles of all P processes in their order; no gradient."""
+        if self.particle is None or self.particle_size == 1:
             return t.detach()
         return _gather(t, self.particle).flatten(0, 1)
 
     def gather_all(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same of many tensors in one communication a dtype."""
+        """`gather` for many tensors, in one communication per dtype."""
         if self.particle_size == 1:
-            return [t.detach() for t in tensors]
-        gathered = {}
+            return [t.detach() if t.requires_grad else t for t in tensors]
+        gathered: dict[Tensor, Tensor] = {}
         for dtype in {t.dtype: None for t in tensors}:
             group = [t for t in tensors if t.dtype == dtype]
             flat = self.gather(torch.cat([t.detach().flatten(1) for t in group], 1))
@@ -79,7 +88,7 @@ class Processes:
         return [gathered[t] for t in tensors]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the data, in one communication a dtype."""
+        """Replace every tensor by its mean over the data, in one communication per dtype."""
         if self.data_size == 1:
             return
         for dtype in {t.dtype: None for t in tensors}:
@@ -91,8 +100,10 @@ class Processes:
                 t.copy_(part.view(t.shape))
 
     def share_of_mean(self, count: Tensor) -> Tensor | float:
-        """What a mean over `count` examples here counts in the mean of all processes' means, for
-        that to be the mean over all their examples."""
+        """The weight of this process's mean over `count` examples.
+
+        With it, the mean of the processes' means is the mean over all their examples.
+        """
         if self.data_size == 1:
             return 1.0
         total = count.to(torch.float64, copy=True)
@@ -100,7 +111,7 @@ class Processes:
         return count * (self.data_size / torch.where(total == 0, 1, total))
 
     def all_true(self, flags: Tensor) -> Tensor:
-        """flags (K/P, ...) -> (K, ...): true where they are on every process along the data."""
+        """flags (K/P, ...) -> (K, ...), true where every process along the data has a true one."""
         if self.data_size == self.particle_size == 1:
             return flags
         flags = flags.to(torch.uint8)
@@ -109,7 +120,11 @@ class Processes:
         return self.gather(flags).bool()
 
     def write(self, function: Callable[[], object], device: torch.device) -> None:
-        """function() in the first process; the others return when it has, or raise where it did."""
+        """Call function() in the first process; the others wait for it.
+
+        Raises:
+            RuntimeError: in the others, if it raised in the first, where its own error goes on.
+        """
         error = None
         first = self.particle_rank == 0 and (self.data is None or self.data.rank() == 0)
         if first:
@@ -134,11 +149,18 @@ class Processes:
         message: str,
         more: object = None,
     ) -> None:
-        """Raise RuntimeError, in all processes, where tensors differ along "data" or "particle".
+        """Check that tensors are equal along an axis, "data" or "particle".
 
-        Only digests are exchanged, so that tensors of different shapes and numbers may be
-        compared. more: what has a repr and must be equal too; device: where the processes
-        communicate.
+        Only digests are exchanged, so the processes may have tensors of different shapes and
+        numbers.
+
+        Args:
+            device: the device on which the processes communicate.
+            message: the beginning of the error's message.
+            more: an object whose repr must be equal too.
+
+        Raises:
+            RuntimeError: in all processes, if the tensors differ.
         """
         if self._size(axis) == 1:
             return
@@ -150,13 +172,17 @@ class Processes:
             raise RuntimeError(f"{message}: the processes of the {axis} axis differ")
 
     def require_same(self, settings: dict[str, str], axis: str, device: torch.device) -> None:
-        """Raise RuntimeError, in all processes, where settings differ along an axis: which do."""
+        """Check that settings are equal along an axis.
+
+        Raises:
+            RuntimeError: in all processes, if they differ; it names the settings that do.
+        """
         if self._size(axis) == 1:
             return
         digest = _digest_of_text(repr(sorted(settings.items())))
         if not self._differ(torch.tensor([digest], device=device), axis):
             return
-        # All processes are here: now there is time for the settings themselves.
+        # All processes come here, so they can exchange the settings themselves.
         everybody: list[Any] = [None] * self._size(axis)
         dist.all_gather_object(everybody, settings, group=getattr(self, axis))
         names = dict.fromkeys(name for one in everybody for name in one)
@@ -175,10 +201,11 @@ class Processes:
         return self.data_size if axis == "data" else self.particle_size
 
     def _differ(self, digest: Tensor, axis: str) -> bool:
-        """Whether (1,) differs among the processes of the axis, here or in any other place."""
+        """Whether (1,) differs along the axis, for this process or for any other."""
         everybody = _gather(digest, getattr(self, axis))
         differ = (everybody != everybody[:1]).any().to(torch.uint8)
-        # Those that agree must not wait, in their next communication, for those that raise.
+        # Processes that agree would otherwise wait, in their next communication, for those that
+        # raise.
         if self._size("data" if axis == "particle" else "particle") > 1:
             other = self.data if axis == "particle" else self.particle
             dist.all_reduce(differ, dist.ReduceOp.MAX, group=other)
@@ -190,10 +217,10 @@ def _digest_of_text(text: str) -> int:
 
 
 def _digest(t: Tensor) -> Tensor:
-    """An int64 (1,) that the order of the numbers and every bit of them changes.
+    """A checksum, int64 (1,), that depends on every bit of the numbers and on their order.
 
-    The sum of the bits of each number times a weight that is scattered by its place, modulo 2⁶⁴:
-    integers, so that it does not depend on the device or on the order of the sum.
+    It is the sum, modulo 2⁶⁴, of each number's bits times a weight that is scattered by its place.
+    The sum is over integers, so it does not depend on the device or on the order of summation.
     """
     t = torch.view_as_real(t) if t.is_complex() else t
     bits = t.detach().contiguous().flatten().view(_INTEGERS[t.element_size()]).long()

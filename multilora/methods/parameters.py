@@ -1,10 +1,11 @@
-"""The tensors that a method trains, and whether they still are those that run."""
+"""The tensors that a method trains, and checks that they can be trained, together and still."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -13,7 +14,7 @@ from multilora.parallel import Processes
 
 
 def unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:
-    """The model inside torch.compile and DistributedDataParallel, and the latter."""
+    """The model inside torch.compile and DistributedDataParallel, and the latter wrapper."""
     wrapper = None
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -25,7 +26,10 @@ def unwrap(model: Any) -> tuple[Any, DistributedDataParallel | None]:
 
 
 def check_wrapper(wrapper: DistributedDataParallel | None, processes: Processes) -> None:
-    """DistributedDataParallel makes its processes equal: they must not hold other particles."""
+    """Raise ValueError if processes that hold different particles were made equal.
+
+    DistributedDataParallel broadcasts the parameters of one process to all of its group.
+    """
     if wrapper is None or processes.particle_size == 1:
         return
     copies = dist.get_process_group_ranks(wrapper.process_group)
@@ -39,7 +43,12 @@ def check_wrapper(wrapper: DistributedDataParallel | None, processes: Processes)
 
 
 def stacked_parameters(model: Any) -> list[Tensor]:
-    """The trainable tensors (K, ...) of a ParticleModel or of an iterable of tensors."""
+    """The trainable tensors (K, ...) of a ParticleModel or of an iterable of tensors.
+
+    Raises:
+        TypeError: if the model is neither, or a tensor is a DTensor.
+        ValueError: if the tensors have no common K, or some require no gradient.
+    """
     if not hasattr(model, "particle_parameters") and not isinstance(model, Iterable):
         raise TypeError(
             "a method needs a ParticleModel or an iterable of stacked tensors; "
@@ -68,8 +77,8 @@ def stacked_parameters(model: Any) -> list[Tensor]:
 
 
 def require_current(model: Any, params: list[Tensor]) -> None:
-    """Raise RuntimeError where the model's trainable tensors are no longer `params`."""
-    # An iterator was empty after it had been read once.
+    """Raise RuntimeError if the model's trainable tensors are no longer `params`."""
+    # An iterator was exhausted when the method read it.
     now = params if isinstance(model, Iterator) else _trainable(model)
     same = len(now) == len(params) and all(a is b for a, b in zip(now, params))
     if not same or not all(p.requires_grad for p in params):
@@ -78,6 +87,27 @@ def require_current(model: Any, params: list[Tensor]) -> None:
             "runs would not be trained (load_state_dict(assign=True), requires_grad_, replaced "
             "modules, a call inside model.particles(...)): make the method and the optimizer after "
             "the last such change"
+        )
+
+
+def require_different_particles(model: Any, params: list[Tensor], why: str) -> None:
+    """Raise ValueError if all particles are equal: `why` then has an exactly zero gradient."""
+    tensors = list(params)
+    for adapter in model.adapters() if hasattr(model, "adapters") else ():
+        # Frozen factors tell particles apart too.
+        tensors += [adapter.lora_A, adapter.lora_B]
+    same = torch.stack([(t == t[:1]).all() for t in tensors]).all()
+    processes = getattr(model, "processes", None) or Processes()
+    if processes.particle_size > 1:
+        # Compare a checksum of each process's first particle.
+        sums = [t[:1].detach().double().abs().sqrt().sum() for t in tensors]
+        first = processes.gather(torch.stack(sums).sum().reshape(1))
+        same = processes.all_true(same.expand(len(params[0]))).all() & (first == first[0]).all()
+    particles = len(params[0]) * processes.particle_size
+    if particles > 1 and bool(same):
+        raise ValueError(
+            f"all {particles} particles are identical, so {why} has zero gradient and "
+            "they stay identical; start them from different seeds"
         )
 
 

@@ -1,9 +1,9 @@
-"""How a method runs its particles: all at once or a few at a time, here or in many processes."""
+"""How a method runs its particles: all at once or a few at a time, in one process or in many."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 from multilora import checks
 from multilora.losses import NAMES, Loss, RowLoss, own_targets
 from multilora.methods.parameters import check_wrapper, stacked_parameters, unwrap
+from multilora.methods.tensors import gradients, zero_if_finite
 from multilora.parallel import Processes
 from multilora.randomness import RandomState
 
 Closure = Callable[[], tuple[Tensor, Any]]
 
 # How far a chunk's logits may be from those of its first run, relative to their norm: far above
-# what other kernels round differently with a graph, far below what other random numbers change.
+# the rounding of kernels that run with a graph, far below the effect of other random numbers.
 _REPLAYED = {torch.float64: 1e-9, torch.float32: 5e-3}
 _REPLAYED_HALF = 5e-2
 
@@ -27,7 +28,11 @@ _REPLAYED_HALF = 5e-2
 class Passes:
     """Forwards and backwards over this process's particles, `particle_chunk` at a time.
 
-    Gradients come back as tensors (K, ...), the means over the data of all processes.
+    K counts this process's particles, `total` those of all processes. Gradients come back as
+    tensors (K, ...), the means over the data of all processes.
+
+    `participants` are the particles that take part in the step: indices (k,) among the `total`, or
+    None where all do. `take` selects them, `put` brings their results back to this process.
     """
 
     def __init__(self, model: Any, particle_chunk: int | None):
@@ -48,12 +53,14 @@ class Passes:
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing is kept from one step to the next."""
-        self._loss: Loss | None = None
+        """Keep nothing from one step to the next."""
+        self.participants: Tensor | None = None
+        self._loss: Loss = NAMES["particle"]
         self._graph: Tensor | None = None
         self._predicted: Tensor | None = None
         self._states: list[RandomState] = []
-        self._compare, self._inputs = False, []
+        self._compare = False
+        self._inputs: list[tuple[tuple, dict[str, Any]]] = []
 
     def require_agreement(self, settings: dict[str, str]) -> None:
         """Raise RuntimeError, in all processes, where they were made for different runs."""
@@ -75,10 +82,12 @@ class Passes:
 
     @contextlib.contextmanager
     def running(self, interacts: bool, compare: bool = False) -> Iterator[None]:
-        """One step of the method.
+        """Run one step of the method.
 
-        compare: whether to see to it that processes along the particles have one batch: equal
-        targets and, where the particles' predictions interact, equal inputs of the model.
+        Args:
+            interacts: whether the particles' predictions interact.
+            compare: whether to check that processes along the particles have the same batch: equal
+                targets and, where predictions interact, equal inputs of the model.
         """
         self._compare = compare and self.processes.particle_size > 1
         with contextlib.ExitStack() as stack:
@@ -92,7 +101,7 @@ class Passes:
             yield
 
     def _note_inputs(self, _module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        # A compiled model's inputs are not looked at.
+        # The inputs of a compiled model cannot be read here.
         if self._compare and not kwargs.get("per_particle") and not torch.compiler.is_compiling():
             self._inputs.append((args, kwargs))
 
@@ -104,15 +113,15 @@ class Passes:
         for part in self._parts:
             with self._only(part) as params:
                 logits, targets, _ = self._call(closure, loss, part)
-                values = self.means(loss, logits, targets, part.stop - part.start)
+                values = self.losses(loss, logits, targets, part.stop - part.start)
                 grads = _filled(grads, part, gradients(values.sum() * scale, params))
             losses.append(values.detach())
-        return self.mean(torch.cat(losses)), self._mean_all(grads)
+        return self.data_mean(torch.cat(losses)), self._data_means(grads)
 
     def predict(self, closure: Closure, loss: Loss = NAMES["particle"]) -> tuple[Tensor, Any]:
-        """-> the logits (K, ..., C) of all processes' particles, a leaf of its own, and targets.
+        """The logits of the particles of all processes (total, ..., C), as a leaf, and the targets.
 
-        What `pull_back` needs is kept: the graph, or for chunks the random state."""
+        This keeps what `pull_back` needs: the graph, or for chunks the random states."""
         self._loss, self._states, parts = loss, [], []
         if len(self._parts) == 1:
             parts.append(self._call(closure, loss, self._parts[0]))
@@ -134,11 +143,12 @@ class Passes:
         return self._predicted, targets
 
     def pull_back(self, closure: Closure, grad: Tensor) -> list[Tensor]:
-        """The gradients in the parameters, from the gradient (K, ..., C) in `predict`'s logits."""
+        """The gradients in the parameters, from that in `predict`'s logits (total, ..., C)."""
         own = self.processes.own(grad)
         if self._graph is not None:
             logits, self._graph = self._graph, None
-            return self._mean_all(gradients(logits, self.params, own))
+            return self._data_means(gradients(logits, self.params, own))
+        assert self._predicted is not None, "pull_back follows predict"
         grads, before = self._buffers(), self.processes.own(self._predicted.detach())
         for part, state in zip(self._parts, self._states):
             state.restore()
@@ -151,7 +161,7 @@ class Passes:
                     )
                 self._require_replay(logits.detach(), before[part])
                 grads = _filled(grads, part, gradients(logits, params, own[part]))
-        return self._mean_all(grads)
+        return self._data_means(grads)
 
     def _require_replay(self, logits: Tensor, before: Tensor) -> None:
         half = {p.dtype for p in self._all_parameters()} & {torch.float16, torch.bfloat16}
@@ -161,7 +171,7 @@ class Passes:
             tolerance = _REPLAYED.get(logits.dtype, _REPLAYED_HALF)
         wide = torch.promote_types(logits.dtype, torch.float32)
         off = torch.linalg.vector_norm((logits - before).to(wide))
-        # False for logits that are not finite, whose particle `nonfinite` is about.
+        # False where logits are not finite: `nonfinite` decides about such a particle.
         if off > tolerance * torch.linalg.vector_norm(before.to(wide)):
             raise RuntimeError(
                 "a chunk of particles ran a second time, for its gradient, and had other logits "
@@ -171,36 +181,108 @@ class Passes:
                 "None, or a method whose particles run once (Ensemble, SVGD)"
             )
 
-    def means(self, loss: Loss, logits: Tensor, targets: Any, particles: int) -> Tensor:
-        """loss(logits, targets) (K,), such that the mean over the processes along the data is the
-        mean over all their data, where the loss has a `count` of what it is a mean over."""
+    def broken(self, losses: Tensor, grads: list[Tensor], interacts: bool) -> list[int]:
+        """The participants whose losses (K,) or gradients (K, ...) are not finite; waits once.
+
+        grads may be empty: only the losses are then looked at.
+        """
+        seen = [losses, zero_if_finite(grads)] if grads else [losses]
+        # The one wait for the device: what follows is lists.
+        finite = self.processes.all_true(torch.stack(seen, 1).isfinite()).tolist()
+        particles = range(self.total) if self.participants is None else self.participants.tolist()
+        # The divergence carries one particle's broken predictions into the gradients of all: then
+        # only the losses tell which particle it is.
+        by_loss = [k for k in particles if not finite[k][0]]
+        if interacts and by_loss:
+            return by_loss
+        return [k for k in particles if not all(finite[k])]
+
+    def leave_out(self, broken: list[int]) -> bool:
+        """Take these particles out of the step. False where no other takes part."""
+        before = range(self.total) if self.participants is None else self.participants.tolist()
+        others = sorted(set(before) - set(broken))
+        if others:
+            self.participants = torch.tensor(others, device=self.params[0].device)
+        return bool(others)
+
+    def take(self, t: Tensor) -> Tensor:
+        """(total, ...) -> (k, ...): the rows of the particles that take part."""
+        return t if self.participants is None else t[self.participants]
+
+    def gather(self, tensors: list[Tensor]) -> list[Tensor]:
+        """(K, ...) of every process -> (k, ...): the particles that take part; no gradient."""
+        return [self.take(t) for t in self.processes.gather_all(tensors)]
+
+    def put(self, t: Tensor, fill: float = 0.0) -> Tensor:
+        """(k, ...) -> (K, ...): this process's rows; `fill` for a particle that takes no part."""
+        if self.participants is not None:
+            everybody = t.new_full((self.total, *t.shape[1:]), fill)
+            t = everybody.index_copy_(0, self.participants, t)
+        return self.processes.own(t)
+
+    def zero_skipped(self, tensors: list[Tensor]) -> list[Tensor]:
+        """(K, ...) of this process, with zeros for the particles that take no part."""
+        if self.participants is None:
+            return tensors
+        skipped = torch.ones(self.total, dtype=torch.bool, device=self.participants.device)
+        skipped = self.processes.own(skipped.index_fill(0, self.participants, False))
+        return [t.masked_fill(skipped.view(-1, *[1] * (t.ndim - 1)), 0) for t in tensors]
+
+    def particle_mean(self, values: Tensor) -> Tensor:
+        """The mean of values (K,) of every process over all particles that take part."""
+        return self.take(self.processes.gather(values)).mean()
+
+    def losses(self, loss: Loss, logits: Tensor, targets: Any, particles: int) -> Tensor:
+        """loss(logits, targets) (particles,), weighted by this process's share of the data.
+
+        The mean over the processes along the data is then the mean over all their data, where the
+        loss has a `count` of what it is a mean over.
+        """
         values = loss(logits, targets)
         if not isinstance(values, Tensor) or values.shape != (particles,):
             raise ValueError(
-                f"loss(logits, targets) must return one value a particle, ({particles},); "
+                f"loss(logits, targets) must return one value per particle, ({particles},); "
                 f"got {_shown(values)}"
             )
         count = getattr(loss, "count", None)
         if self.processes.data_size == 1 or not callable(count):
             return values
-        return values * self.processes.share_of_mean(count(logits, targets)).to(values.dtype)
+        share = self.share_of_mean(count(logits, targets))
+        return values * torch.as_tensor(share, dtype=values.dtype)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` over the data of all processes."""
+    def share_of_mean(self, count: Tensor) -> Tensor | float:
+        """The weight of a mean over `count` examples: see `Processes.share_of_mean`."""
+        return self.processes.share_of_mean(count)
+
+    def data_mean(self, values: Tensor) -> Tensor:
+        """The mean of `values` over the data of all processes, in their place."""
         self.processes.mean_([values])
         return values
 
     def log(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scalars as they are over the data of all processes."""
+        """The means of scalars over the data of all processes."""
         if self.processes.data_size == 1:
             return stats
         values = torch.stack([value.double() for value in stats.values()])
         self.processes.mean_([values])
         return {name: v.to(value.dtype) for (name, value), v in zip(stats.items(), values)}
 
+    def normal(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers of the shape of `like` (K, ...), one of this process's tensors.
+
+        The noise of all particles is drawn on every process, so that the result does not depend on
+        how they are spread.
+        """
+        noise = like.new_empty(self.total, *like.shape[1:]).normal_(generator=generator)
+        return self.processes.own(noise)
+
+    def _data_means(self, grads: list[Tensor]) -> list[Tensor]:
+        self.processes.mean_(grads)
+        return grads
+
     @contextlib.contextmanager
     def _only(self, part: slice) -> Iterator[list[Tensor]]:
-        """Run some particles alone -> their parameters."""
+        """Run some particles alone; gives their parameters."""
         if len(self._parts) == 1:
             yield self.params
             return
@@ -208,8 +290,8 @@ class Passes:
             yield self.model.particle_parameters()
 
     def _call(self, closure: Closure, loss: Loss, part: slice) -> tuple[Tensor, Any, bool]:
-        """closure() -> logits and targets of the k particles that run, and whether the targets are
-        (k, ...), a mini-batch for each."""
+        """closure() -> logits and targets of the particles that run, and whether the targets have
+        a particle axis, a mini-batch for each particle."""
         logits, targets = closure()
         rows = isinstance(loss, RowLoss)
         if rows and not (_fits(logits, part) and isinstance(targets, Tensor)):
@@ -220,31 +302,34 @@ class Passes:
         if own and len(targets) == self.num_particles:
             targets = targets[part]
         if self._compare:
-            # Each process has other mini-batches then.
-            batch = [] if own else tree_leaves((self._inputs, targets))
-            self._compare, self._inputs = False, []
-            self.processes.require_equal(
-                [t for t in batch if isinstance(t, Tensor)],
-                "particle",
-                self.params[0].device,
-                "processes that share the data need the same batch",
-                (own, getattr(logits, "shape", ())[1:]),
-            )
+            self._require_one_batch(logits, targets, own)
         return logits, targets, own
 
-    def _all_parameters(self) -> Any:
-        return self.model.parameters() if hasattr(self.model, "parameters") else self.params
+    def _require_one_batch(self, logits: Tensor, targets: Any, own: bool) -> None:
+        """Compare the batch among the processes along the particles, once a step."""
+        # With mini-batches of its own for every particle, each process has others.
+        batch = [] if own else tree_leaves((self._inputs, targets))
+        self._compare, self._inputs = False, []
+        self.processes.require_equal(
+            [t for t in batch if isinstance(t, Tensor)],
+            "particle",
+            self.params[0].device,
+            "processes that share the data need the same batch",
+            (own, getattr(logits, "shape", ())[1:]),
+        )
 
-    def _buffers(self) -> list[Tensor] | None:
-        """Room for the gradients of all chunks, made before the first runs: memory that stays would
-        otherwise lie between activations that go."""
+    def _all_parameters(self) -> Sequence[Tensor]:
+        return list(self.model.parameters()) if hasattr(self.model, "parameters") else self.params
+
+    def _buffers(self) -> list[Tensor]:
+        """Room for the gradients of all chunks; none is needed for a single chunk.
+
+        They are allocated first, so that long-lived gradients do not fragment the activations'
+        memory.
+        """
         if len(self._parts) == 1:
-            return None
+            return []
         return [torch.empty_like(p, requires_grad=False) for p in self.params]
-
-    def _mean_all(self, grads: list[Tensor]) -> list[Tensor]:
-        self.processes.mean_(grads)
-        return grads
 
 
 def _fits(logits: Any, part: slice) -> bool:
@@ -260,44 +345,9 @@ def _shown(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
-def gradients(
-    output: Tensor, params: list[Tensor], grad_output: Tensor | None = None
-) -> list[Tensor]:
-    """The gradient of a scalar, or of ⟨output, grad_output⟩, in every parameter; zeros where it
-    does not depend on it. Raises RuntimeError where it depends on none."""
-    grads = [None] * len(params)
-    if output.requires_grad:
-        grads = torch.autograd.grad(output, params, grad_output, allow_unused=True)
-    if any(g is None for g in grads) and _has_node(output, "CheckpointFunctionBackward"):
-        raise RuntimeError(
-            "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
-            "their gradients would be zero; checkpoint with use_reentrant=False"
-        )
-    if all(g is None for g in grads):
-        raise RuntimeError(
-            "the closure's loss does not depend on any of the method's parameters, so nothing "
-            "would be trained: it must run the model that the method was made for, not a copy of "
-            "it, with gradients enabled and without detaching the logits"
-        )
-    return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
-
-
-def _filled(buffers: list[Tensor] | None, part: slice, grads: list[Tensor]) -> list[Tensor]:
-    """The gradients of all chunks, with those of one."""
-    if buffers is None:
+def _filled(buffers: list[Tensor], part: slice, grads: list[Tensor]) -> list[Tensor]:
+    """The gradients of all chunks after those of one; without buffers the one is all."""
+    if not buffers:
         return grads
     torch._foreach_copy_([buffer[part] for buffer in buffers], grads)
     return buffers
-
-
-def _has_node(output: Tensor, name: str) -> bool:
-    """Whether the graph of `output` holds a node of that name."""
-    found, stack = set(), [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in found:
-            if node.name() == name:
-                return True
-            found.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return False

@@ -9,7 +9,7 @@ import torch
 import multilora as ml
 from host_operations import HostOperations
 from models import FAMILIES, particles_of
-from multilora.methods.base import _zero_if_finite
+from multilora.methods.tensors import zero_if_finite
 from multilora.ops import reference
 
 RECIPE = Path(__file__).parents[2] / "docs" / "graphs.md"
@@ -194,7 +194,7 @@ def test_one_look_at_many_tensors_sees_every_number(dtype, value):
                for i in range(150)]  # fmt: skip
     if value is not None:
         tensors[70][1, 1, 2] = value
-    seen = _zero_if_finite(tensors)
+    seen = zero_if_finite(tensors)
     assert seen.isfinite().tolist() == [True, value is None, True]
 
 

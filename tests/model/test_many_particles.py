@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 import multilora as ml
 from documents import block
 from models import FAMILIES, logits_of, particles_of
-from multilora.methods.passes import gradients
+from multilora.methods.tensors import gradients
 
 K = 5
 METHODS = {

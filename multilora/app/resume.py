@@ -110,8 +110,8 @@ class RunState:
                 f"{self.file} lacks {missing}: another version of multilora, or none, wrote it"
             )
         try:
-            theirs = Settings.of(state["settings"])
-        except (ValueError, TypeError) as error:
+            theirs = Settings.of_file(state["settings"])
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is damaged: its settings: {error}") from error
         different = differences(theirs, self.settings)
         if different:

@@ -27,6 +27,8 @@ METHODS = tuple(PARTICLES)
 MAX_STEPS = 10**9
 #: The file of a run's folder that holds its settings.
 SETTINGS = "run.json"
+#: Options that older versions stored also for tasks that ignored them.
+_ONCE_IGNORED = ("shots", "pretrained", "targets", "model_args")
 #: The largest size of that file in bytes; it is about a kilobyte.
 _MAX_SETTINGS = 2**20
 
@@ -95,6 +97,16 @@ class Settings(Checked):
         own = {name: given.pop(name) for name in described(cls) if name in given}
         return cls(**own, options=_task_options(task, given))
 
+    @classmethod
+    def of_file(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings that a run's folder holds, also one of an older version."""
+        forbidden = sorted(values.keys() & _unstored())
+        if forbidden:
+            raise ValueError(f"a file cannot give {forbidden}; if you mean it, give it yourself")
+        task = values.get("task", digits.Options.task)
+        known = described(TASKS[task].Options) if task in TASKS else {}
+        return cls.of({n: v for n, v in values.items() if n in known or n not in _ONCE_IGNORED})
+
 
 def _task_options(task: Any, given: dict[str, Any]) -> TaskOptions:
     if not isinstance(task, str) or task not in TASKS:
@@ -161,10 +173,7 @@ def read_settings(folder: Path) -> Settings:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
             raise ValueError(f"it holds a {type(values).__name__}")
-        forbidden = sorted(values.keys() & _unstored())
-        if forbidden:
-            raise ValueError(f"a file cannot give {forbidden}; if you mean it, give it yourself")
-        return Settings.of(values)
+        return Settings.of_file(values)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error!r}") from error
 

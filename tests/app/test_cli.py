@@ -94,11 +94,12 @@ def test_the_folder_of_an_older_version(run, tmp_path, capsys):
     shutil.copytree(run, old)
     others = {"model": None, "data": None, "pretrained": True, "targets": None, "model_args": []}
     others |= {"augment": False, "split": "test", "classes": "answers", "max_length": 512}
+    others["targets"] = ["qkv"]  # the digits ignored it
     settings = json.loads((old / "run.json").read_text()) | others
     (old / "run.json").write_text(json.dumps(settings))
     state = torch.load(old / "checkpoint.pt", weights_only=True)
     del state["history"]
-    state["settings"] |= others | {"model_args": ()}
+    state["settings"] |= others
     torch.save(state, old / "checkpoint.pt")
     assert cli.main(["evaluate", str(old), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == numbers(run)["accuracy"]
@@ -263,7 +264,7 @@ def test_a_killed_process_resumes_to_the_same_numbers(image_folder, tmp_path):
 )
 def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
     arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    assert cli.main(["train", "--steps", "2", "--shots", "2", *arguments]) == 1
+    assert cli.main(["train", "--steps", "2", *arguments]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -273,6 +274,7 @@ def test_train_says_what_is_wrong(arguments, message, tmp_path, capsys):
         (["--shots", "9999"], "shots must be"),
         (["--task", "images"], "the task 'images' needs both --model and --data"),
         (["--task", "digits", "--model", "vit"], "model = 'vit' is for the tasks images, vtab"),
+        (["--model", "vit", "--data", "d", "--shots", "2"], "shots = 2 is for the tasks digits"),
     ],
 )
 def test_an_error_is_one_line_without_a_progress_bar(tmp_path, capsys, arguments, text):

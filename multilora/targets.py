@@ -179,7 +179,7 @@ def _check_saved(name: str, module: nn.Module) -> None:
     if any(isinstance(m, _BatchNorm) for m in module.modules()):
         raise TypeError(
             f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
-            "be kept a particle"
+            "be kept for each particle"
         )
     for inner in module.modules():
         if type(inner).__name__ == "_SpectralNorm" or any(
@@ -187,7 +187,7 @@ def _check_saved(name: str, module: nn.Module) -> None:
         ):
             raise TypeError(
                 f"modules_to_save {name!r} has spectral normalisation, whose running vectors "
-                "cannot be kept a particle"
+                "cannot be kept for each particle"
             )
         plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
         if isinstance(inner, nn.Embedding) and not plain and _has_special_rows(inner):

@@ -24,9 +24,8 @@ from ptx import native
 if "MULTILORA_TEST_C" in os.environ:
     native.load_module("multilora._C", Path(os.environ["MULTILORA_TEST_C"]))
 if DEVICE == "cpu" and native.missing() is None:
-    # Backend "cuda" then executes its kernels' PTX. Only tests that ask for it by name use it:
-    # that is slow.
-    native.load()
+    # Backend "cuda" then executes its kernels' PTX, which is built when a test first runs one.
+    native.install()
 
 import multilora as ml
 

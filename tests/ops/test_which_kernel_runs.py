@@ -16,7 +16,7 @@ EXPECTED = {name for name in os.environ.get("MULTILORA_EXPECT_BACKENDS", "").spl
 K, T, D_IN, D_OUT, RANK, N, C = 2, 6, 16, 24, 4, 3, 5
 # Functions of the native modules that compute nothing.
 HELPERS = {"build_info", "level", "set_level", "supported_levels", "kernel_attributes"}
-HELPERS |= {"geometry_workspace", "volume_parts"}
+HELPERS |= {"geometry_workspace", "volume_parts", "launches"}
 FUNCTIONS = [
     "lora_linear",
     "lora_linear_backward",
@@ -91,6 +91,7 @@ def counted(monkeypatch):
         count("triton", common, "_on_device")
     for name, module in (("cpu", "multilora._C"), ("cuda", "multilora._C_cuda")):
         if dispatch.missing_reason(name) is None:
+            assert sys.modules[module].build_info()
             for attribute, value in list(vars(sys.modules[module]).items()):
                 if callable(value) and attribute not in HELPERS and not isinstance(value, type):
                     count(name, sys.modules[module], attribute)

@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -245,22 +246,47 @@ def _parameter(data: bytes) -> Struct:
     return Struct(data, maps)
 
 
-#: Of the module that was loaded, if it was.
-launches: Launches | None = None
+class _Lazy(ModuleType):
+    """multilora._C_cuda: built and loaded when a test first asks for one of its functions."""
+
+    # multilora/ops/dispatch.py asks for it.
+    emulated = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self.load()
+        return vars(self)[name]
+
+    def load(self) -> None:
+        if "launches" not in vars(self):
+            folder = build()
+            file = _module(folder)
+            spec = importlib.util.spec_from_file_location(self.__name__, file)
+            loaded = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+            functions = {n: v for n, v in vars(loaded).items() if not n.startswith("__")}
+            vars(self).update(functions, launches=Launches(folder))
 
 
-def load_module(name: str, file: Path) -> ModuleType:
+_emulated = _Lazy("multilora._C_cuda")
+
+
+def install() -> None:
+    """Make it the module of this process: its kernels take CPU tensors."""
+    sys.modules[_emulated.__name__] = _emulated
+
+
+def __getattr__(name: str) -> Any:
+    """launches: the Launches of the emulated module."""
+    if name == "launches":
+        _emulated.load()
+        return vars(_emulated)["launches"]
+    raise AttributeError(name)
+
+
+def load_module(name: str, file: Path) -> None:
     """Make a file the native module `name` of this process."""
     spec = importlib.util.spec_from_file_location(name, file)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-def load() -> None:
-    """Make the built module multilora._C_cuda of this process: its kernels take CPU tensors."""
-    global launches
-    folder = build()
-    # multilora/ops/dispatch.py asks for it.
-    load_module("multilora._C_cuda", _module(folder)).emulated = True
-    launches = Launches(folder)

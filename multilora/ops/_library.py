@@ -1,4 +1,4 @@
-"""The operators' home in torch's dispatcher: one library, one way to register, one way to call."""
+"""How operators are registered in torch's dispatcher, and how they are called."""
 
 import functools
 import itertools
@@ -14,8 +14,7 @@ from multilora.ops import dispatch
 # The operators die with this object, so the module keeps it.
 _lib = torch.library.Library("multilora", "DEF")
 
-#: Types of arguments that have no way of their own to see an operator, as subclasses of Tensor may
-#: have.
+#: Types of arguments that cannot intercept an operator, as subclasses of Tensor may.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _OTHERS = frozenset({float, int, bool, str, list, type(None)})
 
@@ -63,7 +62,7 @@ class Operator:
         if flat[0].is_meta:
             return self.overload(*args)
         if wanted and torch.is_grad_enabled():
-            # Without a gradient of its own, the operator is what refuses one.
+            # An operator without a gradient has an overload that refuses to be differentiated.
             return (self._with_gradient or self.overload)(*args)
         return self._function(*args)
 
@@ -159,8 +158,8 @@ def _differentiable(
 def _differentiable_by_lists(
     function: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The same where arguments, and their gradients, are lists of tensors: autograd sees only
-    tensors that are arguments themselves."""
+    """The same where arguments, and their gradients, are lists of tensors, which are passed to
+    autograd one by one: it only sees tensors that are arguments themselves."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
@@ -183,7 +182,7 @@ def _differentiable_by_lists(
 
 
 def _flat(args: Sequence[Any]) -> list[Any]:
-    """The arguments with the tensors of lists one by one."""
+    """The arguments, with lists of tensors replaced by their tensors."""
     return [one for arg in args for one in (arg if _is_tensors(arg) else [arg])]
 
 

@@ -1,4 +1,4 @@
-"""What every backend and caller agrees on."""
+"""Conventions and checks that all backends and callers share."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 #: The target that is left out, as in torch.nn.functional.cross_entropy.
 IGNORE_INDEX = -100
 
-#: What the geometry says where it has to copy its table of sizes while a CUDA graph is captured.
+#: The error of the geometry, where it would have to copy its table of sizes during a capture.
 TABLE_IS_NOT_THERE = (
     "multilora: call the operator once with these shapes before it is captured in a CUDA graph: "
     "its table of sizes has to be copied to the device first"
@@ -47,7 +47,7 @@ def check_targets(logits: Tensor, targets: Tensor) -> None:
 
 
 def wrong_target(logits: Tensor, targets: Tensor, place: int) -> ValueError:
-    """The error that the target at `place` is."""
+    """The error for the target at `place`."""
     return ValueError(
         f"targets must be in [0, {logits.shape[-1]}) or {IGNORE_INDEX}; got "
         f"{targets[place].item()} for logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"

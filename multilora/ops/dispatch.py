@@ -56,7 +56,7 @@ def _from_environment() -> Request | None:
     return Request(name.strip(), otherwise.strip() or None) if name.strip() else None
 
 
-# What holds where no `use_backend` does.
+# The request outside of all `use_backend` blocks.
 _by_environment = _from_environment()
 
 
@@ -141,8 +141,8 @@ def _driver_version() -> int:
 
 
 def _old_driver(nvcc: str, driver: int) -> str | None:
-    """Why what this compiler ("nvcc 13.0.88") built does not start with a driver for this CUDA
-    (12040 is 12.4), or None: a program needs a driver of its own major version, or a later one."""
+    """Why a module built by this compiler ("nvcc 13.0.88") does not start with a driver for this
+    CUDA (12040 is 12.4), or None: the driver's major version must be the compiler's, or later."""
     if driver // 1000 >= int(nvcc.split()[-1].split(".")[0]):
         return None
     return (
@@ -173,7 +173,7 @@ def _too_old() -> str | None:
 
 
 def _emulated() -> bool:
-    """Whether the tests have marked the CUDA module as one that they execute on the CPU."""
+    """Whether the tests have replaced the CUDA module by one that they execute on the CPU."""
     return getattr(importlib.import_module("multilora._C_cuda"), "emulated", False)
 
 
@@ -185,7 +185,7 @@ def _interpreting() -> bool:
 
 
 def available_backends(device: str | None = None) -> list[str]:
-    """The backends that can be asked for here, by name; for tensors on `device` ("cpu", "cuda")."""
+    """The names of the backends that run here; for tensors on `device` ("cpu", "cuda")."""
     names = [name for name in BACKENDS if missing_reason(name) is None]
     return [name for name in names if device is None or _runs_on(name, device)]
 
@@ -243,7 +243,7 @@ def _still_open() -> tuple[_Block, ...]:
 
 
 def requested() -> Request | None:
-    """What is asked for here and now, or None."""
+    """The request that holds here and now, or None."""
     for block in reversed(_here.get()):
         if block.is_open:
             return block.request
@@ -355,7 +355,7 @@ def _leaves(name: str, op: str, args: tuple[Any, ...]) -> bool:
 def left_to_reference() -> dict[str, dict[str, str | None]]:
     """Operator -> backend -> why the reference computes it there, or None where the backend does.
 
-    The backends are those that can be asked for here.
+    It has the backends that run here.
     """
     modules = {name: _module(name) for name in available_backends()}
     return {op: {name: m.LEAVES.get(op) for name, m in modules.items()} for op in OPERATORS}
@@ -380,18 +380,17 @@ def _described(op: str, args: tuple[Any, ...]) -> str:
 
 def _runs_on(name: str, device: str) -> bool:
     if device == "cpu" and name in ("triton", "cuda"):
-        # In their tests only.
+        # Only in their tests.
         return _interpreting() if name == "triton" else _emulated()
     return name != "cpu" or device != "cuda"
 
 
 def module_of(op: str, args: tuple[Any, ...]) -> ModuleType:
     """The backend that computes operator `op` for these arguments, as the module of its kernels."""
-    first = args[0]
+    first = args[0][0] if type(args[0]) is list else args[0]
+    # The shortest way to the default on a CPU, for small layers.
     if (
-        # What a small layer asks, in the fewest steps: nothing is requested, on a CPU.
         not (_everywhere or _by_environment or _here.get())
-        and type(first) is not list
         and first.is_cpu
         and _missing_cpu() is None
     ):

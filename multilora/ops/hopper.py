@@ -76,7 +76,7 @@ def refuses(x: Tensor, weight: Tensor, lora_A: Tensor) -> str | None:
     if x.dtype not in (torch.float16, torch.bfloat16):
         return "the GEMM is one for float16 and bfloat16"
     if x.shape[0] != lora_A.shape[0]:
-        return "the GEMM reads rows of its own for each particle, and here all share theirs"
+        return "the GEMM needs separate rows for each particle, and here all share one input"
     if weight.shape[0] % 8 or weight.shape[1] % 8:
         return (
             "the GEMM copies rows of a multiple of 16 bytes: d_in and d_out must be multiples of 8"
@@ -151,9 +151,9 @@ def _by_passes(
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """How many blocks of the kernel run at a time; none on chips that are not its own."""
+    """How many blocks of the kernel run at a time: none on chips other than Hopper."""
     if device.type != "cuda":
-        # In the tests two blocks are enough to have tiles divided, and more than one for each.
+        # In the tests, two blocks are enough to have tiles divided, and more than one for each.
         return 2
     if torch.cuda.get_device_capability(device) != (9, 0):
         return 0
@@ -163,8 +163,8 @@ def _processors(device: torch.device) -> int:
 def _filled(factor: Tensor, axis: int) -> Tensor:
     """factor, its rank, at `axis`, filled with zeros to a multiple of 8.
 
-    The kernel's copies need rows of a multiple of 16 bytes. What is computed from a filled factor
-    (S, dS) is filled likewise.
+    The kernel's copies need rows of a multiple of 16 bytes. S and dS, computed from filled
+    factors, are filled likewise.
     """
     left = -factor.shape[axis] % 8
     if left == 0:

@@ -1,4 +1,4 @@
-"""Which backend's kernels are a GPU's default, and for which arguments: what records say.
+"""The records that make a backend's kernels the default of a GPU, and for which arguments.
 
 Two kinds of evidence, each with the name of its record: an entry of table.json is for the sizes
 that it was measured at, an entry of promotions.json for a range of sizes. `promotions_of` makes the
@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,9 @@ from multilora.ops.triton.loss import is_aligned
 
 PROMOTIONS = Path(configs.__file__).with_name("promotions.json")
 
-#: So many shapes make a range.
+#: A range needs at least so many shapes.
 LEAST_SHAPES = 3
-#: More of these are more of the same blocks: no range ends there.
+#: Larger values of these add blocks of the same kind, so ranges have no upper end there.
 _ENDLESS = ("rows", "examples")
 
 
@@ -35,7 +34,7 @@ _ENDLESS = ("rows", "examples")
 class Measured:
     """One shape of an operator: whether the backend was right there, and ahead of the reference.
 
-    sizes: numbers, by name. switches: what makes it another computation, such as `shared`.
+    sizes are numbers by name; switches, such as `shared`, make it another computation.
     """
 
     sizes: dict[str, int]
@@ -47,7 +46,7 @@ class Measured:
 @dataclass(frozen=True)
 class Promotion:
     """`backend` is the default of operator `op` on this chip, in this dtype, with these switches,
-    from `sizes[name][0]` to `sizes[name][1]`; None is no end.
+    from `sizes[name][0]` to `sizes[name][1]`, or without an upper end for None.
 
     shapes: in how many shapes of the range `record` found it right and ahead: in all that it has.
     """
@@ -69,7 +68,7 @@ class Promotion:
             )
 
     def covers(self, op: str, question: Question) -> bool:
-        """Whether it speaks of this operator, asked like this."""
+        """Whether the promotion holds for this operator and question."""
         of = (self.op, self.capability, self.processors, self.dtype, self.switches)
         chip = question.chip
         return (
@@ -86,7 +85,7 @@ class Promotion:
 def promotions_of(
     op: str, backend: str, chip: Chip, dtype: str, measured: Sequence[Measured], record: str
 ) -> list[Promotion]:
-    """What `record` says of one backend: a range for each setting of the switches, or none.
+    """The ranges that `record` supports for one backend: at most one per setting of the switches.
 
     A backend that was wrong at any shape is promoted nowhere. A range goes from one measured shape
     on, upwards in every size, as far as shapes were measured, without an end where more is more of
@@ -118,25 +117,25 @@ def promotions_of(
 
 
 def to_json(promotions: Sequence[Promotion]) -> str:
-    """What promotions.json holds: a line each."""
+    """The text of promotions.json, one line per promotion."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(p)) for p in promotions)
     return f"[\n{lines}\n]\n" if lines else "[]\n"
 
 
 @functools.cache
 def promotions() -> tuple[Promotion, ...]:
-    """Those of promotions.json. Raises ValueError for one without a record."""
+    """The promotions of promotions.json. Raises ValueError for one without a record."""
     return tuple(Promotion(**entry) for entry in json.loads(PROMOTIONS.read_text()))
 
 
 def proven_backends(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends that records call right for `op`, and ahead of the reference, with arguments
     like these on this kind of chip; the first one is to be taken, if it is there."""
-    # The low-rank part alone has no record of its own.
+    # There are no records of the low-rank part alone.
     if op == "lora_add_" or (op == "lora_linear_backward" and args[2] is None):
         return ()
     rule, arguments = rule_of(op, args)
-    # Float32 is measured with full products.
+    # Records of float32 are measured with full products, not TF32.
     if rule is configs.lora_gemm and precision(args[0].dtype) == "tf32":
         return ()
     return _proven(op, rule, arguments, args[3] if op in _KINDS else None)
@@ -156,7 +155,7 @@ def _proven(op: str, rule: Any, arguments: tuple[Any, ...], kind: str | None) ->
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked of a rule of `configs`, as records name it."""
+    """The arguments of a rule of `configs`, under the names that records use."""
 
     sizes: dict[str, int]
     switches: dict[str, Any]

@@ -1,6 +1,6 @@
 """The operators in plain PyTorch: their definition, the oracle of every kernel, and the fallback.
 
-The seven functions of a backend. Shapes and dtypes have been checked.
+They are the seven functions of a backend; their callers have checked shapes and dtypes.
 Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
@@ -29,7 +29,7 @@ LEAVES: dict[str, str] = {}
 
 
 def refuses(op: str, args: tuple[Any, ...]) -> None:
-    """Nothing."""
+    """The reference refuses nothing."""
 
 
 # --- lora_linear ---------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def lora_linear(
     shrunk = _shrink(x, lora_A)
     expander = _cast(lora_B, x.dtype).mT
     if x.shape[0] == particles:
-        # Not a view, which autograd would let nobody change in place.
+        # Not a view: autograd would refuse in-place changes by the caller.
         base = base.resize_(particles, rows, weight.shape[0])
         return base.baddbmm_(shrunk, expander, alpha=scaling), shrunk
     base = base.expand(particles, -1, -1)

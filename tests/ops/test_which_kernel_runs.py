@@ -9,6 +9,7 @@ import torch
 
 import multilora as ml
 import oracles
+from multilora.app.cli import main
 from multilora.ops import dispatch, lora_add, reference, svgd_update
 
 EXPECTED = {name for name in os.environ.get("MULTILORA_EXPECT_BACKENDS", "").split(",") if name}
@@ -154,6 +155,19 @@ def test_nothing_runs_where_a_backend_refuses(name, run, counted):
     with ml.use_backend(name, otherwise="reference"):
         run()
     assert counted == ["reference"] * 2
+
+
+def test_info_shows_the_table(capsys):
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    names = next(line.split()[1:] for line in lines if line.startswith("operator "))
+    assert names == dispatch.available_backends()
+    rows = {line.split(" ")[0]: line for line in lines}
+    for op, left in dispatch.left_to_reference().items():
+        cells = ["its own" if why is None else "reference" for why in left.values()]
+        assert rows[op].replace("its own", "its_own").split()[1:] == [
+            cell.replace(" ", "_") for cell in cells
+        ]
 
 
 def test_backends_have_the_same_functions():

@@ -33,7 +33,7 @@ def store_block(
     desc, ptr, block, k, row, col, rows, cols,
     DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Its inverse; what lies outside is dropped."""
+    """Store a block where load_block would read it; elements outside are dropped."""
     block = block.to(ptr.dtype.element_ty)
     if DESCRIBED:
         desc.store([k, row, col], block.reshape(1, HEIGHT, WIDTH))

@@ -1,4 +1,4 @@
-"""What all Triton kernels share: the chip, the launch, products at full precision."""
+"""Parts that all Triton kernels share: the chip, the launch, products at full precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 class Chip(NamedTuple):
-    """What launch configurations depend on: compute capability, as 10·major + minor, and SMs."""
+    """The chip that a launch is configured for: compute capability (10·major + minor) and SMs."""
 
     capability: int
     processors: int
@@ -103,7 +103,7 @@ class Launch:
 
     The kernel's parameters are a descriptor for each of `blocks`, the tensors, numbers, constants.
 
-    blocks: of the first tensors, how Hopper's copy engine sees each; None: it does not.
+    blocks: how Hopper's copy engine sees each of the first tensors, or None where it does not.
     The tensors' dtypes, and which of them are None, are the same in every call.
     """
 
@@ -120,7 +120,7 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self._blocks = [(i, b) for i, b in enumerate(blocks) if b is not None]
         self._none = [None] * len(blocks)
-        # Of each descriptor, all but the tensor, once it is known to be right.
+        # Each descriptor's fields but the tensor, kept once Triton has checked them.
         self._fields: list[tuple[int, dict[str, Any]]] | None = None
         # By the device, and by which tensors start at multiples of 16 bytes: that, beside their
         # dtypes, is what Triton compiles for.

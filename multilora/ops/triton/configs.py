@@ -141,7 +141,7 @@ def lora_gemm(
 
 @dataclass(frozen=True)
 class LoraExpand:
-    """block_m by block_n elements of y a program; block_r: depth of a low-rank step."""
+    """block_m by block_n elements of y per program; block_r is the depth of a low-rank step."""
 
     block_m: int
     block_n: int
@@ -239,7 +239,7 @@ def geometry(
     rows = particles * max(ranks)
     block = 16 if rows <= 16 else 32 if rows <= 32 else 64
     pairs = cdiv(rows, block) * (cdiv(rows, block) + 1) // 2
-    # The longer the partial sums the fewer their bytes, as long as every processor has some.
+    # Longer chunks write fewer partial sums; stop when too few programs would fill the chip.
     chunk = 4096
     while chunk > 256 and pairs * sum(cdiv(d, chunk) for d in widths) < 2 * chip.processors:
         chunk //= 2

@@ -205,11 +205,7 @@ def _lora_linear_gemm_kernel(
 
 
 def gemm(
-    particles: int,
-    rows: int,
-    depth: int,
-    cols: int,
-    rank: int,
+    sizes: tuple[int, int, int, int, int],
     shared: str,
     w_depth_first: bool,
     has_bias: bool,
@@ -222,9 +218,11 @@ def gemm(
     """The kernel's launch, to be called with x (K or 1, T, depth), weight, shrinker, y (K or 1, T,
     cols), S (K, T, r), expander (K, cols, r) and bias, all but the expander contiguous.
 
-    strides: the expander's. The shrinker (K, r, depth), in `dtype`, is None but where the path is
-    "shrink inside". All but the expander and S start at multiples of 16 bytes.
+    sizes are K, T, depth, cols and r; strides are the expander's. The shrinker (K, r, depth), in
+    `dtype`, is None but where the path is "shrink inside". All but the expander and S start at
+    multiples of 16 bytes.
     """
+    particles, rows, depth, cols, rank = sizes
     shrink = config.path == "shrink inside"
     m, n, k, r = config.block_m, config.block_n, config.block_k, config.block_r
     strips = (1 if shared else particles) * cdiv(rows, m)
@@ -239,7 +237,7 @@ def gemm(
         _lora_linear_gemm_kernel,
         (min(config.programs * chip.processors, strips * cdiv(cols, n)),),
         blocks if described else (None,) * 4,
-        (particles, rows, depth, cols, rank, *strides),
+        (*sizes, *strides),
         SCALING=scaling,
         SHRINK=shrink,
         SHARED=shared,

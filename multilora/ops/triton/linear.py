@@ -1,6 +1,6 @@
 """The K-particle LoRA linear: which kernels give y and the gradients, in which order.
 
-What a problem's sizes decide is decided once and kept: a call allocates and launches.
+Plans depend on a problem's sizes alone and are kept: a call only allocates and launches.
 
 Dims: K particles, T rows, r rank.
 """
@@ -21,15 +21,15 @@ from multilora.ops.triton.common import Chip, Launch, chip, precision
 from multilora.ops.triton.gemm import expand, gemm
 from multilora.ops.triton.thin import Sum, ThinPass, reduce, thin_pass
 
-#: As many problems are kept: those of a model's layers, at some numbers of rows.
+#: How many problems are kept: enough for a model's layers at several numbers of rows.
 _KEPT = 4096
 
 
 class _Problem(NamedTuple):
     """All that decides which kernels run.
 
-    members: 1 where the particles share x, else K. rules: what chooses configurations, which
-    something else stands in for while tuning.
+    members is 1 where the particles share x, else K. rules choose the configurations; while tuning,
+    others are in their place.
     """
 
     particles: int
@@ -110,13 +110,13 @@ def _forward(problem: tuple[Any, ...], has_bias: bool) -> _Forward:
     if config.path == "accumulate":
         return _Forward(shrink, None, _expanding(p, p.d_out, has_bias, p.strides_B, p.scaling))
     of_B = (p.strides_B, p.scaling)
-    product = gemm(*sizes, shared, False, has_bias, *of_B, p.dtype, p.chip, config)
+    product = gemm(sizes, shared, False, has_bias, *of_B, p.dtype, p.chip, config)
     return _Forward(shrink, product, None)
 
 
 @functools.lru_cache(_KEPT)
 def _shrinking(problem: tuple[Any, ...]) -> Launch:
-    """S = x Aᵀ by a pass of its own."""
+    """S = x Aᵀ in a separate pass."""
     p = _Problem(*problem)
     over_x = (p.particles, p.members, p.rows, p.d_in, p.rank)
     strides = _turned(p.strides_A)
@@ -211,7 +211,7 @@ def _input_gradient(problem: tuple[Any, ...]) -> tuple[Launch | None, Launch | N
     of_A = (_turned(p.strides_A), 1.0)
     if config.path == "accumulate":
         return None, _expanding(p, p.d_in, False, *of_A)
-    return gemm(*sizes, shared, True, False, *of_A, p.dtype, p.chip, config), None
+    return gemm(sizes, shared, True, False, *of_A, p.dtype, p.chip, config), None
 
 
 def thin_gradients(
@@ -269,10 +269,10 @@ def _thin_products(
 
 
 class _Thin(NamedTuple):
-    """What is None is not needed."""
+    """The launches of the thin gradients; None for those that are not needed."""
 
     shrink: ThinPass | None  # dS = s·dY·B, and the parts of dB where they cost no pass
-    outer: ThinPass | None  # dB = s·dYᵀ·S in parts, by a pass of their own
+    outer: ThinPass | None  # dB = s·dYᵀ·S in parts, in a separate pass
     inner: ThinPass | None  # dA = dSᵀ·X in parts
     parts_B: tuple[int, int, int, int] | None
     sum_dtype: torch.dtype

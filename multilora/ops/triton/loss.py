@@ -6,8 +6,8 @@ its own part of the Gram matrix of e without a word to the others, under a runni
 own. For more particles than its registers hold, a tile has one lane and the Gram matrix is a
 product of float64 tensor cores.
 
-The Gram matrix is float64 from its products on. What is left of an example then is K·(K + 2)
-numbers; all that follows is float64 too, and where the sides are classes so is the gradient. The
+The Gram matrix is float64 from its products on. An example is then reduced to K·(K + 2) numbers;
+all that follows is float64 too, and where the sides are classes so is the gradient. The
 formulas and the reasons are in reference.py.
 """
 
@@ -103,7 +103,7 @@ def _tile(x):
 def _exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
-    # Of half the instructions: it rounds what is below 1e-38 to zero.
+    # exp2 takes half as many instructions; it flushes results below 1e-38 to zero.
     return tl.exp2(x * 1.4426950408889634)
 
 

@@ -240,7 +240,7 @@ def thin_pass(
 
 
 class Sum(NamedTuple):
-    """What becomes of the parts (chunks, K, width, r): scaling · their sum, by these strides."""
+    """The sum of the parts (chunks, K, width, r), times scaling, and the strides of its result."""
 
     parts: tuple[int, int, int, int]
     strides: tuple[int, int, int]

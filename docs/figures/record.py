@@ -24,7 +24,6 @@ import multilora as ml
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))  # for bench, which is not installed
 from bench.record import machine  # noqa: E402
-
 from multilora.app import run as application  # noqa: E402
 from multilora.app.settings import Settings  # noqa: E402
 from multilora.app.tasks import digits  # noqa: E402

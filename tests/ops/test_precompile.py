@@ -128,6 +128,22 @@ def test_a_models_problem_has_the_launches_of_its_steps(dtype):
     assert not seen <= other
 
 
+def test_a_models_problem_needs_no_gpu(tmp_path):
+    run(
+        """
+import torch
+from multilora.ops.triton import common
+from multilora.tools.kernels.precompile import model_problem
+
+launched = []
+common.compile_only(common.H200, lambda kernel, *_: launched.append(kernel.__name__))
+model_problem("test_vit", ["qkv"], 3, 2, 2, torch.bfloat16, 11).run()
+assert {"_lora_linear_gemm_kernel", "_volume_backward_kernel"} <= set(launched), launched
+""",
+        tmp_path,
+    )
+
+
 def test_what_cannot_be_precompiled_is_said(tmp_path):
     def kernels(*args, **environment):
         script = "import sys; from multilora.app.cli import main; sys.exit(main())"

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from multilora.attach import get_particle_model
-from multilora.ops import dispatch
 from multilora.ops import triton as backend
 from multilora.ops._library import compute_on
 from multilora.ops.triton import common
@@ -211,7 +210,7 @@ def _run_model(
         model = get_particle_model(base, config, particles, check_isolation=False)
         about: Any = base.default_cfg
         x = torch.empty(batch, *about["input_size"], dtype=dtype)
-    with dispatch.use_backend("triton"), _HostFunctions():
+    with _HostFunctions():
         model(x).sum().backward()
     adapters = model.adapters()
     layers = [(a.lora_A.shape[2], a.lora_B.shape[1]) for a in adapters]

@@ -33,7 +33,7 @@ class Processes:
         self.data, self.particle = data, particle
         self.data_size = 1 if data is None else data.size()
         self.particle_size = 1 if particle is None else particle.size()
-        self.particle_rank = 0 if particle is None else particle.rank()
+        self.particle_index = 0 if particle is None else particle.rank()
 
     def __deepcopy__(self, memo: dict) -> Processes:
         return self
@@ -67,7 +67,7 @@ class Processes:
             raise ValueError(
                 f"{len(items)} particles cannot be shared equally by {self.particle_size} processes"
             )
-        return items[self.particle_rank * share : (self.particle_rank + 1) * share]
+        return items[self.particle_index * share : (self.particle_index + 1) * share]
 
     def gather(self, t: Tensor) -> Tensor:
         """(K/P, ...) -> (K, ...), the particles of all P processes in their order; no gradient."""
@@ -126,7 +126,7 @@ class Processes:
             RuntimeError: in the others, if it raised in the first, where its own error goes on.
         """
         error = None
-        first = self.particle_rank == 0 and (self.data is None or self.data.rank() == 0)
+        first = self.particle_index == 0 and (self.data is None or self.data.rank() == 0)
         if first:
             try:
                 function()

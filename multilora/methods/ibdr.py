@@ -174,9 +174,10 @@ class IBDR(Method):
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         with self._moving() as mu:
-            noise = self._draw_noise()
-            if noise is not None:
-                self._move(self.sigma.detach()[:, None].to(noise.dtype) * noise)  # θ = μ + σε
+            epsilon = self._draw_noise()
+            if epsilon is not None:
+                sigma = self.sigma.detach()[:, None].to(epsilon.dtype)
+                self._move(sigma * epsilon)  # θ = μ + σε
             # Scaled before differentiating, for half precision, and unscaled after. A scale of
             # zero, of a micro-batch that counts nothing, must not divide.
             climbing = scale if isinstance(scale, Tensor) or scale > 0 else 1.0
@@ -188,10 +189,10 @@ class IBDR(Method):
             del climb
             grads, seen = self._gradients(closure, scale, at_theta)
 
-        if self.sigma.requires_grad and noise is not None:
+        if self.sigma.requires_grad and epsilon is not None:
             pull = self.sigma.detach() - 1 / self.sigma.detach()
             pull = (2 * self.beta * self.noisy_size) * pull
-            grad = (flatten(grads) * noise).sum(1) + scale * pull
+            grad = (flatten(grads) * epsilon).sum(1) + scale * pull
             accumulate([self.sigma], self.passes.zero_skipped([grad]))
         if self.beta != 0:
             grads = [g + (scale * 2 * self.beta) * m for g, m in zip(grads, mu)]
@@ -214,8 +215,8 @@ class IBDR(Method):
         self, logits: Tensor, targets: Any, at_theta: _Seen | None
     ) -> tuple[Tensor, Tensor, _Seen]:
         """Σ_i ℓ_i + α ℓ_div of the particles that take part, their ℓ_i, and what is kept."""
-        predicted, of = self._classes(logits, targets)
-        nll, divergence, volumes = self._terms(logits, targets, predicted, of, at_theta)
+        classes = self._classes(logits, targets)
+        nll, divergence, volumes = self._terms(logits, targets, classes, at_theta)
         each, particles = nll.detach(), len(nll)
         if self.loss == "ensemble":
             mean = self.passes.take(logits).mean(0, keepdim=True)
@@ -228,27 +229,25 @@ class IBDR(Method):
             "divergence": mean_divergence,
         }
         total = nll.sum() + self.alpha * divergence
-        predicted = None if predicted is None else predicted.detach()
+        predicted, of = (None, None) if classes is None else (classes[0].detach(), classes[1])
         return total, each, _Seen(predicted, of, stats)
 
     def _terms(
         self,
         logits: Tensor,
         targets: Any,
-        predicted: Tensor | None,
-        of: Tensor | None,
+        classes: tuple[Tensor, Tensor] | None,
         at_theta: _Seen | None,
     ) -> tuple[Tensor, Tensor, int]:
         """ℓ_i of the particles that take part (K,), ℓ_div, and how many volumes it is a sum of."""
         divergence, volumes = logits.new_zeros((), dtype=accumulator(logits.dtype)), 1
         nll = None
-        if predicted is None or of is None:
-            pass
-        elif of.ndim == 2:
+        if classes is not None and classes[1].ndim == 2:
             if self.loss == "ensemble":
                 raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
-            _warn_own_batches(predicted, of)
-        else:
+            _warn_own_batches(*classes)
+        elif classes is not None:
+            predicted, of = classes
             share = self.passes.share_of_mean((of != IGNORE_INDEX).sum())
             if self._is_cross_entropy(targets):
                 nll, divergence = particle_loss(predicted, of, self.eps, self.kind)
@@ -286,16 +285,16 @@ class IBDR(Method):
         volume = gram_volume(mixed.flatten(1, 2), everyone, self.eps, self.kind)
         return _mean_over_valid(volume, targets)
 
-    def _classes(self, logits: Tensor, targets: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _classes(self, logits: Tensor, targets: Any) -> tuple[Tensor, Tensor] | None:
         """Class predictions (K, N, C) of the particles that take part, and their targets.
 
-        Targets are (N,) or, each particle's own, (K, N). Both are None where there are no classes.
+        Targets are (N,) or, each particle's own, (K, N). None: the loss has no classes.
         """
         if self.divergence_of is None:
             classes = losses.class_predictions(self._each, logits, targets)
             if classes is None:
                 self._require_classes(targets)
-                return None, None
+                return None
             predicted, of = classes
         else:
             predicted, of = self.divergence_of(logits, targets)
@@ -350,7 +349,7 @@ class IBDR(Method):
                 f"IBDR was made for parameters on {self.lambda_.device}, and they are on "
                 f"{self.params[0].device} now; make it after moving the model"
             )
-        # While a graph is captured, it keeps where its replays draw from, and nobody may read it.
+        # A CUDA graph keeps the generator's state itself, and it cannot be read during the capture.
         draws = bool(self.noisy) and not is_captured(self.params[0])
         drawn_from = self.generator.get_state() if draws else None
         mu = copies(self.params)

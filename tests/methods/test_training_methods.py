@@ -213,6 +213,25 @@ def test_a_broken_batch_is_skipped(name, chunk, broken):
 
 
 @every_method
+def test_a_broken_particle_is_reported_where_backward_was_called(name):
+    kind, options = METHODS[name]
+    model, (x, y), calls = make(), batch(), []
+    method = kind(model, **options, nonfinite="skip")
+    with torch.no_grad():
+        model.adapters()[0].lora_B[2] = math.nan
+
+    def closure():
+        calls.append(None)
+        return model(x), y
+
+    with pytest.warns(UserWarning, match="particle 2 .*; skipped, the others go on") as said:
+        method.backward(closure)
+    assert [w.filename for w in said] == [__file__]
+    # Only where predictions interact has the pass that broke to run again.
+    assert len(calls) == (3 if method.interacts else 1)
+
+
+@every_method
 def test_raise_stays(name):
     kind, options = METHODS[name]
     model = make()

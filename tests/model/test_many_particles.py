@@ -240,6 +240,8 @@ def test_a_particle_that_breaks_on_its_climb_is_not_in_the_others_climb():
     method = ml.IBDR([theta], alpha=0.5, nonfinite="skip")
     with pytest.warns(UserWarning, match="particle 3 "):
         method.backward(lambda: closure(3))
+    # The pass at θ and the one at θ' that breaks, and both again without the particle.
+    assert len(calls) == 4
     rest = [0, 1, 2, 4]
     small = theta.detach()[rest].clone().requires_grad_()
     ml.IBDR([small], alpha=0.5).backward(lambda: (small * 1, y))

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import compiled.child
+import tiers
 from ptx import native
 
 # Another build of the CPU kernels, such as one with sanitizers.
@@ -71,6 +72,12 @@ def fresh_accelerate(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    if DEVICE == "cpu":
+        tiers.mark(items)
 
 
 def pytest_collection_finish():

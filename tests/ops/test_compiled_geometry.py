@@ -71,6 +71,7 @@ def test_there_are_sums_in_parts():
     assert all(configs.geometry(*sizes, Chip(chip, 2)).chunk < d_in for chip in (80, 90))
 
 
+@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case in CASES:
         compiling.call("problems.geometry", *CASES[case], 90, "late")

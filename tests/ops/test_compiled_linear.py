@@ -54,6 +54,7 @@ def test_onto_a_base_layer(dtype, compiling):
     check(errors, ROUNDINGS[dtype])
 
 
+@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case, chip, mode in cross(CASES, ON_HOPPER_ONLY):
         if chip == 90 and mode == "late":

@@ -60,6 +60,7 @@ def test_what_is_not_finite(case, what, compiling):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case in CASES:
         compiling.call("problems.loss", *CASES[case], 90, "late")

@@ -78,5 +78,6 @@ def test_more_layers_than_fit_in_one_launch():
         assert relative_error(g, e) < svgd.TOLERANCE[F32]
 
 
+@pytest.mark.slow
 def test_every_kernel_was_executed(pytestconfig):
     native.launches.check_executed(r"lora_gram_\w+_kernel", pytestconfig)

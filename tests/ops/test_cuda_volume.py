@@ -100,5 +100,6 @@ def test_a_target_outside_stops_the_kernel(monkeypatch):
         cuda.volume(torch.randn(2, 3, 5), torch.tensor([1, 5, 2]), EPS, "logdet", False)
 
 
+@pytest.mark.slow
 def test_every_kernel_was_executed(pytestconfig):
     native.launches.check_executed(r"volume_\w+_kernel", pytestconfig)

@@ -25,7 +25,7 @@ from multilora import _C_cuda
 from multilora.ops import hopper
 from multilora.ops.hopper import _tile_cols
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.emulated]
 
 BF16, F16 = HALVES = [torch.bfloat16, torch.float16]
 
@@ -359,5 +359,6 @@ def test_tile_widths():
 
 
 @executed
+@pytest.mark.slow
 def test_every_kernel_was_executed(pytestconfig):
     native.launches.check_executed("lora_gemm_kernel", pytestconfig, archs=["compute_90a"])

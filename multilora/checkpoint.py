@@ -42,8 +42,9 @@ def load_particle_model(
             trained by anything, which become the K particles. The files of a folder must be those
             that its multilora.json lists; a sequence of its particle folders is read whatever is in
             them. A folder to which another process saves is read as it was before or after that.
-        mesh, options: as in `get_particle_model`; they need not be those that the particles were
-            trained with.
+        mesh: as in `get_particle_model`.
+        **options: other arguments of `get_particle_model`; they need not be those that the particles
+            were trained with.
 
     Returns:
         The particle model, with the seeds that its particles were made with.

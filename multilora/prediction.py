@@ -80,11 +80,14 @@ def predict_loader(
         measures = ml.metrics.evaluate(log_p, targets)
 
     Args:
-        model, particle_chunk, class_axis, output: as in `predict`.
+        model: as in `predict`.
         loader: batches of an input and its labels, as pairs, or as mappings with the key "labels",
             which the model is then not given. Labels (B,), or one for each position of a dense
             output (B, T) or (B, H, W), are those of the model's output at the same place: those of
             a causal language model are shifted first, by `causal_targets`.
+        particle_chunk: as in `predict`.
+        class_axis: as in `predict`.
+        output: as in `predict`.
         forward: the call of the model, forward(model, inputs) -> outputs, where that is not
             model(inputs), or model(**inputs) for a mapping.
 

@@ -43,8 +43,8 @@ def load_particle_model(
             that its multilora.json lists; a sequence of its particle folders is read whatever is in
             them. A folder to which another process saves is read as it was before or after that.
         mesh: as in `get_particle_model`.
-        **options: other arguments of `get_particle_model`; they need not be those that the particles
-            were trained with.
+        **options: other arguments of `get_particle_model`; they need not be those that the
+            particles were trained with.
 
     Returns:
         The particle model, with the seeds that its particles were made with.

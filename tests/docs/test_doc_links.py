@@ -5,7 +5,10 @@ import re
 import pytest
 import yaml
 
+import multilora as ml
 from documents import PAGES, ROOT
+from multilora.methods.base import Method
+from multilora.ops import dispatch
 
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")
 # Files that the text names, in backticks, by their folder.
@@ -38,6 +41,16 @@ def test_named_files_exist(page):
     for name in NAMED.findall(page.read_text()):
         found = list(ROOT.glob(name.rstrip("/")))
         assert found, f"{page} names {name}"
+
+
+def test_named_functions_exist():
+    owners = {"IBDR": ml.IBDR, "Method": Method, "dispatch": dispatch}
+    found = 0
+    for page in PAGES:
+        for owner, name in re.findall(r"`(IBDR|Method|dispatch)\.(\w+)", page.read_text()):
+            assert hasattr(owners[owner], name), f"{page} names {owner}.{name}"
+            found += 1
+    assert found >= 6
 
 
 def test_every_page_is_in_the_navigation():

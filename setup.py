@@ -135,7 +135,6 @@ def write_cuda(ninja, out: str) -> None:
     release = ".".join(map(str, nvcc_release()))
     about = f'-DMULTILORA_NVCC=\\"{release}\\" -DMULTILORA_TARGETS=\\"{",".join(TARGETS)}\\"'
     objects = [compile_cpp(ninja, CSRC / "bindings_cuda.cpp", "bindings.o", about)]
-    objects += [compile_cpp(ninja, file) for file in sorted((CSRC / "cuda").glob("bind_*.cpp"))]
     for file in sorted((CSRC / "cuda").glob("*.cu")):
         objects += ninja.build(f"{file.stem}.cu.o", "nvcc", str(file))
     ninja.build(out, "link", objects)

@@ -1,12 +1,12 @@
 // multilora._C: the kernels for the CPU.
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include "bindings.h"
 
-#include <pybind11/stl.h>
+#include <optional>
+#include <tuple>
 
-#include "cpu/bind.h"
+#include "cpu/geometry.h"
 #include "cpu/levels.h"
+#include "cpu/volume.h"
 
 namespace py = pybind11;
 
@@ -43,17 +43,68 @@ void set_level(const std::string& name) {
   throw std::invalid_argument("this CPU cannot run the level " + name);
 }
 
+// The arguments are those of multilora._C_cuda, so that one function in Python calls both. These
+// kernels allocate their own workspace; `where` is the number of threads.
+void traces(const View& out, const Factors& factors, const Scalings& scaling, const View&,
+            bool distance, int threads) {
+  Adapters adapters{factors.dtype, factors.particles, distance, false};
+  geometry(adapters, layers_of_traces(factors, scaling, out), threads);
+}
+
+void factor_gradients(const Addresses& outs, const View& upstream, const Factors& factors,
+                      const Scalings& scaling, const View& mix, const Addresses& grads, const View&,
+                      int threads) {
+  Adapters adapters{factors.dtype, factors.particles, false, mix.dims == 3};
+  geometry(adapters, layers_of_gradients(factors, scaling, outs, upstream, mix, grads), threads);
+}
+
+// Fills value, or nll, divergence and count.
+int64_t forward(const View& logits, const View& targets, const View& value,
+                const std::optional<std::tuple<View, View, View>>& means, const Saved& saved,
+                double eps, bool det, int threads) {
+  auto p = volume_of<CpuVolumeForward>(logits, targets, saved);
+  if (value.data) expect("value", value, {p.N});
+  VolumeMeans sums{};
+  if (means) {
+    const auto& [nll, divergence, count] = *means;
+    expect("nll", nll, {p.K});
+    expect("divergence", divergence, {});
+    expect("count", count, {});
+    sums = {nll.data, divergence.data, count.data};
+  }
+  p.value = value.data;
+  p.eps = eps;
+  p.kind = volume_kind(det, p.K, p.C);
+  return volume_forward(p, sums, logits.dtype, threads);
+}
+
+void backward(const View& logits, const View& targets, const Saved& saved, const View& grad,
+              const View& grad_nll, const View& count, const View& out, int threads) {
+  auto p = volume_gradient_of<CpuVolumeBackward>(logits, targets, saved, grad, grad_nll, count, out);
+  volume_backward(p, logits.dtype, threads);
+}
+
 }  // namespace
 }  // namespace multilora
 
 PYBIND11_MODULE(_C, m) {
   using namespace multilora;
+  using release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "multilora's kernels for the CPU";
   set_level(supported_levels().back());
   m.def("supported_levels", &supported_levels);
   m.def("set_level", &set_level);
   m.def("level", [] { return kNames[static_cast<int>(level)]; });
   m.def("build_info", [] { return py::dict(py::arg("compiler") = "C++ " __VERSION__); });
-  bind_volume(m);
-  bind_geometry(m);
+  m.def("traces", &traces, py::arg("out"), py::arg("factors"), py::arg("scaling"),
+        py::arg("workspace"), py::kw_only(), py::arg("distance"), py::arg("where"), release());
+  m.def("factor_gradients", &factor_gradients, py::arg("outs"), py::arg("upstream"),
+        py::arg("factors"), py::arg("scaling"), py::arg("mix"), py::arg("grads"),
+        py::arg("workspace"), py::kw_only(), py::arg("where"), release());
+  m.def("volume_forward", &forward, py::arg("logits"), py::arg("targets"), py::arg("value"),
+        py::arg("means"), py::arg("saved"), py::kw_only(), py::arg("eps"), py::arg("det"),
+        py::arg("where"), release());
+  m.def("volume_backward", &backward, py::arg("logits"), py::arg("targets"), py::arg("saved"),
+        py::arg("grad"), py::arg("grad_nll"), py::arg("count"), py::arg("out"), py::kw_only(),
+        py::arg("where"), release());
 }

@@ -18,7 +18,7 @@
 namespace multilora {
 
 // As the Python side numbers them (multilora/ops/native.py).
-enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3, i64 = 4 };
 
 template <class To, class From>
 MULTILORA_HD To bits_as(From value) {
@@ -26,6 +26,16 @@ MULTILORA_HD To bits_as(From value) {
   To result;
   memcpy(&result, &value, sizeof(result));
   return result;
+}
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f64 || dtype == DType::i64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// How many pieces of b cover a.
+template <class A, class B>
+MULTILORA_HD auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
 }
 
 // Half precision as it lies in memory. Arithmetic is done in float: load() and store().
@@ -103,7 +113,7 @@ MULTILORA_HD void store(f16* place, double x) { store(place, float(x)); }
 // A group of threads that work on one thing together. Every member calls every function in the same
 // order, and takes the items rank(), rank() + size(), ... Results of sum and max reach all members.
 // The maths in volume.h and geometry.h is written over such a group; this one has one member.
-struct Alone {
+struct SingleThread {
   MULTILORA_HD int rank() const { return 0; }
   MULTILORA_HD int size() const { return 1; }
   template <class T>

@@ -22,6 +22,11 @@ namespace multilora {
 // "zero" where no direction is left to differ in: two classes, or "det" with K > C − 1.
 enum class VolumeKind : int { zero = 0, logdet = 1, det = 2 };
 
+constexpr VolumeKind volume_kind(bool det, int64_t K, int64_t C) {
+  if (C == 2 || (det && K > C - 1)) return VolumeKind::zero;
+  return det ? VolumeKind::det : VolumeKind::logdet;
+}
+
 constexpr int64_t kIgnored = -100;
 
 MULTILORA_HD float exp(float x) { return ::expf(x); }
@@ -41,7 +46,7 @@ MULTILORA_HD T max(T a, T b) {
 }
 
 // A place in the lower triangle of a symmetric matrix, j <= i.
-MULTILORA_HD int64_t pair(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
+MULTILORA_HD int64_t lower(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
 
 // top, or 0 where nothing has been seen yet: −∞ − (−∞) has no value.
 template <class V>
@@ -85,13 +90,13 @@ struct Example {
 template <class V, class Group>
 MULTILORA_HD V sweep(const Group& group, V* matrix, V* column, int side, int p, double floor) {
   for (int i = group.rank(); i < side; i += group.size()) {
-    column[i] = matrix[i < p ? pair(p, i) : pair(i, p)];
+    column[i] = matrix[i < p ? lower(p, i) : lower(i, p)];
   }
   group.sync();
   V pivot = where(column[p] < V(floor), V(floor), column[p]);
   V inverse = V(1) / pivot;
   for (int i = group.rank(); i < side; i += group.size()) {
-    V* row = matrix + pair(i, 0);
+    V* row = matrix + lower(i, 0);
     V scaled = column[i] * inverse;
     if (i == p) {
       for (int j = 0; j < p; ++j) row[j] = column[j] * inverse;
@@ -110,7 +115,7 @@ MULTILORA_HD int largest_pivot(const double* matrix, const double* swept, int si
   int best = -1;
   double highest = -1;
   for (int i = 0; i < side; ++i) {
-    double size = matrix[pair(i, i)] > 0 ? matrix[pair(i, i)] : 0;
+    double size = matrix[lower(i, i)] > 0 ? matrix[lower(i, i)] : 0;
     if (swept[i] == 0 && size > highest) {
       highest = size;
       best = i;
@@ -128,7 +133,7 @@ MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int sid
                                 double eps, double log_eps) {
   V* matrix = x.matrix;
   for (int i = group.rank(); i < side; i += group.size()) {
-    matrix[pair(i, i)] = matrix[pair(i, i)] + V(eps);
+    matrix[lower(i, i)] = matrix[lower(i, i)] + V(eps);
   }
   group.sync();
   V log_det(0), product(1);
@@ -143,8 +148,8 @@ MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int sid
   if (!by_class) {
     // core − diag(core G), where core (G + eps) = −1
     for (int i = group.rank(); i < side; i += group.size()) {
-      V own = matrix[pair(i, i)];
-      matrix[pair(i, i)] = own + (V(1) + V(eps) * own);
+      V own = matrix[lower(i, i)];
+      matrix[lower(i, i)] = own + (V(1) + V(eps) * own);
     }
     group.sync();
   }
@@ -161,18 +166,18 @@ MULTILORA_HD double negative_det(const Group& group, const Example<double>& x, i
   double det = 1, floor = det_floor(side);
   for (int step = 0; step < side; ++step) {
     int p = largest_pivot(x.matrix, x.swept, side);
-    bool rounding = x.matrix[pair(p, p)] < floor;
+    bool rounding = x.matrix[lower(p, p)] < floor;
     group.sync();
     if (group.rank() == 0) x.swept[p] = 1;
     for (int i = group.rank(); rounding && i < side; i += group.size()) {
-      if (i != p && x.swept[i] == 0) x.matrix[i < p ? pair(p, i) : pair(i, p)] = 0;
+      if (i != p && x.swept[i] == 0) x.matrix[i < p ? lower(p, i) : lower(i, p)] = 0;
     }
     group.sync();
     det *= sweep(group, x.matrix, x.column, side, p, floor);
   }
   // core − diag(core G), where core = −adj G
   for (int i = group.rank(); i < side; i += group.size()) {
-    double* row = x.matrix + pair(i, 0);
+    double* row = x.matrix + lower(i, 0);
     for (int j = 0; j < i; ++j) row[j] *= det;
     row[i] = (row[i] + 1) * det;
   }
@@ -189,13 +194,13 @@ MULTILORA_HD void normalise(const Group& group, const Example<V>& x, int particl
     if (gram) {
       x.column[i] = V(1) / x.norm[i];
       // 1, or NaN where there is no direction.
-      x.matrix[pair(i, i)] = squares / squares;
+      x.matrix[lower(i, i)] = squares / squares;
     }
   }
   group.sync();
   if (!gram) return;
   for (int i = group.rank(); i < particles; i += group.size()) {
-    V* row = x.matrix + pair(i, 0);
+    V* row = x.matrix + lower(i, 0);
     for (int j = 0; j < i; ++j) row[j] = row[j] * (x.column[i] * x.column[j]);
   }
   group.sync();

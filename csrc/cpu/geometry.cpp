@@ -1,20 +1,15 @@
-// Adapter geometry on the CPU: how the work is cut, and the bindings.
+// Adapter geometry on the CPU: how the work is cut.
 //
 // The features of a factor are cut into parts by their number alone, and partial sums are added in
 // their order, so that results do not depend on the number of threads.
+#include "geometry.h"
+
 #include <omp.h>
 
-#include <memory>
 #include <new>
-#include <vector>
 
-#include <pybind11/stl.h>
-
-#include "../adapters.h"
-#include "bind.h"
 #include "geometry_kernels.h"
-
-namespace py = pybind11;
+#include "memory.h"
 
 namespace multilora {
 namespace {
@@ -24,18 +19,16 @@ constexpr int64_t kPart = 960;
 // So few products, in multiplications, that one thread is done in about 20 microseconds.
 constexpr double kTiny = 1e6;
 
-struct Free {
-  void operator()(double* numbers) const { ::operator delete[](numbers, std::align_val_t(64)); }
-};
-
-std::unique_ptr<double, Free> allocate(int64_t count) {
-  void* place = ::operator new[](sizeof(double) * count, std::align_val_t(64));
-  return std::unique_ptr<double, Free>(static_cast<double*>(place));
+// So many float64 numbers, which start at a whole vector of any level.
+Memory allocate_doubles(int64_t count) {
+  Memory memory = allocate(count * int64_t(sizeof(double)), 64);
+  if (!memory) throw std::bad_alloc();
+  return memory;
 }
 
 // One at least: a factor without features still has a Gram matrix, of zeros.
 int64_t parts_of(const Factor& factor) {
-  return factor.d > 0 ? (factor.d + kPart - 1) / kPart : 1;
+  return factor.d > 0 ? ceil_div(factor.d, kPart) : 1;
 }
 
 // One layer's stages and workspace: both Gram matrices in parts, then what is made of them for the
@@ -99,7 +92,9 @@ class Work {
   int64_t side_, parts_A_, parts_;
 };
 
-void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads) {
+}  // namespace
+
+void geometry(const Adapters& adapters, const std::vector<Layer>& layers, int threads) {
   std::vector<Work> works;
   int64_t all = 0, largest = 0, scratch = 0;
   double products = 0;
@@ -116,10 +111,11 @@ void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads
   int count = int(works.size());
   if (threads == 1 || count >= 4 * threads) {
     // A layer a thread, all stages while its factors are near.
-    auto space = allocate(threads * (largest + scratch));
+    Memory memory = allocate_doubles(threads * (largest + scratch));
+    double* space = static_cast<double*>(memory.get());
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int layer = 0; layer < count; ++layer) {
-      double* mine = space.get() + omp_get_thread_num() * (largest + scratch);
+      double* mine = space + omp_get_thread_num() * (largest + scratch);
       for (int stage = 0; stage < stages; ++stage) {
         for (int64_t unit = 0; unit < works[layer].units(stage); ++unit) {
           works[layer].run(stage, unit, mine, mine + largest);
@@ -128,7 +124,8 @@ void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads
     }
     return;
   }
-  auto space = allocate(all + threads * scratch);
+  Memory memory = allocate_doubles(all + threads * scratch);
+  double* space = static_cast<double*>(memory.get());
   for (int stage = 0; stage < stages; ++stage) {
     struct Unit {
       const Work* work;
@@ -136,7 +133,7 @@ void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads
       double* space;
     };
     std::vector<Unit> units;
-    double* place = space.get();
+    double* place = space;
     for (const Work& work : works) {
       for (int64_t unit = 0; unit < work.units(stage); ++unit) {
         units.push_back({&work, unit, place});
@@ -145,32 +142,10 @@ void run(const Adapters& adapters, const std::vector<Layer>& layers, int threads
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (size_t i = 0; i < units.size(); ++i) {
-      double* mine = space.get() + all + omp_get_thread_num() * scratch;
+      double* mine = space + all + omp_get_thread_num() * scratch;
       units[i].work->run(stage, units[i].unit, units[i].space, mine);
     }
   }
-}
-
-void lora_gram(uintptr_t out, bool distance, int dtype, int particles, const Sizes& sizes,
-               const Scalings& scaling, const Addresses& factors, int threads) {
-  Adapters adapters{DType(dtype), particles, distance, false};
-  run(adapters, layers_of_traces(adapters, out, sizes, scaling, factors), threads);
-}
-
-void lora_gram_backward(const Addresses& outs, uintptr_t upstream, int dtype, int particles,
-                        const Sizes& sizes, const Scalings& scaling, const Addresses& factors,
-                        const Addresses& grads, uintptr_t mix, bool mix_is_full, int threads) {
-  Adapters adapters{DType(dtype), particles, false, mix_is_full};
-  run(adapters,
-      layers_of_gradients(adapters, outs, upstream, sizes, scaling, factors, grads, mix), threads);
-}
-
-}  // namespace
-
-void bind_geometry(py::module_& m) {
-  auto released = py::call_guard<py::gil_scoped_release>();
-  m.def("lora_gram", &lora_gram, released);
-  m.def("lora_gram_backward", &lora_gram_backward, released);
 }
 
 }  // namespace multilora

@@ -212,7 +212,7 @@ void features_by_row(const Factor& factor, int particles, int64_t rank, int64_t 
   int64_t rows = particles * rank;
   if (factor.is_B) {
     auto put = rank % kLanes == 0 ? scatter<kLanes, T>
-               : rank % 4 == 0    ? scatter<kLanes < 4 ? kLanes : 4, T>
+               : rank % 4 == 0    ? scatter<(kLanes < 4 ? kLanes : 4), T>
                : rank % 2 == 0    ? scatter<2, T>
                                   : scatter<1, T>;
     for (int i = 0; i < particles; ++i) {
@@ -255,10 +255,10 @@ void trace_of(const Adapters& adapters, const Layer& layer, const Gram& gram_A,
   Out* out = static_cast<Out*>(layer.traces);
   double scale = layer.scaling * layer.scaling;
   for (int i = 0; i < particles; ++i) {
-    norms[i] = trace(Alone(), gram_A, gram_B, layer.rank, i, i);
+    norms[i] = trace(SingleThread(), gram_A, gram_B, layer.rank, i, i);
     out[i * particles + i] = adapters.distance ? Out(0) : Out(scale * norms[i]);
     for (int j = 0; j < i; ++j) {
-      double value = trace(Alone(), gram_A, gram_B, layer.rank, j, i);
+      double value = trace(SingleThread(), gram_A, gram_B, layer.rank, j, i);
       if (adapters.distance) value = distance(norms[i], norms[j], value);
       out[i * particles + j] = out[j * particles + i] = Out(scale * value);
     }
@@ -338,7 +338,7 @@ void apply_rows(const T* weight, const T* x, int64_t width, int64_t count, const
   constexpr int lanes = lanes_of<T>;
   for (; row + ROWS <= rank; row += ROWS) {
     for (int64_t at = 0; at < count;) {
-      int64_t vectors = (count - at + lanes - 1) / lanes;
+      int64_t vectors = ceil_div(count - at, lanes);
       int now = vectors >= kVectors ? kVectors : int(vectors);
       auto tile = now == kVectors ? apply_tile<T, ROWS, kVectors>
                   : now == 2      ? apply_tile<T, ROWS, 2>

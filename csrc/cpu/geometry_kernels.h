@@ -8,7 +8,7 @@ namespace multilora {
 
 // The side of a Gram matrix in memory. What is added to it is zero.
 MULTILORA_HD int64_t gram_side(int particles, int rank) {
-  return (int64_t(particles) * rank + 7) / 8 * 8;
+  return ceil_div(int64_t(particles) * rank, 8) * 8;
 }
 
 // How many features are worked on at a time, so that they stay in the caches: a multiple of 48, the

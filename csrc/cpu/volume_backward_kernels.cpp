@@ -1,15 +1,12 @@
 // gram_volume and particle_loss on the CPU, backward, for one level: chunks of f̃ stay in the
 // first-level cache.
+#include <type_traits>
+
 #include "volume_chunks.h"
 #include "volume_kernels.h"
 
 namespace multilora::MULTILORA_LEVEL {
 namespace {
-
-template <int number>
-struct Number {
-  static constexpr int value = number;
-};
 
 // Per particle, in whole vectors.
 template <class A>
@@ -18,7 +15,7 @@ struct Particles {
 
   Particles(Scratch& scratch, int64_t K) {
     Vec<A>** arrays[] = {&weight, &top, &norm, &rest, &own, &offset, &on_target};
-    int64_t vectors = up(K, Vec<A>::lanes);
+    int64_t vectors = ceil_div(K, Vec<A>::lanes);
     for (Vec<A>** array : arrays) *array = scratch.take<Vec<A>>(vectors);
     for (int64_t m = 0; scratch.memory && m < vectors; ++m) {
       weight[m] = top[m] = own[m] = Vec<A>(A(0));
@@ -29,14 +26,14 @@ struct Particles {
 
 // Offsets, gradients on the target and 1/‖e‖ (in norm) of example n, in A.
 template <class T, class A>
-void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_t y,
+void weigh_particles(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y,
                      const Particles<A>& all) {
   using S = accumulator_t<T>;
   const S* stats = static_cast<const S*>(p.stats) + n;
   const S* grad_nll = static_cast<const S*>(p.grad_nll);
   A count = grad_nll ? A(*static_cast<const S*>(p.count)) : A(1);
   auto set = [](Vec<A>* array, int64_t i, A number) { reinterpret_cast<A*>(array)[i] = number; };
-  int64_t vectors = up(p.K, Vec<A>::lanes);
+  int64_t vectors = ceil_div(p.K, Vec<A>::lanes);
   for (int64_t i = 0; i < p.K; ++i) {
     set(all.top, i, stats[i * p.N]);
     set(all.norm, i, stats[(p.K + i) * p.N]);
@@ -59,7 +56,7 @@ void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_
 
 // Twice the upstream gradient of the value of example n.
 template <class S>
-S slope_of(const VolumeBackward& p, int64_t n) {
+S slope_of(const CpuVolumeBackward& p, int64_t n) {
   S grad = static_cast<const S*>(p.grad)[n * p.stride_grad];
   return 2 * (p.grad_nll ? grad / *static_cast<const S*>(p.count) : grad);
 }
@@ -93,7 +90,7 @@ template <int rows, class T, class A>
 void write_rows(T* out, int64_t next, int64_t count, int64_t K, int64_t i, const A* core,
                 const A* offset, const Chunk<A>& chunk, bool stream) {
   constexpr int lanes = Vec<A>::lanes;
-  for (int64_t m = 0; m < up(count, lanes); ++m) {
+  for (int64_t m = 0; m < ceil_div(count, lanes); ++m) {
     Vec<A> x[rows];
     weigh<rows>(x, core + i * K, K, chunk.e + m, chunk.vectors, int(K), offset + i);
     for (int r = 0; r < rows; ++r) {
@@ -127,7 +124,7 @@ struct ByParticle {
 
 // The classes [begin, end) of an example, K < C.
 template <class T, class A>
-void backward_by_particle(const VolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
+void backward_by_particle(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
                           int64_t begin, int64_t end, const ByParticle<A>& s) {
   constexpr int lanes = Vec<A>::lanes;
   weigh_particles(p, n, logits, y, s.particles);
@@ -137,18 +134,18 @@ void backward_by_particle(const VolumeBackward& p, int64_t n, const T* logits, i
   for (int64_t i = 0; i < p.K * p.K; ++i) s.core[i] = core[i] * slope;
   int64_t size = p.N * p.C;
   for (int64_t start = begin; start < end; start += s.chunk.vectors * lanes) {
-    int64_t count = least(s.chunk.vectors * lanes, end - start);
+    int64_t count = min(s.chunk.vectors * lanes, end - start);
     normalised(logits + start, p.stride_k, count, y - start, p.K, s.particles, s.chunk);
     for (int64_t i = 0; i < p.K; i += 4) {
       auto rows = [&](auto number) {
         write_rows<decltype(number)::value>(out + start, size, count, p.K, i, s.core, offset,
                                             s.chunk, p.stream);
       };
-      switch (least(p.K - i, 4)) {
-        case 4: rows(Number<4>()); break;
-        case 3: rows(Number<3>()); break;
-        case 2: rows(Number<2>()); break;
-        default: rows(Number<1>());
+      switch (min(p.K - i, 4)) {
+        case 4: rows(std::integral_constant<int, 4>()); break;
+        case 3: rows(std::integral_constant<int, 3>()); break;
+        case 2: rows(std::integral_constant<int, 2>()); break;
+        default: rows(std::integral_constant<int, 1>());
       }
     }
   }
@@ -178,7 +175,7 @@ struct ByClass {
 
 // All classes of an example, K >= C.
 template <class T>
-void backward_by_class(const VolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
+void backward_by_class(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
                        const ByClass& s) {
   constexpr int lanes = Vec<double>::lanes;
   weigh_particles(p, n, logits, y, s.particles);
@@ -214,7 +211,7 @@ void backward_by_class(const VolumeBackward& p, int64_t n, const T* logits, int6
 }
 
 template <class T>
-void backward(const VolumeBackward& p, int64_t first, int64_t last, int64_t begin, int64_t end,
+void backward(const CpuVolumeBackward& p, int64_t first, int64_t last, int64_t begin, int64_t end,
               void* memory) {
   auto each = [&](auto run) {
     for (int64_t n = first; n < last; ++n) {

@@ -5,16 +5,15 @@
 
 namespace multilora::MULTILORA_LEVEL {
 
-MULTILORA_HD int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-MULTILORA_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+MULTILORA_HD int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Vectors of each particle in a chunk: 16 KiB of all particles, half of the first-level cache, but
 // enough to make a chunk's end cheap. All of them where the classes are the sides of the matrix.
 MULTILORA_HD int64_t chunk_vectors(int64_t K, int64_t C, int lanes) {
-  int64_t all = up(C, lanes);
+  int64_t all = ceil_div(C, lanes);
   if (K >= C) return all;
   int64_t fitting = 16384 / MULTILORA_VECTOR_BYTES / K, smallest = 512 / MULTILORA_VECTOR_BYTES;
-  return least(all, fitting > smallest ? fitting : smallest);
+  return min(all, fitting > smallest ? fitting : smallest);
 }
 
 // Arrays one after another in the scratch memory.
@@ -25,7 +24,7 @@ struct Scratch {
   template <class T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(memory + used);
-    used += up(count * int64_t(sizeof(T)), MULTILORA_VECTOR_BYTES) * MULTILORA_VECTOR_BYTES;
+    used += ceil_div(count * int64_t(sizeof(T)), MULTILORA_VECTOR_BYTES) * MULTILORA_VECTOR_BYTES;
     return array;
   }
 };

@@ -19,7 +19,7 @@ constexpr double kInfinity = __builtin_inf();
 template <class V>
 Example<V> take_example(Scratch& scratch, int64_t K, int64_t side) {
   V *top = scratch.take<V>(K), *rest = scratch.take<V>(K), *norm = scratch.take<V>(K);
-  V *own = scratch.take<V>(K), *matrix = scratch.take<V>(pair(side, 0));
+  V *own = scratch.take<V>(K), *matrix = scratch.take<V>(lower(side, 0));
   return {top, rest, norm, own, matrix, scratch.take<V>(side), scratch.take<V>(side)};
 }
 
@@ -123,7 +123,7 @@ struct AddProducts {
     products<rows, others, same>(numbers + i * stride, numbers + j * stride, stride, count, result);
     for (int r = 0; r < rows; ++r) {
       for (int q = 0; q < (same ? r + 1 : others); ++q) {
-        Double* at = i + r == j + q ? norm + i + r : matrix + pair(i + r, j + q);
+        Double* at = i + r == j + q ? norm + i + r : matrix + lower(i + r, j + q);
         double* place = reinterpret_cast<double*>(at) + lane;
         *place = *place * (shrunk[i + r] * shrunk[j + q]) + result[r][q];
       }
@@ -168,8 +168,8 @@ void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* nor
       for (int64_t i = 0; i < K; ++i) {
         total += Double(f[i * stride * kExamples + c]) * e[i * stride + m];
       }
-      for (int64_t l = 0; l < least(kExamples, c + 1 - m * kExamples); ++l) {
-        reinterpret_cast<double*>(matrix + pair(c, m * kExamples + l))[lane] = total[int(l)];
+      for (int64_t l = 0; l < min(kExamples, c + 1 - m * kExamples); ++l) {
+        reinterpret_cast<double*>(matrix + lower(c, m * kExamples + l))[lane] = total[int(l)];
       }
     }
   }
@@ -177,7 +177,7 @@ void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* nor
 
 // Top, sums and Gram matrix of an example, whose logits (K, C) are `stride_k` apart, into a lane.
 template <class T>
-void read_example(const VolumeForward& p, const T* logits, int64_t stride_k, int64_t y, int lane,
+void read_example(const CpuVolumeForward& p, const T* logits, int64_t stride_k, int64_t y, int lane,
                   const Example<Double>& x, const Chunk<accumulator_t<T>>& chunk) {
   using A = accumulator_t<T>;
   constexpr int lanes = Vec<A>::lanes;
@@ -188,10 +188,10 @@ void read_example(const VolumeForward& p, const T* logits, int64_t stride_k, int
     in_lane(x.top + i) = -kInfinity;
     in_lane(x.rest + i) = in_lane(x.norm + i) = 0;
     in_lane(x.own + i) = double(load(logits[i * stride_k + y]));
-    for (int64_t j = 0; p.K < p.C && j < i; ++j) in_lane(x.matrix + pair(i, j)) = 0;
+    for (int64_t j = 0; p.K < p.C && j < i; ++j) in_lane(x.matrix + lower(i, j)) = 0;
   }
   for (int64_t start = 0; start < p.C; start += chunk.vectors * lanes) {
-    int64_t count = least(chunk.vectors * lanes, p.C - start), used = up(count, lanes);
+    int64_t count = min(chunk.vectors * lanes, p.C - start), used = ceil_div(count, lanes);
     // In two loops: a row's maximum and sums each end in a chain of waits, which the next row
     // fills.
     for (int64_t i = 0; i < p.K; ++i) {
@@ -217,7 +217,7 @@ void read_example(const VolumeForward& p, const T* logits, int64_t stride_k, int
 
 // The same where the sides are classes: all of it in float64, from a copy of the logits.
 template <class T>
-void read_example_by_class(const VolumeForward& p, const T* logits, int64_t y, int lane,
+void read_example_by_class(const CpuVolumeForward& p, const T* logits, int64_t y, int lane,
                            const Example<Double>& x, const Chunk<double>& chunk, double* wide) {
   widen_rows(logits, p.stride_k, p.K, p.C, wide);
   read_example(p, wide, p.C, y, lane, x, chunk);
@@ -226,7 +226,7 @@ void read_example_by_class(const VolumeForward& p, const T* logits, int64_t y, i
 }
 
 // Numbers that break nothing, for a lane without an example or with an ignored one.
-void fill_lane(const VolumeForward& p, int lane, const Example<Double>& x) {
+void fill_lane(const CpuVolumeForward& p, int lane, const Example<Double>& x) {
   auto set = [lane](Double* place, double number) {
     reinterpret_cast<double*>(place)[lane] = number;
   };
@@ -236,30 +236,30 @@ void fill_lane(const VolumeForward& p, int lane, const Example<Double>& x) {
     set(x.norm + i, 1);
     set(x.own + i, 0);
   }
-  for (int64_t i = 0; i < least(p.K, p.C); ++i) {
-    for (int64_t j = 0; j <= i; ++j) set(x.matrix + pair(i, j), i == j);
+  for (int64_t i = 0; i < min(p.K, p.C); ++i) {
+    for (int64_t j = 0; j <= i; ++j) set(x.matrix + lower(i, j), i == j);
   }
 }
 
 // -> the values; the matrices become core.
-Double finish(const VolumeForward& p, int count, const Example<Double>& x,
+Double finish(const CpuVolumeForward& p, int count, const Example<Double>& x,
               const Example<double>& one) {
-  int side = int(least(p.K, p.C));
+  int side = int(min(p.K, p.C));
   bool by_class = p.K >= p.C;
-  normalise(Alone(), x, int(p.K), p.kind != VolumeKind::zero && !by_class);
+  normalise(SingleThread(), x, int(p.K), p.kind != VolumeKind::zero && !by_class);
   Double value(0.0);
   if (p.kind == VolumeKind::zero) return value;
   double log_eps = __builtin_log(p.eps);
   if (p.kind == VolumeKind::logdet && p.in_lanes) {
-    return negative_log_det(Alone(), x, side, by_class, p.eps, log_eps);
+    return negative_log_det(SingleThread(), x, side, by_class, p.eps, log_eps);
   }
   // One after another. For "det" every example has its own order of pivots.
   for (int lane = 0; lane < count; ++lane) {
-    for (int64_t i = 0; i < pair(side, 0); ++i) one.matrix[i] = x.matrix[i][lane];
+    for (int64_t i = 0; i < lower(side, 0); ++i) one.matrix[i] = x.matrix[i][lane];
     value.v[lane] = p.kind == VolumeKind::det
-                        ? negative_det(Alone(), one, side)
-                        : negative_log_det(Alone(), one, side, by_class, p.eps, log_eps);
-    for (int64_t i = 0; i < pair(side, 0); ++i) x.matrix[i].v[lane] = one.matrix[i];
+                        ? negative_det(SingleThread(), one, side)
+                        : negative_log_det(SingleThread(), one, side, by_class, p.eps, log_eps);
+    for (int64_t i = 0; i < lower(side, 0); ++i) x.matrix[i].v[lane] = one.matrix[i];
   }
   return value;
 }
@@ -269,16 +269,16 @@ template <class A>
 void write_core(const Example<Double>& x, int64_t side, int lane, bool live, A* square) {
   for (int64_t i = 0; i < side; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
-      A number = live ? A(x.matrix[pair(i, j)][lane]) : A(0);
+      A number = live ? A(x.matrix[lower(i, j)][lane]) : A(0);
       square[i * side + j] = square[j * side + i] = number;
     }
   }
 }
 
 template <class T>
-void forward(const VolumeForward& p, int64_t first, int count, double* sums, void* memory) {
+void forward(const CpuVolumeForward& p, int64_t first, int count, double* sums, void* memory) {
   using A = accumulator_t<T>;
-  int64_t side = least(p.K, p.C);
+  int64_t side = min(p.K, p.C);
   Scratch scratch{static_cast<char*>(memory)};
   Example<Double> x = take_example<Double>(scratch, p.K, side);
   Example<double> one = take_example<double>(scratch, p.K, side);
@@ -329,8 +329,8 @@ void forward(const VolumeForward& p, int64_t first, int count, double* sums, voi
 
 int64_t forward_scratch(int64_t K, int64_t C) {
   Scratch scratch{nullptr};
-  take_example<Double>(scratch, K, least(K, C));
-  take_example<double>(scratch, K, least(K, C));
+  take_example<Double>(scratch, K, min(K, C));
+  take_example<double>(scratch, K, min(K, C));
   Chunk<double>(scratch, K, C);
   if (K >= C) scratch.take<double>(K * C);
   return scratch.used;

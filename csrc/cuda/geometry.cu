@@ -99,7 +99,7 @@ int64_t chunk_of(int particles, const std::vector<Layer>& layers) {
     int64_t tiles = tiles_of(particles, layer);
     work += (layer.factors[0].d + layer.factors[1].d) * tiles * (tiles + 1) / 2;
   }
-  int64_t chunk = (work / kBlocks + kTile - 1) / kTile * kTile;
+  int64_t chunk = ceil_div(work / kBlocks, kTile) * kTile;
   return chunk < kLeast ? kLeast : chunk;
 }
 
@@ -136,7 +136,7 @@ void weigh(const Adapters& adapters, const std::vector<Layer>& layers,
   for (size_t i = 0; i < grams.size(); ++i) {
     const Layer& layer = layers[i / 2];
     batch.items[grid.y++] = {grams[i], layer.upstream, layer.rank, layer.scaling};
-    raise(grid.x, (square(grams[i].side) + kThreads - 1) / kThreads);
+    raise(grid.x, ceil_div(square(grams[i].side), kThreads));
     if (grid.y == WeighBatch::kMost) flush();
   }
   flush();

@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int k = 0; k < n; k += kTile) {
     __syncthreads();
 #pragma unroll
-    for (int s = 0; s < 2 * kShares; ++s) {
-      int panel = s / kShares;
-      Share share(elements, s % kShares, k, first + panel * kTile, elements.d);
-      Four<T> values = read(x, share, share.place, elements.vector);
-      double* to = share.in(panels + panel * kPanel);
+    for (int s = 0; s < 2 * kLoads; ++s) {
+      int panel = s / kLoads;
+      PanelLoad piece(elements, s % kLoads, k, first + panel * kTile, elements.d);
+      Vec4<T> values = read(x, piece, piece.place, elements.vector);
+      double* to = piece.in(panels + panel * kPanel);
 #pragma unroll
-      for (int q = 0; q < 4; ++q) to[q * share.panel_step] = load(values.values[q]);
+      for (int q = 0; q < 4; ++q) to[q * piece.panel_step] = load(values.values[q]);
     }
     // W is symmetric; its rows are contiguous.
     for (int i = warp; i < kTile; i += kWarps) {
@@ -104,37 +104,37 @@ __global__ void __launch_bounds__(kThreads, 4)
   __syncthreads();
   const T* grad = static_cast<const T*>(item.grad);
   T* out = static_cast<T*>(item.out);
-  for (int s = 0; s < 2 * kShares; ++s) {
-    int panel = s / kShares;
-    Share share(elements, s % kShares, row, first + panel * kTile, elements.d);
-    if (share.valid == 0) continue;
-    const double* from = share.in(panels + panel * kPanel);
+  for (int s = 0; s < 2 * kLoads; ++s) {
+    int panel = s / kLoads;
+    PanelLoad piece(elements, s % kLoads, row, first + panel * kTile, elements.d);
+    if (piece.valid == 0) continue;
+    const double* from = piece.in(panels + panel * kPanel);
     double values[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) values[q] = from[q * share.panel_step];
+    for (int q = 0; q < 4; ++q) values[q] = from[q * piece.panel_step];
     if (grad) {
       // The same element of all particles' gradients, or of its own alone: a product with zeros
       // would spread a NaN.
-      int i = (row + share.row) / elements.rank;
+      int i = (row + piece.row) / elements.rank;
       int begin = batch.mix_is_full ? 0 : i, end = batch.mix_is_full ? batch.particles : i + 1;
       const double* mix = batch.mix_is_full ? item.mix + int64_t(i) * batch.particles : item.mix;
       for (int j = begin; j < end; ++j) {
-        int64_t place = share.place + (j - i) * elements.rank * elements.d;
-        Four<T> others = read(grad, share, place, elements.vector);
+        int64_t place = piece.place + (j - i) * elements.rank * elements.d;
+        Vec4<T> others = read(grad, piece, place, elements.vector);
 #pragma unroll
         for (int q = 0; q < 4; ++q) values[q] += mix[j] * load(others.values[q]);
       }
     }
-    Four<T> rounded = {};
+    Vec4<T> rounded = {};
 #pragma unroll
     for (int q = 0; q < 4; ++q) store(&rounded.values[q], values[q]);
-    if (elements.vector && share.valid == 4) {
-      *reinterpret_cast<Four<T>*>(out + share.place) = rounded;
+    if (elements.vector && piece.valid == 4) {
+      *reinterpret_cast<Vec4<T>*>(out + piece.place) = rounded;
       continue;
     }
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      if (q < share.valid) out[share.place + q * share.step] = rounded.values[q];
+      if (q < piece.valid) out[piece.place + q * piece.step] = rounded.values[q];
     }
   }
 }
@@ -159,7 +159,7 @@ void apply_of(const Adapters& adapters, const std::vector<Layer>& layers,
     batch.items[grid.z++] = {factor.x,   grams[i ^ 1].parts,
                              factor.grad, layer.mix,
                              factor.out, elements_of(adapters.particles, layer, factor, sizeof(T))};
-    raise(grid.x, (factor.d + kApply - 1) / kApply);
+    raise(grid.x, ceil_div(factor.d, kApply));
     raise(grid.y, tiles_of(adapters.particles, layer));
     if (grid.z == ApplyBatch::kMost) flush();
   }

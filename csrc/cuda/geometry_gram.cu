@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
   const GramItem& item = batch.items[blockIdx.z];
   const Elements elements = item.elements;
   const T* x = static_cast<const T*>(item.x);
-  int part = blockIdx.y, tiles = (elements.rows + kTile - 1) / kTile;
+  int part = blockIdx.y, tiles = ceil_div(elements.rows, kTile);
   // Of the pairs of tiles, those on and above the diagonal.
   int row = 0, col = blockIdx.x;
   for (; row < tiles && col >= tiles - row; ++row) col -= tiles - row;
@@ -41,15 +41,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, sides = diagonal ? 1 : 2;
   constexpr int kRowTiles = kTile / kMmaRows, kColTiles = kTile / 8;
   double sums[kRowTiles][kColTiles][Mma::kC] = {};
-  Four<T> values[2][kShares];
+  Vec4<T> values[2][kLoads];
   auto fetch = [&](int64_t at) {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
 #pragma unroll
-      for (int s = 0; s < kShares; ++s) {
+      for (int s = 0; s < kLoads; ++s) {
         if (side >= sides) continue;
-        Share share(elements, s, side ? col : row, at, stop);
-        values[side][s] = read(x, share, share.place, elements.vector);
+        PanelLoad piece(elements, s, side ? col : row, at, stop);
+        values[side][s] = read(x, piece, piece.place, elements.vector);
       }
     }
   };
@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
 #pragma unroll
-      for (int s = 0; s < kShares; ++s) {
+      for (int s = 0; s < kLoads; ++s) {
         if (side >= sides) continue;
-        Share share(elements, s, side ? col : row, at, stop);
-        double* to = share.in(side ? right : left);
+        PanelLoad piece(elements, s, side ? col : row, at, stop);
+        double* to = piece.in(side ? right : left);
 #pragma unroll
-        for (int q = 0; q < 4; ++q) to[q * share.panel_step] = load(values[side][s].values[q]);
+        for (int q = 0; q < 4; ++q) to[q * piece.panel_step] = load(values[side][s].values[q]);
       }
     }
     __syncthreads();

@@ -28,11 +28,11 @@ void apply(const Adapters& adapters, const std::vector<Layer>& layers,
 
 MULTILORA_HD int parts_of(int64_t d, int64_t chunk) {
   // One at least: a factor without features still has a Gram matrix, of zeros.
-  return d > 0 ? int((d + chunk - 1) / chunk) : 1;
+  return d > 0 ? int(ceil_div(d, chunk)) : 1;
 }
 
 inline int tiles_of(int particles, const Layer& layer) {
-  return (particles * layer.rank + kTile - 1) / kTile;
+  return ceil_div(particles * layer.rank, kTile);
 }
 
 template <class Largest, class Value>
@@ -53,14 +53,14 @@ struct Elements {
 };
 
 template <class T>
-struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Four {
+struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Vec4 {
   T values[4];
 };
 
-// A thread's shares of a panel of kTile features by kTile rows are four neighbours each.
-constexpr int kShares = kTile * kTile / 4 / kThreads;
+// A thread loads this many pieces of a panel of kTile features by kTile rows, four neighbours each.
+constexpr int kLoads = kTile * kTile / 4 / kThreads;
 
-struct Share {
+struct PanelLoad {
   int row, feature;  // within the panel
   int panel_step;    // between the four in shared memory
   int64_t step;      // and in the factor
@@ -68,7 +68,7 @@ struct Share {
   int valid;         // how many of the four exist
 
   // The panel starts at (row0, feature0); features from `stop` on do not exist.
-  __device__ Share(const Elements& elements, int which, int row0, int64_t feature0, int64_t stop) {
+  __device__ PanelLoad(const Elements& elements, int which, int row0, int64_t feature0, int64_t stop) {
     int index = threadIdx.x + which * kThreads;
     // Along the rows where those lie side by side, else along the features.
     bool by_row = elements.is_B && elements.vector;
@@ -92,14 +92,14 @@ struct Share {
 };
 
 template <class T>
-__device__ Four<T> read(const T* x, const Share& share, int64_t place, bool vector) {
-  Four<T> four = {};
-  if (vector && share.valid == 4) return *reinterpret_cast<const Four<T>*>(x + place);
+__device__ Vec4<T> read(const T* x, const PanelLoad& piece, int64_t place, bool vector) {
+  Vec4<T> vec = {};
+  if (vector && piece.valid == 4) return *reinterpret_cast<const Vec4<T>*>(x + place);
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
-    if (q < share.valid) four.values[q] = x[place + q * share.step];
+    if (q < piece.valid) vec.values[q] = x[place + q * piece.step];
   }
-  return four;
+  return vec;
 }
 
 inline Elements elements_of(int particles, const Layer& layer, const Factor& factor, size_t size) {

@@ -1,4 +1,4 @@
-// Neighbouring threads of a warp as a group: see Alone in common.h.
+// Neighbouring threads of a warp as a group: see SingleThread in common.h.
 #pragma once
 
 #include "platform.h"

@@ -273,8 +273,6 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
 #endif
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class T, bool DEPTH_FIRST, int TILE_COLS>
 void run(const LoraGemm& p, Stream stream) {
   const auto tiles_across = ceil_div(p.cols, TILE_COLS), strips_each = ceil_div(p.rows, kTileRows);

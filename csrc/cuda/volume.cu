@@ -13,16 +13,16 @@ constexpr int kFewThreads = 64;
 constexpr int kMeanThreads = 512;
 
 // What a part leaves of an example: top (K), rest (K), the lower triangle of the Gram matrix.
-MULTILORA_HD int64_t numbers_of_part(int64_t K) { return 2 * K + pair(K, 0); }
+MULTILORA_HD int64_t numbers_of_part(int64_t K) { return 2 * K + lower(K, 0); }
 
-__device__ inline double* part_of(const VolumeForward& p, int64_t split, int64_t n) {
+__device__ inline double* part_of(const CudaVolumeForward& p, int64_t split, int64_t n) {
   return p.parts + (split * p.N + n) * numbers_of_part(p.K);
 }
 
 // Up to KB particles. A thread takes some classes of all of them, so that it adds up its own part
 // of the Gram matrix without a word to the others, under a running maximum of its own.
 template <class T, int KB>
-__global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeForward p) {
+__global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const CudaVolumeForward p) {
   using A = accumulator_t<T>;
   constexpr int M = kClasses<T>;
   Lanes group(p.lanes);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
     top[i] = -INFINITY;
     rest[i] = 0;
     MULTILORA_UNROLL
-    for (int j = 0; j <= i; ++j) gram[pair(i, j)] = 0;
+    for (int j = 0; j <= i; ++j) gram[lower(i, j)] = 0;
   }
   for (int64_t first = begin + group.rank() * M; first < end; first += p.lanes * M) {
     A e[KB][M];
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
         double product = 0;
         MULTILORA_UNROLL
         for (int m = 0; m < M; ++m) product += double(e[i][m]) * double(e[j][m]);
-        gram[pair(i, j)] = gram[pair(i, j)] * (factor[i] * factor[j]) + product;
+        gram[lower(i, j)] = gram[lower(i, j)] * (factor[i] * factor[j]) + product;
       }
     }
   }
@@ -91,8 +91,8 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const VolumeFo
     }
     MULTILORA_UNROLL
     for (int j = 0; j <= i; ++j) {
-      double product = group.sum(gram[pair(i, j)] * (factor[i] * factor[j]));
-      if (writes) part[2 * p.K + pair(i, j)] = product;
+      double product = group.sum(gram[lower(i, j)] * (factor[i] * factor[j]));
+      if (writes) part[2 * p.K + lower(i, j)] = product;
     }
   }
 }
@@ -104,7 +104,7 @@ constexpr int kStep = 64;
 constexpr int kColumn = kMostParticles + 4;
 
 template <class T>
-__global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const VolumeForward p) {
+__global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const CudaVolumeForward p) {
   using A = accumulator_t<T>;
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(32);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const 
     MULTILORA_UNROLL
     for (int q = 0; q < 8; ++q) {
       int i = row + r, j = column + q;
-      if (i < p.K && j <= i) part[2 * p.K + pair(i, j)] = gram[r][q];
+      if (i < p.K && j <= i) part[2 * p.K + lower(i, j)] = gram[r][q];
     }
   }
 }
@@ -185,17 +185,17 @@ __global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const 
 // --- what follows from the sums ------------------------------------------------------------------
 
 // Doubles of shared memory for an example.
-int64_t shared_doubles(const VolumeForward& p) {
+int64_t shared_doubles(const CudaVolumeForward& p) {
   int64_t side = p.K < p.C ? p.K : p.C;
   int64_t factors = p.splits > 1 ? p.splits * p.K : 0, f = p.K < p.C ? 0 : p.K * p.C;
-  return 4 * p.K + pair(side, 0) + 2 * side + factors + f;
+  return 4 * p.K + lower(side, 0) + 2 * side + factors + f;
 }
 
 // The row of an element of a lower triangle: of such small numbers the root is exact enough.
 __device__ inline int row_of(int index) { return (int(sqrtf(8.0f * index + 1)) - 1) / 2; }
 
 // The parts under their common maximum.
-__device__ inline void merge_parts(const Lanes& group, const VolumeForward& p, int64_t n,
+__device__ inline void merge_parts(const Lanes& group, const CudaVolumeForward& p, int64_t n,
                                    const Example<double>& x, double* factors) {
   int K = p.K;
   for (int i = group.rank(); i < K; i += group.size()) {
@@ -213,8 +213,8 @@ __device__ inline void merge_parts(const Lanes& group, const VolumeForward& p, i
     for (int s = 0; s < p.splits; ++s) rest += part_of(p, s, n)[K + i] * factors[s * K + i];
     x.rest[i] = rest;
   }
-  for (int at = group.rank(); at < pair(K, 0); at += group.size()) {
-    int i = row_of(at), j = at - int(pair(i, 0));
+  for (int at = group.rank(); at < lower(K, 0); at += group.size()) {
+    int i = row_of(at), j = at - int(lower(i, 0));
     double product = 0;
     for (int s = 0; s < p.splits; ++s) {
       double factor = factors[s * K + i] * factors[s * K + j];
@@ -226,15 +226,15 @@ __device__ inline void merge_parts(const Lanes& group, const VolumeForward& p, i
   group.sync();
 }
 
-__device__ inline void take_part(const Lanes& group, const VolumeForward& p, int64_t n,
+__device__ inline void take_part(const Lanes& group, const CudaVolumeForward& p, int64_t n,
                                  const Example<double>& x) {
   const double* part = part_of(p, 0, n);
   for (int i = group.rank(); i < p.K; i += group.size()) {
     x.top[i] = part[i];
     x.rest[i] = part[p.K + i];
-    x.norm[i] = part[2 * p.K + pair(i, i)];
+    x.norm[i] = part[2 * p.K + lower(i, i)];
   }
-  for (int at = group.rank(); p.K < p.C && at < pair(p.K, 0); at += group.size()) {
+  for (int at = group.rank(); p.K < p.C && at < lower(p.K, 0); at += group.size()) {
     x.matrix[at] = part[2 * p.K + at];
   }
   group.sync();
@@ -242,7 +242,7 @@ __device__ inline void take_part(const Lanes& group, const VolumeForward& p, int
 
 // F̃ᵀF̃, from the logits again.
 template <class T>
-__device__ void class_gram(const Lanes& group, const VolumeForward& p, const T* logits, int64_t y,
+__device__ void class_gram(const Lanes& group, const CudaVolumeForward& p, const T* logits, int64_t y,
                            const Example<double>& x, double* f) {
   int K = p.K, C = int(p.C);
   for (int at = group.rank(); at < K * C; at += group.size()) {
@@ -251,8 +251,8 @@ __device__ void class_gram(const Lanes& group, const VolumeForward& p, const T* 
     f[at] = c == y ? 0 : exp(z - x.top[i]) / x.norm[i];
   }
   group.sync();
-  for (int at = group.rank(); at < pair(C, 0); at += group.size()) {
-    int c = row_of(at), d = at - int(pair(c, 0));
+  for (int at = group.rank(); at < lower(C, 0); at += group.size()) {
+    int c = row_of(at), d = at - int(lower(c, 0));
     double product = 0;
     for (int i = 0; i < K; ++i) product += f[i * C + c] * f[i * C + d];
     x.matrix[at] = product;
@@ -262,14 +262,14 @@ __device__ void class_gram(const Lanes& group, const VolumeForward& p, const T* 
 
 template <class T>
 __global__ void __launch_bounds__(kFewThreads, 8)
-    volume_finish_kernel(const VolumeForward p, int lanes, int doubles) {
+    volume_finish_kernel(const CudaVolumeForward p, int lanes, int doubles) {
   using A = accumulator_t<T>;
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(lanes);
   int K = p.K, side = K < p.C ? K : int(p.C);
   double* own = reinterpret_cast<double*>(memory) + int(threadIdx.x) / lanes * doubles;
   double* matrix = own + 4 * K;
-  double* column = matrix + pair(side, 0);
+  double* column = matrix + lower(side, 0);
   Example<double> x{own, own + K, own + 2 * K, own + 3 * K, matrix, column, column + side};
   double* extra = column + 2 * side;
   int64_t n = (int64_t(blockIdx.x) * kFewThreads + threadIdx.x) / lanes;
@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   }
   for (int at = group.rank(); at < side * side; at += group.size()) {
     int i = at / side, j = at % side;
-    double number = moves ? x.matrix[i < j ? pair(j, i) : pair(i, j)] : 0;
+    double number = moves ? x.matrix[i < j ? lower(j, i) : lower(i, j)] : 0;
     int64_t place = n * side * side + at;
     if (by_class) {
       static_cast<double*>(p.core)[place] = number;
@@ -365,9 +365,9 @@ constexpr int64_t kFull = 1 << 17;
 // Threads for an example, as few as cover its classes at once, and parts of an example's classes:
 // enough to fill the chip, of at least 8 steps each. The second kernel keeps a number for each
 // particle of each part in shared memory, so these are few.
-void plan(VolumeForward& p, int classes_each) {
+void plan(CudaVolumeForward& p, int classes_each) {
   bool many = p.K > 8;
-  p.lanes = many ? 32 : power_of_two((p.C + classes_each - 1) / classes_each);
+  p.lanes = many ? 32 : power_of_two(ceil_div(p.C, classes_each));
   p.lanes = p.lanes < 4 ? 4 : p.lanes > 32 ? 32 : p.lanes;
   int64_t step = many ? kStep : p.lanes * classes_each;
   int64_t splits = kFull / (p.N * p.lanes), most = p.C / (8 * step), kept = 512 / p.K;
@@ -376,12 +376,10 @@ void plan(VolumeForward& p, int classes_each) {
   p.splits = splits < 1 ? 1 : splits > 64 ? 64 : int(splits);
 }
 
-unsigned blocks(int64_t threads, int64_t block) { return unsigned((threads + block - 1) / block); }
-
 }  // namespace
 
 int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype) {
-  VolumeForward p{};
+  CudaVolumeForward p{};
   p.K = K;
   p.N = N < 1 ? 1 : N;
   p.C = C;
@@ -389,7 +387,7 @@ int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype) {
   return p.splits * N * numbers_of_part(K);
 }
 
-void volume_forward(VolumeForward p, DType dtype, Stream stream) {
+void volume_forward(CudaVolumeForward p, DType dtype, Stream stream) {
   if (p.N == 0) return;
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -397,21 +395,21 @@ void volume_forward(VolumeForward p, DType dtype, Stream stream) {
     plan(p, M);
     p.aligned = is_aligned<T>(p.logits, M, p.stride_k, p.stride_n);
     if (p.K > 8) {
-      dim3 grid(blocks(p.N, kFewThreads / 32), unsigned(p.splits));
+      dim3 grid(unsigned(ceil_div(p.N, kFewThreads / 32)), unsigned(p.splits));
       size_t bytes = kFewThreads / 32 * (kStep + 1) * kColumn * sizeof(double);
       launch(volume_sums_of_many_kernel<T>, grid, kFewThreads, bytes, stream, p);
     } else {
       auto kernel = p.K > 4   ? volume_sums_kernel<T, 8>
                     : p.K > 2 ? volume_sums_kernel<T, 4>
                               : volume_sums_kernel<T, 2>;
-      dim3 grid(blocks(p.N * p.lanes, kThreads), unsigned(p.splits));
+      dim3 grid(unsigned(ceil_div(p.N * p.lanes, kThreads)), unsigned(p.splits));
       launch(kernel, grid, kThreads, 0, stream, p);
     }
     // A whole warp where there is much to merge.
     int lanes = p.splits > 1 || p.K > 16 ? 32 : p.K > 8 ? 16 : p.K > 4 ? 8 : 4;
     int doubles = int(shared_doubles(p));
     size_t bytes = size_t(kFewThreads / lanes) * doubles * sizeof(double);
-    launch(volume_finish_kernel<T>, blocks(p.N * lanes, kFewThreads), kFewThreads, bytes, stream, p,
+    launch(volume_finish_kernel<T>, unsigned(ceil_div(p.N * lanes, kFewThreads)), kFewThreads, bytes, stream, p,
            lanes, doubles);
   });
 }

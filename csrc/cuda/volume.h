@@ -8,7 +8,7 @@ namespace multilora {
 
 // logits (K, N, C) with dense classes, targets (N,); strides in elements. Numbers and gradients are
 // of the logits' dtype, or float32 where that is a half precision; core is float64 where K >= C.
-struct VolumeForward {
+struct CudaVolumeForward {
   const void* logits;
   const int64_t* targets;
   double* parts;  // as many as volume_parts says
@@ -25,7 +25,7 @@ struct VolumeForward {
   bool aligned;
 };
 
-struct VolumeBackward {
+struct CudaVolumeBackward {
   const void* grad;      // (N,) of gram_volume, () of the divergence
   const void* grad_nll;  // (K,), null of gram_volume
   const void* count;     // (), null of gram_volume
@@ -45,12 +45,12 @@ constexpr int kMostParticles = 32;
 // How many doubles a forward pass needs as workspace.
 int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype);
 // Two launches.
-void volume_forward(VolumeForward p, DType dtype, Stream stream);
+void volume_forward(CudaVolumeForward p, DType dtype, Stream stream);
 // The means of `rows` (K + 1, N), the losses and values of a forward pass, over the valid targets.
 // -> nll (K,), divergence (), count ()
 void volume_means(const void* rows, const int64_t* targets, int64_t stride_target, void* nll,
                   void* divergence, void* count, int K, int64_t N, DType dtype, Stream stream);
 // One launch.
-void volume_backward(VolumeBackward p, DType dtype, Stream stream);
+void volume_backward(CudaVolumeBackward p, DType dtype, Stream stream);
 
 }  // namespace multilora

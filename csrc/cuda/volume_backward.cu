@@ -21,7 +21,7 @@ __device__ Particles<A> particles_at(A* memory, int K) {
 
 // Member `rank` of `size` does its particles.
 template <class T, class A>
-__device__ void weigh_particles(const VolumeBackward& p, int64_t n, const T* logits, int64_t y,
+__device__ void weigh_particles(const CudaVolumeBackward& p, int64_t n, const T* logits, int64_t y,
                                 int rank, int size, const Particles<A>& all) {
   using S = accumulator_t<T>;
   const S* stats = static_cast<const S*>(p.stats) + n;
@@ -42,14 +42,14 @@ __device__ void weigh_particles(const VolumeBackward& p, int64_t n, const T* log
 
 // Twice the upstream gradient of the value.
 template <class A>
-__device__ A slope_of(const VolumeBackward& p, int64_t n) {
+__device__ A slope_of(const CudaVolumeBackward& p, int64_t n) {
   A grad = static_cast<const A*>(p.grad)[n * p.stride_grad];
   return 2 * (p.grad_nll ? grad / *static_cast<const A*>(p.count) : grad);
 }
 
 // Up to KB particles, fewer than classes: a thread has some classes of all of them in registers.
 template <class T, int KB>
-__global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const VolumeBackward p) {
+__global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const CudaVolumeBackward p) {
   using A = accumulator_t<T>;
   constexpr int M = kClasses<T>;
   MULTILORA_DYNAMIC_SHARED(memory);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const VolumeB
 
 // Up to 32 particles, fewer than classes: a block is with one example, and f̃ is in shared memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const VolumeBackward p) {
+__global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const CudaVolumeBackward p) {
   using A = accumulator_t<T>;
   using V = Pack<A, 2>;
   constexpr int kRows = 4;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const
 // of an example. A lane is a particle.
 template <class T>
 __global__ void __launch_bounds__(kFewThreads, 8)
-    volume_gradient_by_class_kernel(const VolumeBackward p) {
+    volume_gradient_by_class_kernel(const CudaVolumeBackward p) {
   using A = accumulator_t<T>;
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(32);
@@ -214,8 +214,6 @@ __global__ void __launch_bounds__(kFewThreads, 8)
 // As in the forward pass; nothing is merged, so there may be as many parts as fill the chip.
 constexpr int64_t kFull = 1 << 17;
 
-unsigned blocks(int64_t threads, int64_t block) { return unsigned((threads + block - 1) / block); }
-
 int parts(int64_t threads, int64_t C, int64_t step) {
   int64_t splits = kFull / threads, most = C / (4 * step);
   splits = splits < most ? splits : most;
@@ -224,7 +222,7 @@ int parts(int64_t threads, int64_t C, int64_t step) {
 
 }  // namespace
 
-void volume_backward(VolumeBackward p, DType dtype, Stream stream) {
+void volume_backward(CudaVolumeBackward p, DType dtype, Stream stream) {
   if (p.N == 0) return;
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -235,24 +233,24 @@ void volume_backward(VolumeBackward p, DType dtype, Stream stream) {
                 is_aligned<T>(p.out, each, p.N * p.C, p.C);
     if (p.K >= p.C) {
       size_t bytes = kFewThreads / 32 * (2 * p.K * p.C + 4 * p.K) * sizeof(double);
-      launch(volume_gradient_by_class_kernel<T>, blocks(p.N * 32, kFewThreads), kFewThreads, bytes,
+      launch(volume_gradient_by_class_kernel<T>, unsigned(ceil_div(p.N * 32, kFewThreads)), kFewThreads, bytes,
              stream, p);
     } else if (many) {
-      int rows = (p.K + 3) / 4 * 4;
+      int rows = ceil_div(p.K, 4) * 4;
       p.splits = parts(p.N * kThreads, p.C, 2 * kThreads);
       size_t bytes = (2 * p.K * kThreads + rows * p.K + 4 * rows) * sizeof(A);
       launch(volume_gradient_of_many_kernel<T>, dim3(unsigned(p.N), unsigned(p.splits)), kThreads,
              bytes, stream, p);
     } else {
       int KB = p.K > 4 ? 8 : p.K > 2 ? 4 : 2;
-      p.lanes = power_of_two((p.C + each - 1) / each);
+      p.lanes = power_of_two(ceil_div(p.C, each));
       p.lanes = p.lanes < 4 ? 4 : p.lanes > 32 ? 32 : p.lanes;
       p.splits = parts(p.N * p.lanes, p.C, p.lanes * each);
       auto kernel = KB == 8   ? volume_gradient_kernel<T, 8>
                     : KB == 4 ? volume_gradient_kernel<T, 4>
                               : volume_gradient_kernel<T, 2>;
       size_t bytes = size_t(kThreads / p.lanes) * (KB * KB + 4 * KB) * sizeof(A);
-      launch(kernel, dim3(blocks(p.N * p.lanes, kThreads), unsigned(p.splits)), kThreads, bytes,
+      launch(kernel, dim3(unsigned(ceil_div(p.N * p.lanes, kThreads)), unsigned(p.splits)), kThreads, bytes,
              stream, p);
     }
   });

@@ -98,6 +98,7 @@ void with_type(DType dtype, Function function) {
     case DType::f64: return function(double());
     case DType::f16: return function(f16());
     case DType::bf16: return function(bf16());
+    case DType::i64: return;  // no logits
   }
 }
 

@@ -18,7 +18,7 @@ TABLE_IS_NOT_THERE = (
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that losses and geometry are computed and returned in: float32 or better."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def finite(scaling: float) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import multilora._C as _C
 from multilora.ops.common import accumulator, core_dtype, wrong_target
-from multilora.ops.native import DTYPES, NativeKernels, dense_classes, volume_kind
+from multilora.ops.native import NativeKernels, dense_classes, view
 
 _VENDORS = "its products are the vendor's GEMM, which no kernel of ours beats on a CPU"
 LEAVES = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_"), _VENDORS)
@@ -19,8 +19,8 @@ def refuses(op: str, args: tuple[Any, ...]) -> str | None:
 
 
 class _CpuKernels(NativeKernels):
-    def where(self, t: Tensor) -> tuple[int, ...]:
-        return (torch.get_num_threads(),)
+    def where(self, t: Tensor) -> int:
+        return torch.get_num_threads()
 
     def volume(
         self, logits: Tensor, targets: Tensor, eps: float, kind: str, means: bool
@@ -28,27 +28,24 @@ class _CpuKernels(NativeKernels):
         logits = dense_classes(logits)
         particles, rows, classes = logits.shape
         side = min(particles, classes)
-        stats = logits.new_empty((3, particles, rows), dtype=accumulator(logits.dtype))
-        core = logits.new_empty((rows, side, side), dtype=core_dtype(logits))
+        stats = logits.new_empty(3, particles, rows, dtype=accumulator(logits.dtype))
+        core = logits.new_empty(rows, side, side, dtype=core_dtype(logits))
         # The kernel fills the values, or their means alone.
-        results: tuple[Tensor, ...] = (stats.new_empty(rows),)
+        results: tuple[Tensor, ...]
         if means:
-            results = stats.new_empty(particles), stats.new_empty(()), stats.new_empty(())
-        pointers = [t.data_ptr() for t in results]
+            divergence = stats.new_empty(())
+            results = stats.new_empty(particles), divergence, torch.empty_like(divergence)
+        else:
+            results = (stats.new_empty(rows),)
         wrong = self.module.volume_forward(
-            logits.data_ptr(),
-            targets.data_ptr(),
-            0 if means else pointers[0],
-            stats.data_ptr(),
-            core.data_ptr(),
-            *(pointers if means else (0, 0, 0)),
-            DTYPES[logits.dtype],
-            *logits.stride()[:2],
-            targets.stride(0),
-            *logits.shape,
-            eps,
-            volume_kind(logits, kind),
-            *self.where(logits),
+            view(logits),
+            view(targets),
+            None if means else view(results[0]),
+            tuple(map(view, results)) if means else None,
+            (view(stats), view(core)),
+            eps=eps,
+            det=kind == "det",
+            where=self.where(logits),
         )
         if wrong >= 0:
             raise wrong_target(logits, targets, wrong)

@@ -16,7 +16,7 @@ from multilora.ops.common import (
     too_many_particles,
 )
 from multilora.ops.hopper import lora_linear, lora_linear_backward
-from multilora.ops.native import DTYPES, NativeKernels, dense_classes, stream, volume_kind
+from multilora.ops.native import FactorLists, NativeKernels, dense_classes, stream, view
 
 LEAVES = {"lora_add_": "its products are thin, and bound by reading x and y: the vendor's GEMM's"}
 
@@ -33,13 +33,12 @@ def refuses(op: str, args: tuple[Any, ...]) -> str | None:
 
 
 class _CudaKernels(NativeKernels):
-    def where(self, t: Tensor) -> tuple[int, ...]:
+    def where(self, t: Tensor) -> tuple[int, int]:
         return stream(t)
 
-    def workspace(self, factors: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    def workspace(self, first: Tensor, described: FactorLists) -> Tensor:
         """Room for the layers' Gram matrices, in parts."""
-        count = self.module.geometry_workspace(factors[0].shape[0], sizes)
-        return [factors[0].new_empty(count, dtype=torch.float64)]
+        return first.new_empty(self.module.traces_workspace(described), dtype=torch.float64)
 
     def volume(
         self, logits: Tensor, targets: Tensor, eps: float, kind: str, means: bool
@@ -48,64 +47,44 @@ class _CudaKernels(NativeKernels):
         dtype = accumulator(logits.dtype)
         if not means:
             value = logits.new_empty(examples, dtype=dtype)
-            return value, *self._forward(logits, targets, eps, kind, value, None)
-        # The particles' losses, and behind them the values: what the means are taken of.
-        rows = logits.new_empty((particles + 1, examples), dtype=dtype)
-        stats, core = self._forward(logits, targets, eps, kind, rows[particles], rows)
-        nll, divergence, count = rows.new_empty(particles), rows.new_empty(()), rows.new_empty(())
+            return value, *self._forward(logits, targets, eps, kind, value)
+        # The particles' losses, then the values: the kernel takes the means of these rows.
+        rows = logits.new_empty(particles + 1, examples, dtype=dtype)
+        stats, core = self._forward(logits, targets, eps, kind, rows)
+        nll, divergence = rows.new_empty(particles), rows.new_empty(())
+        count = torch.empty_like(divergence)
         self.module.volume_means(
-            rows.data_ptr(),
-            targets.data_ptr(),
-            targets.stride(0),
-            nll.data_ptr(),
-            divergence.data_ptr(),
-            count.data_ptr(),
-            DTYPES[rows.dtype],
-            particles,
-            examples,
-            *self.where(logits),
+            view(rows),
+            view(targets),
+            view(nll),
+            view(divergence),
+            view(count),
+            where=self.where(logits),
         )
         return nll, divergence, stats, core, count
 
     def _forward(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        eps: float,
-        kind: str,
-        value: Tensor,
-        losses: Tensor | None,
+        self, logits: Tensor, targets: Tensor, eps: float, kind: str, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fill value (N,) and the first rows of losses (K + 1, N). -> stats, core"""
+        """Fill rows: the values (N,), or losses and values (K + 1, N). -> stats, core"""
         particles, examples, classes = logits.shape
         # On a GPU the kernel itself reports it, at the next synchronisation.
         if targets.device.type == "cpu":
             check_targets(logits, targets)
         logits = dense_classes(logits)
         side = min(particles, classes)
-        stats = value.new_empty((3, particles, examples))
-        core = value.new_empty((examples, side, side), dtype=core_dtype(logits))
-        dtype = DTYPES[logits.dtype]
-        parts = logits.new_empty(
-            self.module.volume_parts(particles, examples, classes, dtype), dtype=torch.float64
-        )
+        stats = rows.new_empty(3, particles, examples)
+        core = rows.new_empty(examples, side, side, dtype=core_dtype(logits))
+        parts = rows.new_empty(self.module.volume_workspace(view(logits)), dtype=torch.float64)
         self.module.volume_forward(
-            logits.data_ptr(),
-            targets.data_ptr(),
-            parts.data_ptr(),
-            value.data_ptr(),
-            0 if losses is None else losses.data_ptr(),
-            stats.data_ptr(),
-            core.data_ptr(),
-            dtype,
-            *logits.stride()[:2],
-            targets.stride(0),
-            particles,
-            examples,
-            classes,
-            eps,
-            volume_kind(logits, kind),
-            *self.where(logits),
+            view(logits),
+            view(targets),
+            view(rows),
+            (view(stats), view(core)),
+            view(parts),
+            eps=eps,
+            det=kind == "det",
+            where=self.where(logits),
         )
         return stats, core
 

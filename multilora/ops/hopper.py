@@ -25,7 +25,7 @@ from torch import Tensor
 import multilora._C_cuda as _C_cuda
 from multilora.ops import dispatch
 from multilora.ops.common import empty_gradients, empty_linear
-from multilora.ops.native import DTYPES, stream
+from multilora.ops.native import stream, view
 
 
 def lora_linear(
@@ -193,29 +193,20 @@ def _gemm(
     w_depth_first: bool,
 ) -> None:
     """y (K, T, cols) from x (K, T, depth), weight, S (K, T, r) and the expander."""
-    particles, rows, depth = x.shape
-    cols, rank = y.shape[2], shrunk.shape[2]
+    particles, rows, _ = x.shape
     processors = _processors(x.device)
     x, weight = _aligned(x), _aligned(weight)
     shrunk, expander = _aligned(shrunk), _aligned(expander)
     bias = None if bias is None else _aligned(bias)
     _C_cuda.lora_gemm(
-        DTYPES[x.dtype],
-        w_depth_first,
-        _tile_cols(particles, rows, cols, processors),
-        processors,
-        x.data_ptr(),
-        weight.data_ptr(),
-        shrunk.data_ptr(),
-        expander.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        particles,
-        rows,
-        depth,
-        cols,
-        rank,
-        *stream(x),
+        view(y),
+        view(x),
+        view(weight),
+        (view(shrunk), view(expander)),
+        view(bias),
+        w_depth_first=w_depth_first,
+        tiling=(_tile_cols(particles, rows, y.shape[2], processors), processors),
+        where=stream(x),
     )
 
 

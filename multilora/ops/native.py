@@ -2,7 +2,7 @@
 describes the tensors and calls the kernels. csrc knows nothing of torch."""
 
 import abc
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +10,18 @@ from torch import Tensor
 from multilora.ops.common import accumulator
 
 #: DType in csrc/common.h.
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+DTYPES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.int64: 4,
+}
 
-#: VolumeKind in csrc/volume.h.
-_VOLUME_KINDS = {"zero": 0, "logdet": 1, "det": 2}
+#: A tensor for csrc: address, dtype, sizes and strides; None where it is left out.
+View: TypeAlias = "tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"
+#: The factors of all layers for csrc: dtype, K, (r, d_in, d_out of every layer) and addresses.
+FactorLists: TypeAlias = "tuple[int, int, list[int], list[int]]"
 
 
 class NativeKernels(abc.ABC):
@@ -23,12 +31,12 @@ class NativeKernels(abc.ABC):
         self.module = module
 
     @abc.abstractmethod
-    def where(self, t: Tensor) -> tuple[int, ...]:
-        """The last arguments of every call: where, or with what, it runs."""
+    def where(self, t: Tensor) -> Any:
+        """On what device and stream, or on how many threads, a call for `t` runs."""
 
-    def workspace(self, factors: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        """The memory that the geometry needs beside its outputs."""
-        return []
+    def workspace(self, first: Tensor, described: FactorLists) -> Tensor | None:
+        """The memory that the geometry needs beside its outputs, for factors like the first."""
+        return None
 
     @abc.abstractmethod
     def volume(
@@ -41,22 +49,19 @@ class NativeKernels(abc.ABC):
         self, lora_A: list[Tensor], lora_B: list[Tensor], scaling: list[float], distance: bool
     ) -> Tensor:
         """The traces T (L, K, K), or the distances D made of them."""
-        factors = [t.contiguous() for t in (*lora_A, *lora_B)]
-        first = factors[0]
+        tensors = [t.contiguous() for t in (*lora_A, *lora_B)]
+        first, described = tensors[0], factors(tensors)
         particles = first.shape[0]
         out = first.new_empty(len(scaling), particles, particles, dtype=accumulator(first.dtype))
-        sizes = _adapter_sizes(lora_A, lora_B)
-        work = self.workspace(factors, sizes)
-        self.module.lora_gram(
-            out.data_ptr(),
-            distance,
-            DTYPES[first.dtype],
-            particles,
-            sizes,
+        # A name keeps the memory alive until the call is over.
+        work = self.workspace(first, described)
+        self.module.traces(
+            view(out),
+            described,
             scaling,
-            _pointers(factors),
-            *_pointers(work),
-            *self.where(first),
+            view(work),
+            distance=distance,
+            where=self.where(first),
         )
         return out
 
@@ -70,26 +75,22 @@ class NativeKernels(abc.ABC):
         grads: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """The gradients for dL/dT = upstream, plus grads mixed."""
-        factors = [t.contiguous() for t in (*lora_A, *lora_B)]
-        outs = [torch.empty_like(t) for t in factors]
+        tensors = [t.contiguous() for t in (*lora_A, *lora_B)]
+        described = factors(tensors)
+        outs = [torch.empty_like(t) for t in tensors]
         upstream = upstream.double().contiguous()
         mix = None if mix is None else mix.double().contiguous()
         grads = [t.contiguous() for t in grads or []]
-        sizes = _adapter_sizes(lora_A, lora_B)
-        work = self.workspace(factors, sizes)
-        self.module.lora_gram_backward(
-            _pointers(outs),
-            upstream.data_ptr(),
-            DTYPES[factors[0].dtype],
-            upstream.shape[-1],
-            sizes,
+        work = self.workspace(tensors[0], described)
+        self.module.factor_gradients(
+            addresses(outs),
+            view(upstream),
+            described,
             scaling,
-            _pointers(factors),
-            _pointers(grads),
-            0 if mix is None else mix.data_ptr(),
-            mix is not None and mix.ndim == 3,
-            *_pointers(work),
-            *self.where(upstream),
+            view(mix),
+            addresses(grads),
+            view(work),
+            where=self.where(upstream),
         )
         return outs
 
@@ -105,34 +106,20 @@ class NativeKernels(abc.ABC):
     ) -> Tensor:
         """grad (N,) of the values; or grad () of their mean, and grad_nll (K,) -> dlogits."""
         logits = dense_classes(logits)
-        out = logits.new_empty(logits.shape)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
         # Names keep the copies alive until the call is over.
         stats, core = stats.contiguous(), core.contiguous()
         self.module.volume_backward(
-            grad.data_ptr(),
-            0 if grad_nll is None else grad_nll.data_ptr(),
-            0 if count is None else count.data_ptr(),
-            logits.data_ptr(),
-            targets.data_ptr(),
-            stats.data_ptr(),
-            core.data_ptr(),
-            out.data_ptr(),
-            DTYPES[logits.dtype],
-            grad.stride(0) if grad_nll is None else 0,
-            0 if grad_nll is None else grad_nll.stride(0),
-            *logits.stride()[:2],
-            targets.stride(0),
-            *logits.shape,
-            *self.where(logits),
+            view(logits),
+            view(targets),
+            (view(stats), view(core)),
+            view(grad),
+            view(grad_nll),
+            view(count),
+            view(out),
+            where=self.where(logits),
         )
         return out
-
-
-def volume_kind(logits: Tensor, kind: str) -> int:
-    """The kind as csrc names it: "zero" where the value cannot move."""
-    particles, _, classes = logits.shape
-    constant = classes == 2 or (kind == "det" and particles > classes - 1)
-    return _VOLUME_KINDS["zero" if constant else kind]
 
 
 def dense_classes(logits: Tensor) -> Tensor:
@@ -147,14 +134,23 @@ def stream(t: Tensor) -> tuple[int, int]:
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 
-def _adapter_sizes(lora_A: list[Tensor], lora_B: list[Tensor]) -> list[int]:
-    """rank, d_in and d_out of every layer."""
+def view(t: Tensor | None) -> View:
+    """The tensor as csrc/view.h takes it. It must stay alive until the call is over."""
+    return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.shape, t.stride())
+
+
+def factors(tensors: list[Tensor]) -> FactorLists:
+    """All lora_A, then all lora_B, contiguous, as csrc/adapters.h takes them.
+
+    Views of all of them would take longer to make than a small problem takes to solve.
+    """
+    count, particles = len(tensors) // 2, 0
     sizes: list[int] = []
-    for A, B in zip(lora_A, lora_B):
-        _, rank, d_in = A.shape
+    for A, B in zip(tensors, tensors[count:]):
+        particles, rank, d_in = A.shape
         sizes += (rank, d_in, B.shape[1])
-    return sizes
+    return DTYPES[tensors[0].dtype], particles, sizes, addresses(tensors)
 
 
-def _pointers(tensors: list[Tensor]) -> list[int]:
+def addresses(tensors: list[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]

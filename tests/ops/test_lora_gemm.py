@@ -13,7 +13,7 @@ import multilora as ml
 import oracles
 import ptx
 from multilora.ops import dispatch
-from multilora.ops.native import DTYPES, stream
+from multilora.ops.native import stream, view
 from oracles import double_gradients, gradients, relative_error
 from ptx import native
 
@@ -89,22 +89,17 @@ def tensors(K, T, depth, cols, rank, dtype, w_depth_first, with_bias=True):
 
 def run(x, w, s, q, bias, w_depth_first, tile_cols, processors) -> torch.Tensor:
     """y in NaN; nothing but y may be written."""
-    K, T, depth = x.shape
-    cols, rank = w.shape[int(w_depth_first)], s.shape[2]
-    y, memory = guarded(x.new_full((K, T, cols), torch.nan))
+    K, T, _ = x.shape
+    y, memory = guarded(x.new_full((K, T, w.shape[int(w_depth_first)]), torch.nan))
     _C_cuda.lora_gemm(
-        DTYPES[x.dtype],
-        w_depth_first,
-        tile_cols,
-        processors,
-        *(0 if t is None else t.data_ptr() for t in (x, w, s, q, bias)),
-        y.data_ptr(),
-        K,
-        T,
-        depth,
-        cols,
-        rank,
-        *stream(x),
+        view(y),
+        view(x),
+        view(w),
+        (view(s), view(q)),
+        view(bias),
+        w_depth_first=w_depth_first,
+        tiling=(tile_cols, processors),
+        where=stream(x),
     )
     assert memory[:128].isnan().all() and memory[-128:].isnan().all()
     return y
@@ -213,9 +208,9 @@ def calls(monkeypatch):
     orders = []
     kernel = _C_cuda.lora_gemm
 
-    def count(dtype, w_depth_first, *rest):
+    def count(*views, w_depth_first, **rest):
         orders.append("columns" if w_depth_first else "rows")
-        kernel(dtype, w_depth_first, *rest)
+        kernel(*views, w_depth_first=w_depth_first, **rest)
 
     monkeypatch.setattr(_C_cuda, "lora_gemm", count)
     with ml.use_backend("cuda"):

@@ -97,8 +97,7 @@ def _compile(folder: Path) -> None:
         objects = []
         for source in (RUNTIME, *sorted((CSRC / "cuda").glob("*.cu"))):
             objects += writer.build(f"{source.stem}.o", "nvcc", str(source))
-        for source in (CSRC / "bindings_cuda.cpp", *sorted((CSRC / "cuda").glob("bind_*.cpp"))):
-            objects += writer.build(f"{source.stem}.o", "cxx", str(source))
+        objects += writer.build("bindings.o", "cxx", str(CSRC / "bindings_cuda.cpp"))
         writer.build(str(_module(folder)), "link", objects)
     done = subprocess.run(
         [Path(ninja.BIN_DIR) / "ninja", "-C", folder], capture_output=True, text=True

@@ -1,5 +1,5 @@
-// How the bindings get the layers of adapters. A view for each factor would take Python longer than a
-// small problem takes: all factors are contiguous and of one dtype, so that addresses are enough.
+// How the bindings get the layers of adapters. A view for each factor would take Python longer than
+// a small problem takes: all factors are contiguous and of one dtype, so that addresses are enough.
 #pragma once
 
 #include <stdexcept>

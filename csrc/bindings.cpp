@@ -24,8 +24,9 @@ std::vector<std::string> supported_levels() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back(kNames[1]);
-  if (names.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+  if (names.size() == 2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl")) {
     names.push_back(kNames[2]);
   }
 #endif
@@ -80,7 +81,8 @@ int64_t forward(const View& logits, const View& targets, const View& value,
 
 void backward(const View& logits, const View& targets, const Saved& saved, const View& grad,
               const View& grad_nll, const View& count, const View& out, int threads) {
-  auto p = volume_gradient_of<CpuVolumeBackward>(logits, targets, saved, grad, grad_nll, count, out);
+  auto p =
+      volume_gradient_of<CpuVolumeBackward>(logits, targets, saved, grad, grad_nll, count, out);
   volume_backward(p, logits.dtype, threads);
 }
 

@@ -17,11 +17,11 @@ using DeviceAndStream = std::pair<int, uintptr_t>;
 
 Stream stream_of(const DeviceAndStream& pair) { return {pair.first, pair.second}; }
 
-void traces(const View& out, const Factors& factors, const Scalings& scaling,
-            const View& workspace, bool distance, const DeviceAndStream& stream) {
+void traces(const View& out, const Factors& factors, const Scalings& scaling, const View& workspace,
+            bool distance, const DeviceAndStream& stream) {
   Adapters adapters{factors.dtype, factors.particles, distance, false};
-  geometry(adapters, layers_of_traces(factors, scaling, out),
-           static_cast<double*>(workspace.data), stream_of(stream));
+  geometry(adapters, layers_of_traces(factors, scaling, out), static_cast<double*>(workspace.data),
+           stream_of(stream));
 }
 
 void factor_gradients(const Addresses& outs, const View& upstream, const Factors& factors,
@@ -113,9 +113,12 @@ PYBIND11_MODULE(_C_cuda, m) {
   m.def("factor_gradients", &factor_gradients, py::arg("outs"), py::arg("upstream"),
         py::arg("factors"), py::arg("scaling"), py::arg("mix"), py::arg("grads"),
         py::arg("workspace"), py::kw_only(), py::arg("where"));
-  m.def("volume_workspace", [](const View& logits) {
-    return volume_parts(int(logits.sizes[0]), logits.sizes[1], logits.sizes[2], logits.dtype);
-  }, py::arg("logits"));
+  m.def(
+      "volume_workspace",
+      [](const View& logits) {
+        return volume_parts(int(logits.sizes[0]), logits.sizes[1], logits.sizes[2], logits.dtype);
+      },
+      py::arg("logits"));
   m.def("volume_forward", &forward, py::arg("logits"), py::arg("targets"), py::arg("rows"),
         py::arg("saved"), py::arg("workspace"), py::kw_only(), py::arg("eps"), py::arg("det"),
         py::arg("where"), release());

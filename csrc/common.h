@@ -67,8 +67,8 @@ MULTILORA_HD float load(f16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // The exponent and mantissa in a float's place, scaled by what the biases differ in, 2^112: exact,
-  // also for numbers below float16's normal range.
+  // The exponent and mantissa in a float's place, scaled by what the biases differ in, 2^112:
+  // exact, also for numbers below float16's normal range.
   float magnitude = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;
   // An infinity or NaN has all bits of the exponent set, and keeps them.
   uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;

@@ -1,5 +1,6 @@
-// How tensors come in. csrc knows nothing of PyTorch: multilora/ops/native.py describes every tensor
-// by its address, its dtype, its sizes and its strides, and the bindings make a View of them.
+// How tensors come in. csrc knows nothing of PyTorch: multilora/ops/native.py describes every
+// tensor by its address, its dtype, its sizes and its strides, and the bindings make a View of
+// them.
 #pragma once
 
 #include <initializer_list>

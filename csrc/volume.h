@@ -74,12 +74,12 @@ MULTILORA_HD V cross_entropy(V top, V rest, V own) {
 // The numbers of one example (of one in every lane), j <= i. column and swept are for scratch.
 template <class V>
 struct Example {
-  V* top;     // (K)
-  V* rest;    // (K)
-  V* norm;    // (K): ‖e‖², then ‖e‖
-  V* own;     // (K): z_y
-  // (side·(side + 1)/2): the Gram matrix of e without its diagonal, then G, or that of the classes of
-  // f̃; in the end core.
+  V* top;   // (K)
+  V* rest;  // (K)
+  V* norm;  // (K): ‖e‖², then ‖e‖
+  V* own;   // (K): z_y
+  // (side·(side + 1)/2): the Gram matrix of e without its diagonal, then G, or that of the classes
+  // of f̃; in the end core.
   V* matrix;
   V* column;  // (side)
   V* swept;   // (side)
@@ -210,7 +210,7 @@ MULTILORA_HD void normalise(const Group& group, const Example<V>& x, int particl
 // p_y − 1 = −Σe/(Σe + e_y) on it. e_y may overflow; p_y is then 1, and the rest of the softmax 0.
 template <class V>
 struct LossGradient {
-  V offset;     // what f̃ is multiplied with off the target
+  V offset;  // what f̃ is multiplied with off the target
   V on_target;
 };
 

@@ -27,9 +27,7 @@ Memory allocate_doubles(int64_t count) {
 }
 
 // One at least: a factor without features still has a Gram matrix, of zeros.
-int64_t parts_of(const Factor& factor) {
-  return factor.d > 0 ? ceil_div(factor.d, kPart) : 1;
-}
+int64_t parts_of(const Factor& factor) { return factor.d > 0 ? ceil_div(factor.d, kPart) : 1; }
 
 // One layer's stages and workspace: both Gram matrices in parts, then what is made of them for the
 // gradient of either factor.

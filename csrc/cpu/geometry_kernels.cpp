@@ -104,8 +104,8 @@ V select(V a, V b, std::integer_sequence<int, LANE...>) {
 
 // Exchanges the off-diagonal blocks of STEP lanes, then those of half as many.
 template <int STEP, class V, int SIDE, int... LANE>
-__attribute__((always_inline)) inline void exchange(
-    V (&rows)[SIDE], std::integer_sequence<int, LANE...> lanes) {
+__attribute__((always_inline)) inline void exchange(V (&rows)[SIDE],
+                                                    std::integer_sequence<int, LANE...> lanes) {
   if constexpr (STEP > 0) {
 #pragma GCC unroll 8
     for (int row = 0; row < SIDE; ++row) {
@@ -153,8 +153,7 @@ void transpose(To* to, int64_t to_step, const From* from, int64_t from_step, int
 
 // gram (kRows, VECTORS · kLanes) += leftᵀ right over `count` features; of both, a row is a feature.
 template <int VECTORS>
-void gram_tile(const double* left, const double* right, int64_t side, int64_t count,
-               double* gram) {
+void gram_tile(const double* left, const double* right, int64_t side, int64_t count, double* gram) {
   // Unrolled whole, or the sums would lie in memory before and after.
   Vector<double> sums[kRows][VECTORS];
 #pragma GCC unroll 8
@@ -249,8 +248,8 @@ void gather(double* parts, int64_t count, int64_t side) {
 }
 
 template <class Out>
-void trace_of(const Adapters& adapters, const Layer& layer, const Gram& gram_A,
-              const Gram& gram_B, double* norms) {
+void trace_of(const Adapters& adapters, const Layer& layer, const Gram& gram_A, const Gram& gram_B,
+              double* norms) {
   int particles = adapters.particles;
   Out* out = static_cast<Out*>(layer.traces);
   double scale = layer.scaling * layer.scaling;
@@ -409,8 +408,8 @@ void gram(const Adapters& adapters, const Layer& layer, int which, int64_t first
   run(adapters, layer, which, first, last, gram, scratch);
 }
 
-void traces(const Adapters& adapters, const Layer& layer, const Gram& gram_A,
-               const Gram& gram_B, double* scratch) {
+void traces(const Adapters& adapters, const Layer& layer, const Gram& gram_A, const Gram& gram_B,
+            double* scratch) {
   auto run = adapters.dtype == DType::f64 ? trace_of<double> : trace_of<float>;
   run(adapters, layer, gram_A, gram_B, scratch);
 }

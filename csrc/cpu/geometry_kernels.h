@@ -26,8 +26,8 @@ MULTILORA_HD int64_t scratch_size(int64_t side) {
 
 struct GeometryKernels {
   // One part of a Gram matrix, over the features [first, last): its upper triangle.
-  void (*gram)(const Adapters&, const Layer&, int factor, int64_t first, int64_t last,
-               double* gram, double* scratch);
+  void (*gram)(const Adapters&, const Layer&, int factor, int64_t first, int64_t last, double* gram,
+               double* scratch);
   // The whole matrix of its parts, in place of the first.
   void (*gather)(double* parts, int64_t count, int64_t side);
   void (*trace)(const Adapters&, const Layer&, const Gram& gram_A, const Gram& gram_B,

@@ -23,7 +23,7 @@ extern Level level;
 
 // The level's table of kernels, of one type and name in the namespaces of all levels.
 #if defined(__x86_64__)
-#define MULTILORA_PICK(table)                         \
+#define MULTILORA_PICK(table)                                              \
   (multilora::level == multilora::Level::avx512 ? multilora::avx512::table \
    : multilora::level == multilora::Level::avx2 ? multilora::avx2::table   \
                                                 : multilora::scalar::table)

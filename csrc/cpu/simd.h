@@ -48,19 +48,33 @@ struct Vec {
 };
 
 template <class T>
-MULTILORA_HD Vec<T> operator+(Vec<T> a, Vec<T> b) { return a.v + b.v; }
+MULTILORA_HD Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return a.v + b.v;
+}
 template <class T>
-MULTILORA_HD Vec<T> operator-(Vec<T> a, Vec<T> b) { return a.v - b.v; }
+MULTILORA_HD Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return a.v - b.v;
+}
 template <class T>
-MULTILORA_HD Vec<T> operator*(Vec<T> a, Vec<T> b) { return a.v * b.v; }
+MULTILORA_HD Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return a.v * b.v;
+}
 template <class T>
-MULTILORA_HD Vec<T> operator/(Vec<T> a, Vec<T> b) { return a.v / b.v; }
+MULTILORA_HD Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return a.v / b.v;
+}
 template <class T>
-MULTILORA_HD Vec<T> operator-(Vec<T> a) { return -a.v; }
+MULTILORA_HD Vec<T> operator-(Vec<T> a) {
+  return -a.v;
+}
 template <class T>
-MULTILORA_HD typename Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) { return a.v < b.v; }
+MULTILORA_HD typename Vec<T>::Mask operator<(Vec<T> a, Vec<T> b) {
+  return a.v < b.v;
+}
 template <class T>
-MULTILORA_HD typename Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) { return a.v == b.v; }
+MULTILORA_HD typename Vec<T>::Mask operator==(Vec<T> a, Vec<T> b) {
+  return a.v == b.v;
+}
 
 template <class T>
 MULTILORA_HD Vec<T> where(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {

@@ -69,7 +69,8 @@ void write_means(const CpuVolumeForward& p, const std::vector<double>& sums,
   for (int64_t i = 0; i < numbers; ++i) {
     double total = 0;
     for (size_t block = i; block < sums.size(); block += size_t(numbers)) total += sums[block];
-    *(i < p.K ? static_cast<A*>(means.nll) + i : static_cast<A*>(means.divergence)) = A(total / divisor);
+    *(i < p.K ? static_cast<A*>(means.nll) + i : static_cast<A*>(means.divergence)) =
+        A(total / divisor);
   }
   *static_cast<A*>(means.count) = A(divisor);
 }
@@ -121,7 +122,7 @@ void volume_backward(CpuVolumeBackward p, DType dtype, int threads) {
   share_out(groups * parts, threads, bytes, [&](int64_t task, void* memory) {
     int64_t first = task / parts * examples, begin = task % parts * classes;
     kernels.run[int(dtype)](p, first, std::min(first + examples, N), begin,
-                       std::min(begin + classes, C), memory);
+                            std::min(begin + classes, C), memory);
   });
 }
 

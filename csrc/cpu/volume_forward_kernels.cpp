@@ -50,7 +50,8 @@ MULTILORA_HD accumulator_t<T> take_row(const T* logits, int64_t count, int64_t t
   return highest(top);
 }
 
-// e := exp(e − top) -> its sum. What is read next, `ahead`, is fetched meanwhile: nothing else reads.
+// e := exp(e − top) -> its sum. What is read next, `ahead`, is fetched meanwhile: nothing else
+// reads.
 template <class T, class A>
 MULTILORA_HD A exponentials(Vec<A>* e, int64_t vectors, A top, const T* ahead) {
   Vec<A> base(top), total(A(0));
@@ -149,7 +150,8 @@ void add_products(const AddProducts<A>& add, int64_t K) {
   }
 }
 
-// ‖e‖² of all particles, then F̃ᵀF̃ if there is a matrix, into lane `lane`, from the e of all classes.
+// ‖e‖² of all particles, then F̃ᵀF̃ if there is a matrix, into lane `lane`, from the e of all
+// classes.
 void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* norm, Double* matrix,
                     int lane) {
   for (int64_t i = 0; i < K; ++i) {
@@ -208,9 +210,9 @@ void read_example(const CpuVolumeForward& p, const T* logits, int64_t stride_k, 
       in_lane(x.rest + i) = in_lane(x.rest + i) * factor + double(total);
     }
     if (p.K < p.C) {
-      add_products<A>({chunk.e, chunk.vectors * lanes, used * lanes, chunk.shrunk, x.norm, x.matrix,
-                       lane},
-                      p.K);
+      add_products<A>(
+          {chunk.e, chunk.vectors * lanes, used * lanes, chunk.shrunk, x.norm, x.matrix, lane},
+          p.K);
     }
   }
 }

@@ -5,8 +5,8 @@
 
 namespace multilora {
 
-// c (kMmaRows, 8) += a (kMmaRows, kMmaDepth) b (kMmaDepth, 8) by a warp. Hopper has an instruction of
-// twice the rows and twice the depth.
+// c (kMmaRows, 8) += a (kMmaRows, kMmaDepth) b (kMmaDepth, 8) by a warp. Hopper has an instruction
+// of twice the rows and twice the depth.
 #if __CUDA_ARCH__ >= 900
 #define MULTILORA_LARGE_FLOAT64_MMA 1
 constexpr int kMmaRows = 16, kMmaDepth = 8;

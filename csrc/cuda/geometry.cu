@@ -7,7 +7,6 @@
 // What a kernel knows of the layers comes by value: there is no copy to wait for, and a captured
 // graph keeps it.
 #include "geometry.h"
-
 #include "geometry_stages.h"
 #include "group.h"
 

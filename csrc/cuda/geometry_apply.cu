@@ -143,7 +143,7 @@ static_assert(sizeof(ApplyBatch) <= 4096);
 
 template <class T>
 void apply_of(const Adapters& adapters, const std::vector<Layer>& layers,
-           const std::vector<Gram>& grams, Stream stream) {
+              const std::vector<Gram>& grams, Stream stream) {
   ApplyBatch batch;
   batch.particles = adapters.particles;
   batch.mix_is_full = adapters.mix_is_full;
@@ -156,9 +156,9 @@ void apply_of(const Adapters& adapters, const std::vector<Layer>& layers,
     const Layer& layer = layers[i / 2];
     const Factor& factor = layer.factors[i % 2];
     // The gradient of lora_A takes the products of lora_B, and the other way round.
-    batch.items[grid.z++] = {factor.x,   grams[i ^ 1].parts,
-                             factor.grad, layer.mix,
-                             factor.out, elements_of(adapters.particles, layer, factor, sizeof(T))};
+    batch.items[grid.z++] = {
+        factor.x,  grams[i ^ 1].parts, factor.grad,
+        layer.mix, factor.out,         elements_of(adapters.particles, layer, factor, sizeof(T))};
     raise(grid.x, ceil_div(factor.d, kApply));
     raise(grid.y, tiles_of(adapters.particles, layer));
     if (grid.z == ApplyBatch::kMost) flush();

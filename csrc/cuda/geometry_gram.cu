@@ -131,7 +131,7 @@ static_assert(sizeof(GramBatch) <= 4096);
 
 template <class T>
 void partial_of(const Adapters& adapters, const std::vector<Layer>& layers, int64_t chunk,
-             const std::vector<Gram>& grams, Stream stream) {
+                const std::vector<Gram>& grams, Stream stream) {
   GramBatch batch;
   batch.chunk = chunk;
   dim3 grid(0, 0, 0);

@@ -68,7 +68,8 @@ struct PanelLoad {
   int valid;         // how many of the four exist
 
   // The panel starts at (row0, feature0); features from `stop` on do not exist.
-  __device__ PanelLoad(const Elements& elements, int which, int row0, int64_t feature0, int64_t stop) {
+  __device__ PanelLoad(const Elements& elements, int which, int row0, int64_t feature0,
+                       int64_t stop) {
     int index = threadIdx.x + which * kThreads;
     // Along the rows where those lie side by side, else along the features.
     bool by_row = elements.is_B && elements.vector;

@@ -84,10 +84,10 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
 
 // Arrives, and announces bytes that copies will bring in this phase.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 // Waits for the end of the phase of this parity; the first phase has parity 0.
@@ -145,10 +145,10 @@ __device__ __forceinline__ void async_fence() {
 // Four 8x8 matrices of 2-byte elements, as fragments of a warp, to rows of 16 bytes: lane 8i + j
 // names the place of row j of matrix i. Lane l holds elements 2 (l % 4) and the next of row l / 4.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragments)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+      : "memory");
 }
 
 // How many registers the threads of this warp group may use from here on.

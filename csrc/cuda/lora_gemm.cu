@@ -13,11 +13,10 @@
 //
 // What lies outside of a tensor is loaded as zero and not stored, so tiles at the edges need no
 // code, and rows of another particle are never touched.
-#include "lora_gemm.h"
-
 #include <initializer_list>
 
 #include "hopper.h"
+#include "lora_gemm.h"
 
 namespace multilora {
 namespace {

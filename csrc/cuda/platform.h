@@ -1,14 +1,14 @@
 // What the kernels and their launches need of CUDA. Kernels are launched by launch() only.
 #pragma once
 
-#include "../common.h"
-#include "stream.h"
-
 #include <cuda_runtime.h>
 
 #include <cassert>
 #include <stdexcept>
 #include <string>
+
+#include "../common.h"
+#include "stream.h"
 
 // An array in the shared memory of the block.
 #define MULTILORA_SHARED(type, name, count) __shared__ type name[count]
@@ -22,8 +22,8 @@ __device__ inline void fail(const char* message) { __assert_fail(message, "multi
 
 inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string("multilora: ") + what + " failed: " +
-                             cudaGetErrorString(status));
+    throw std::runtime_error(std::string("multilora: ") + what +
+                             " failed: " + cudaGetErrorString(status));
   }
 }
 
@@ -45,8 +45,8 @@ class CurrentDevice {
 
 // kernel<<<grid, block, shared_bytes, stream>>>(args...); an empty grid does nothing.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            Stream stream, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   CurrentDevice current(stream.device);
   if (shared_bytes > 48 * 1024) {

@@ -104,7 +104,8 @@ constexpr int kStep = 64;
 constexpr int kColumn = kMostParticles + 4;
 
 template <class T>
-__global__ void __launch_bounds__(kFewThreads) volume_sums_of_many_kernel(const CudaVolumeForward p) {
+__global__ void __launch_bounds__(kFewThreads)
+    volume_sums_of_many_kernel(const CudaVolumeForward p) {
   using A = accumulator_t<T>;
   MULTILORA_DYNAMIC_SHARED(memory);
   Lanes group(32);
@@ -242,8 +243,8 @@ __device__ inline void take_part(const Lanes& group, const CudaVolumeForward& p,
 
 // F̃ᵀF̃, from the logits again.
 template <class T>
-__device__ void class_gram(const Lanes& group, const CudaVolumeForward& p, const T* logits, int64_t y,
-                           const Example<double>& x, double* f) {
+__device__ void class_gram(const Lanes& group, const CudaVolumeForward& p, const T* logits,
+                           int64_t y, const Example<double>& x, double* f) {
   int K = p.K, C = int(p.C);
   for (int at = group.rank(); at < K * C; at += group.size()) {
     int i = at / C, c = at % C;
@@ -409,8 +410,8 @@ void volume_forward(CudaVolumeForward p, DType dtype, Stream stream) {
     int lanes = p.splits > 1 || p.K > 16 ? 32 : p.K > 8 ? 16 : p.K > 4 ? 8 : 4;
     int doubles = int(shared_doubles(p));
     size_t bytes = size_t(kFewThreads / lanes) * doubles * sizeof(double);
-    launch(volume_finish_kernel<T>, unsigned(ceil_div(p.N * lanes, kFewThreads)), kFewThreads, bytes, stream, p,
-           lanes, doubles);
+    launch(volume_finish_kernel<T>, unsigned(ceil_div(p.N * lanes, kFewThreads)), kFewThreads,
+           bytes, stream, p, lanes, doubles);
   });
 }
 

@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const CudaVol
 
 // Up to 32 particles, fewer than classes: a block is with one example, and f̃ is in shared memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const CudaVolumeBackward p) {
+__global__ void __launch_bounds__(kThreads)
+    volume_gradient_of_many_kernel(const CudaVolumeBackward p) {
   using A = accumulator_t<T>;
   using V = Pack<A, 2>;
   constexpr int kRows = 4;
@@ -157,8 +158,8 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_of_many_kernel(const
         A dz[2] = {0, 0};
         MULTILORA_UNROLL
         for (int m = 0; valid && m < 2; ++m) {
-          dz[m] = first + m == y ? all.on_target[i + r]
-                                 : f[(i + r) * kThreads + self].v[m] * x[r].v[m];
+          dz[m] =
+              first + m == y ? all.on_target[i + r] : f[(i + r) * kThreads + self].v[m] * x[r].v[m];
         }
         store_classes<2>(out + (i + r) * p.N * p.C, first, end, p.aligned, dz);
       }
@@ -233,8 +234,8 @@ void volume_backward(CudaVolumeBackward p, DType dtype, Stream stream) {
                 is_aligned<T>(p.out, each, p.N * p.C, p.C);
     if (p.K >= p.C) {
       size_t bytes = kFewThreads / 32 * (2 * p.K * p.C + 4 * p.K) * sizeof(double);
-      launch(volume_gradient_by_class_kernel<T>, unsigned(ceil_div(p.N * 32, kFewThreads)), kFewThreads, bytes,
-             stream, p);
+      launch(volume_gradient_by_class_kernel<T>, unsigned(ceil_div(p.N * 32, kFewThreads)),
+             kFewThreads, bytes, stream, p);
     } else if (many) {
       int rows = ceil_div(p.K, 4) * 4;
       p.splits = parts(p.N * kThreads, p.C, 2 * kThreads);
@@ -250,8 +251,8 @@ void volume_backward(CudaVolumeBackward p, DType dtype, Stream stream) {
                     : KB == 4 ? volume_gradient_kernel<T, 4>
                               : volume_gradient_kernel<T, 2>;
       size_t bytes = size_t(kThreads / p.lanes) * (KB * KB + 4 * KB) * sizeof(A);
-      launch(kernel, dim3(unsigned(ceil_div(p.N * p.lanes, kThreads)), unsigned(p.splits)), kThreads, bytes,
-             stream, p);
+      launch(kernel, dim3(unsigned(ceil_div(p.N * p.lanes, kThreads)), unsigned(p.splits)),
+             kThreads, bytes, stream, p);
     }
   });
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -98,6 +99,52 @@ def test_a_level_that_this_cpu_does_not_have(level):
     for error in (one, other):
         assert f"MULTILORA_CPU_LEVEL asks for '{level}', and this CPU has scalar" in error
     assert value == "9.0"
+
+
+# --- how tensors come in -------------------------------------------------------------------------
+
+
+def test_swapped_arguments_are_found():
+    from multilora import _C
+    from multilora.ops.native import view
+
+    logits, targets = torch.randn(4, 6, 5), torch.zeros(6, dtype=torch.int64)
+    stats, core, value = torch.empty(3, 4, 6), torch.empty(6, 4, 4), torch.empty(6)
+    views, saved = [view(logits), view(targets), view(value), None], (view(stats), view(core))
+    options = {"eps": 1e-3, "det": False, "where": 1}
+    assert _C.volume_forward(*views, saved, **options) == -1
+    with pytest.raises(ValueError, match=r"stats \(6, 4, 4\) should be \(3, 4, 6\)"):
+        _C.volume_forward(*views, saved[::-1], **options)
+    with pytest.raises(ValueError, match=r"value \(4, 6, 5\) should be \(6\)"):
+        _C.volume_forward(*views[:2], view(logits), None, saved, **options)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.volume_forward(*views, saved, *options.values())
+    # A tensor has up to three dimensions.
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.volume_forward(view(logits[None]), *views[1:], saved, **options)
+
+
+def test_native_functions_take_at_most_eight_arguments():
+    from multilora import _C
+
+    modules = [_C]
+    if HAS_MODULE or shutil.which("nvcc"):
+        from multilora import _C_cuda
+
+        modules.append(_C_cuda)
+    counts = {}
+    for module in modules:
+        for name, function in vars(module).items():
+            if callable(function):
+                signature = function.__doc__.splitlines()[0]
+                counts[name] = len(re.findall(r"\w+: ", signature))
+    assert counts["volume_forward"] == counts["volume_backward"] == 8
+    assert max(counts.values()) <= 8, counts
+
+
+def test_only_the_bindings_know_pybind11():
+    users = {f.name for f in (ROOT / "csrc").rglob("*.*") if "pybind11" in f.read_text()}
+    assert users == {"bindings.h", "bindings.cpp", "bindings_cuda.cpp"}
 
 
 # --- modules that are missing --------------------------------------------------------------------

@@ -1,10 +1,10 @@
-// The maths of gram_volume and particle_loss that the CPU's and the GPU's kernels share. The
-// formulas are in multilora/ops/reference.py.
+// The maths of gram_volume and particle_loss that the CPU and the GPU share. The formulas are in
+// multilora/ops/reference.py.
 //
-// V is what one member of a group computes in: a number on a GPU; a vector on the CPU, whose lanes
-// are examples here. What an example's classes leave is K·(K + 3)/2 + K numbers; they, and all that
-// follows, are float64. So are the products that the Gram matrix is a sum of, and, where the sides
-// are classes, all of the example; reference.py says why.
+// V is the type in which one member of a group computes: a number on a GPU; on the CPU a vector
+// whose lanes are examples. The pass over the classes leaves K·(K + 3)/2 + K numbers per example.
+// These numbers and all that follows are float64. So are the products whose sum is the Gram matrix,
+// and, where the matrix is over the classes, the whole example; reference.py explains why.
 #pragma once
 
 #include <math.h>
@@ -19,7 +19,8 @@
 
 namespace multilora {
 
-// "zero" where no direction is left to differ in: two classes, or "det" with K > C − 1.
+// The volume is "zero" where the particles have no direction in which they could differ: with two
+// classes, or with "det" and K > C − 1.
 enum class VolumeKind : int { zero = 0, logdet = 1, det = 2 };
 
 constexpr VolumeKind volume_kind(bool det, int64_t K, int64_t C) {
@@ -39,54 +40,55 @@ MULTILORA_HD T where(bool condition, T a, T b) {
   return condition ? a : b;
 }
 
-// A NaN in b leaves a: it comes back from exp(b − max), and there it stays in its example.
+// Returns a where b is NaN. The NaN is not lost: exp(b − max) brings it back into its own example.
 template <class T>
 MULTILORA_HD T max(T a, T b) {
   return a < b ? b : a;
 }
 
-// A place in the lower triangle of a symmetric matrix, j <= i.
+// The index of (i, j), j <= i, in the packed lower triangle of a symmetric matrix.
 MULTILORA_HD int64_t lower(int64_t i, int64_t j) { return i * (i + 1) / 2 + j; }
 
-// top, or 0 where nothing has been seen yet: −∞ − (−∞) has no value.
+// top, or 0 where no class has been seen yet, because −∞ − (−∞) is NaN.
 template <class V>
 MULTILORA_HD V finite(V top) {
   return where(top == V(-INFINITY), V(0), top);
 }
 
-// What turns sums of exp(z − top) into sums of exp(z − highest).
+// The factor that turns sums of exp(z − top) into sums of exp(z − highest).
 template <class V>
 MULTILORA_HD V shrink(V top, V highest) {
   return exp(top - finite(highest));
 }
 
-// −log p_y = log(1 + Σe / exp(z_y − top)) = log(1 + exp x), without loss for any x.
+// −log p_y = log(1 + Σe / exp(z_y − top)) = log(1 + exp x), accurate for any x.
 template <class V>
 MULTILORA_HD V cross_entropy(V top, V rest, V own) {
   V x = log(rest) + (top - own);
   V small = exp(where(V(0) < x, -x, x));
   V one = V(1) + small;
-  // What rounding took from 1 + small is given back in proportion.
+  // Compensate in proportion for what the rounding of 1 + small lost.
   V log1p = where(one == V(1), small, log(one) * (small / (one - V(1))));
   return where(V(0) < x, x, V(0)) + log1p;
 }
 
-// The numbers of one example (of one in every lane), j <= i. column and swept are for scratch.
+// The numbers of one example, or of one example per lane. column and swept are scratch memory.
 template <class V>
 struct Example {
   V* top;   // (K)
   V* rest;  // (K)
   V* norm;  // (K): ‖e‖², then ‖e‖
   V* own;   // (K): z_y
-  // (side·(side + 1)/2): the Gram matrix of e without its diagonal, then G, or that of the classes
-  // of f̃; in the end core.
+  // (side·(side + 1)/2), lower triangle: first the Gram matrix of e without its diagonal, then G,
+  // or F̃ᵀF̃ where the sides are classes; in the end core.
   V* matrix;
   V* column;  // (side)
   V* swept;   // (side)
 };
 
-// Sweeps row and column p of a symmetric positive semidefinite matrix; after all of them the matrix
-// is minus its inverse. -> the pivot, no smaller than `floor`, whose product is the determinant.
+// Sweeps row and column p of a symmetric positive semidefinite matrix. When all have been swept,
+// the matrix is minus its inverse. Returns the pivot, at least `floor`; the determinant is the
+// product of all pivots.
 template <class V, class Group>
 MULTILORA_HD V sweep(const Group& group, V* matrix, V* column, int side, int p, double floor) {
   for (int i = group.rank(); i < side; i += group.size()) {
@@ -109,8 +111,8 @@ MULTILORA_HD V sweep(const Group& group, V* matrix, V* column, int side, int p, 
   return pivot;
 }
 
-// The largest diagonal element that has not been swept. A NaN counts as 0 here, and spoils its
-// example when its turn comes.
+// The place of the largest diagonal element that has not been swept. A NaN counts as 0 here; it
+// makes its example NaN when it is swept.
 MULTILORA_HD int largest_pivot(const double* matrix, const double* swept, int side) {
   int best = -1;
   double highest = -1;
@@ -124,10 +126,10 @@ MULTILORA_HD int largest_pivot(const double* matrix, const double* swept, int si
   return best;
 }
 
-// What float64 leaves of a pivot that is zero, of a matrix with ones on the diagonal.
+// The size of a zero pivot after float64's rounding, in a matrix with a unit diagonal.
 MULTILORA_HD double det_floor(int side) { return 1e-15 * side; }
 
-// −log det(I + G/eps); the matrix becomes core.
+// Returns −log det(I + G/eps); the matrix becomes core.
 template <class V, class Group>
 MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int side, bool by_class,
                                 double eps, double log_eps) {
@@ -139,14 +141,14 @@ MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int sid
   V log_det(0), product(1);
   for (int p = 0; p < side; ++p) {
     product = product * sweep(group, matrix, x.column, side, p, 1e-30);
-    // A logarithm for every eight pivots, which are within 1e-30 and 1e7: no product overflows.
+    // Eight pivots share a logarithm: each is between 1e-30 and 1e7, so no product overflows.
     if (p % 8 == 7 || p == side - 1) {
       log_det = log_det + log(product);
       product = V(1);
     }
   }
   if (!by_class) {
-    // core − diag(core G), where core (G + eps) = −1
+    // core − diag(core G), where core (G + eps) = −1.
     for (int i = group.rank(); i < side; i += group.size()) {
       V own = matrix[lower(i, i)];
       matrix[lower(i, i)] = own + (V(1) + V(eps) * own);
@@ -156,9 +158,9 @@ MULTILORA_HD V negative_log_det(const Group& group, const Example<V>& x, int sid
   return V(side * log_eps) - log_det;
 }
 
-// −det G, also where G is singular: with the largest pivot first, the floor is met only where the
-// rest of the matrix is rounding, which is then taken for zero beside the diagonal: it would grow
-// from sweep to sweep. The matrix becomes core.
+// Returns −det G, also where G is singular; the matrix becomes core. The largest pivot comes first,
+// so a pivot below the floor means that the rest of the matrix is rounding error. It is set to zero
+// off the diagonal, because it would grow from sweep to sweep.
 template <class Group>
 MULTILORA_HD double negative_det(const Group& group, const Example<double>& x, int side) {
   for (int i = group.rank(); i < side; i += group.size()) x.swept[i] = 0;
@@ -175,7 +177,7 @@ MULTILORA_HD double negative_det(const Group& group, const Example<double>& x, i
     group.sync();
     det *= sweep(group, x.matrix, x.column, side, p, floor);
   }
-  // core − diag(core G), where core = −adj G
+  // core − diag(core G), where core = −adj G.
   for (int i = group.rank(); i < side; i += group.size()) {
     double* row = x.matrix + lower(i, 0);
     for (int j = 0; j < i; ++j) row[j] *= det;
@@ -185,7 +187,7 @@ MULTILORA_HD double negative_det(const Group& group, const Example<double>& x, i
   return -det;
 }
 
-// ‖e‖, and where the sides are particles, G from the Gram matrix of e.
+// Computes ‖e‖, and, where the matrix is over the particles, G from the Gram matrix of e.
 template <class V, class Group>
 MULTILORA_HD void normalise(const Group& group, const Example<V>& x, int particles, bool gram) {
   for (int i = group.rank(); i < particles; i += group.size()) {
@@ -193,7 +195,7 @@ MULTILORA_HD void normalise(const Group& group, const Example<V>& x, int particl
     x.norm[i] = sqrt(squares);
     if (gram) {
       x.column[i] = V(1) / x.norm[i];
-      // 1, or NaN where there is no direction.
+      // This is 1, or NaN where e is zero and has no direction.
       x.matrix[lower(i, i)] = squares / squares;
     }
   }
@@ -206,11 +208,11 @@ MULTILORA_HD void normalise(const Group& group, const Example<V>& x, int particl
   group.sync();
 }
 
-// The gradient of −weight·log p_y. The softmax is f̃ · ‖e‖/(Σe + e_y) off the target, and
-// p_y − 1 = −Σe/(Σe + e_y) on it. e_y may overflow; p_y is then 1, and the rest of the softmax 0.
+// The gradient of −weight·log p_y. Off the target the softmax is f̃ · ‖e‖/(Σe + e_y); on the target
+// p_y − 1 = −Σe/(Σe + e_y). If e_y overflows, p_y is 1 and the rest of the softmax is 0.
 template <class V>
 struct LossGradient {
-  V offset;  // what f̃ is multiplied with off the target
+  V offset;  // the factor of f̃ off the target
   V on_target;
 };
 
@@ -220,8 +222,9 @@ MULTILORA_HD LossGradient<V> loss_gradient(V weight, V top, V norm, V rest, V ow
   return {share * norm, -(share * rest)};
 }
 
-// Some classes' Σ_j core_ij f_j + offset_i, for `rows` particles i: what f̃_i is multiplied with.
-// core is that of the first of them, `next` apart; f those of the first particle, `stride` apart.
+// x_i = Σ_j core_ij f_j + offset_i, the factor of f̃_i, for `rows` particles i and some classes.
+// `core` points to the first of these particles' rows, which are `next` apart; `f` to the first
+// particle's classes, with the particles `stride` apart.
 template <int rows, class V, class T>
 MULTILORA_HD void weigh(V (&x)[rows], const T* core, int64_t next, const V* f, int64_t stride,
                         int particles, const T* offset) {

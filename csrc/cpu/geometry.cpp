@@ -1,7 +1,7 @@
-// Adapter geometry on the CPU: how the work is cut.
+// Adapter geometry on the CPU: how the work is divided.
 //
-// The features of a factor are cut into parts by their number alone, and partial sums are added in
-// their order, so that results do not depend on the number of threads.
+// How the features of a factor are cut into parts depends on their number alone, and partial sums
+// are added in order, so that results do not depend on the number of threads.
 #include "geometry.h"
 
 #include <omp.h>
@@ -14,23 +14,23 @@
 namespace multilora {
 namespace {
 
-// A whole number of panels of most sizes.
+// The features of a part: a whole number of panels of most sizes.
 constexpr int64_t kPart = 960;
-// So few products, in multiplications, that one thread is done in about 20 microseconds.
+// Fewer multiplications than this take one thread about 20 microseconds.
 constexpr double kTiny = 1e6;
 
-// So many float64 numbers, which start at a whole vector of any level.
+// Memory for `count` doubles, aligned to the vectors of every level.
 Memory allocate_doubles(int64_t count) {
   Memory memory = allocate(count * int64_t(sizeof(double)), 64);
   if (!memory) throw std::bad_alloc();
   return memory;
 }
 
-// One at least: a factor without features still has a Gram matrix, of zeros.
+// There is at least one part: a factor without features still has a Gram matrix, of zeros.
 int64_t parts_of(const Factor& factor) { return factor.d > 0 ? ceil_div(factor.d, kPart) : 1; }
 
-// One layer's stages and workspace: both Gram matrices in parts, then what is made of them for the
-// gradient of either factor.
+// One layer's stages and workspace: both Gram matrices in parts, then the weights that are computed
+// from them for the gradient of each factor.
 class Work {
  public:
   Work(const Adapters& adapters, const Layer& layer)
@@ -45,7 +45,7 @@ class Work {
     return double(side_) * side_ * (layer_.factors[0].d + layer_.factors[1].d);
   }
 
-  // What can be done at the same time in each stage, one after the other.
+  // The number of units of a stage that can run at the same time; the stages follow one another.
   int64_t units(int stage) const { return stage == 1 ? 1 : parts_; }
 
   void run(int stage, int64_t unit, double* space, double* scratch) const {
@@ -65,13 +65,13 @@ class Work {
   }
 
  private:
-  // A matrix and the norms of K particles, at most side.
+  // A matrix, and the norms of K particles, K <= side.
   int64_t weights_size() const { return side_ * side_ + side_; }
   double* weight_of(int which, double* space) const {
     return space + parts_ * side_ * side_ + which * weights_size();
   }
 
-  // From the Gram matrices' parts to the traces, or to the weights.
+  // Turns the Gram matrices' parts into the traces or into the weights.
   void join(const GeometryKernels& kernels, double* space, double* scratch) const {
     int64_t matrix = side_ * side_;
     Gram grams[2] = {{space, 1, side_}, {space + parts_A_ * matrix, 1, side_}};
@@ -108,7 +108,7 @@ void geometry(const Adapters& adapters, const std::vector<Layer>& layers, int th
   int stages = layers[0].traces ? 2 : 3;
   int count = int(works.size());
   if (threads == 1 || count >= 4 * threads) {
-    // A layer a thread, all stages while its factors are near.
+    // Each thread takes whole layers and runs all stages while a layer's factors are in its caches.
     Memory memory = allocate_doubles(threads * (largest + scratch));
     double* space = static_cast<double*>(memory.get());
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)

@@ -1,4 +1,4 @@
-// Adapter geometry on the CPU: what the bindings call.
+// Adapter geometry on the CPU: the function that the bindings call.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace multilora {
 
-// The layers' traces, or the gradients of their factors.
+// Computes the layers' traces, or the gradients of their factors.
 void geometry(const Adapters& adapters, const std::vector<Layer>& layers, int threads);
 
 }  // namespace multilora

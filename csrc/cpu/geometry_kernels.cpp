@@ -1,13 +1,13 @@
 // Gram matrices of the factors, and products with them.
 //
-// The Gram matrices are in float64: products of float32 factors are then exact, and distances of
-// nearly equal particles, small differences of large traces, right. The gradient of float32 factors
-// is a float32 product, of differences: with C_ij = U_ij G_ij in float64,
+// The Gram matrices are in float64. Products of float32 factors are then exact, and so distances of
+// nearly equal particles, which are small differences of large traces, come out right. The gradient
+// of float32 factors is a float32 product of differences: with C_ij = U_ij G_ij in float64,
 //     dA_i = Σ_j C_ij A_j = (Σ_j C_ij) A_i + Σ_j C_ij (A_j − A_i).
 // The sum in brackets cancels in float64, and the difference of nearly equal numbers is exact, so
-// each pair's force has float32's digits however near the two are; what is lost against float64
-// are the roundings of a float32 sum over the pairs. A particle that is much smaller than i takes
-// no part in this: beside A_i, its own digits would be lost.
+// each pair's force has float32's precision however close the two particles are. Compared with
+// float64, only the rounding of a float32 sum over the pairs is lost. A particle that is much
+// smaller than i is not taken as a difference: it would lose its digits next to A_i.
 #include "geometry_kernels.h"
 
 #include <utility>
@@ -15,11 +15,11 @@
 namespace multilora::MULTILORA_LEVEL {
 namespace {
 
-// Numbers in a vector.
+// The numbers that a vector holds.
 template <class T>
 constexpr int lanes_of = MULTILORA_VECTOR_BYTES / sizeof(T);
 constexpr int kLanes = lanes_of<double>;
-// The products' tiles, rows by vectors: sums in 24 of 32 registers, 12 or 8 of 16.
+// A product's tile, rows by vectors: its sums take 24 of 32 registers, or 12 or 8 of 16.
 constexpr int kRows = kLanes == 8 ? 8 : 4;
 constexpr int kVectors = kLanes == 2 ? 2 : 3;
 
@@ -33,7 +33,7 @@ using Vector = typename VectorOf<T, LANES>::type;
 template <class T>
 constexpr bool is_half = sizeof(T) == 2;
 
-// As they lie in memory, half precision as float.
+// Reads LANES numbers; half precision becomes float.
 template <int LANES, class T>
 Vector<accumulator_t<T>, LANES> read(const T* place) {
   Vector<accumulator_t<T>, LANES> v;
@@ -136,14 +136,14 @@ void transpose_blocks(To* to, int64_t to_step, const From* from, int64_t from_st
   }
 }
 
-// The same for any sizes.
+// The same for sizes that are not multiples of SIDE.
 template <int SIDE = kLanes, class To, class From>
 void transpose(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t rows,
                int64_t cols) {
   int64_t even_rows = rows / SIDE * SIDE, even_cols = cols / SIDE * SIDE;
   transpose_blocks<SIDE>(to, to_step, from, from_step, even_rows, even_cols);
   if constexpr (SIDE > 1) {
-    // Below, then to the right of what is done.
+    // The rows below the finished blocks come first, then the columns to their right.
     transpose<SIDE / 2>(to + even_rows, to_step, from + even_rows * from_step, from_step,
                         rows - even_rows, cols);
     transpose<SIDE / 2>(to + even_cols * to_step, to_step, from + even_cols, from_step, even_rows,
@@ -151,10 +151,10 @@ void transpose(To* to, int64_t to_step, const From* from, int64_t from_step, int
   }
 }
 
-// gram (kRows, VECTORS · kLanes) += leftᵀ right over `count` features; of both, a row is a feature.
+// gram (kRows, VECTORS · kLanes) += leftᵀ right over `count` features, which are the rows of both.
 template <int VECTORS>
 void gram_tile(const double* left, const double* right, int64_t side, int64_t count, double* gram) {
-  // Unrolled whole, or the sums would lie in memory before and after.
+  // The loops must be fully unrolled; otherwise the sums would go through memory.
   Vector<double> sums[kRows][VECTORS];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row) {
@@ -181,12 +181,13 @@ void gram_tile(const double* left, const double* right, int64_t side, int64_t co
   }
 }
 
-// The upper triangle of gram += panelᵀ panel, of which a row is a feature.
+// The upper triangle of gram += panelᵀ panel, where the panel's rows are features.
 void add_gram(const double* panel, int64_t side, int64_t count, double* gram) {
   for (int64_t row = 0; row < side; row += kRows) {
     for (int64_t col = row; col < side;) {
       int64_t vectors = (side - col) / kLanes;
-      // Two and two instead of three and one: a narrow tile waits for its own sums.
+      // Prefer two tiles of two vectors to tiles of three and one: a narrow tile waits for its
+      // sums.
       int now = vectors >= kVectors && vectors != kVectors + 1 ? kVectors : vectors > 1 ? 2 : 1;
       auto tile = now == kVectors ? gram_tile<kVectors> : now == 2 ? gram_tile<2> : gram_tile<1>;
       tile(panel + row, panel + col, side, count, gram + row * side + col);
@@ -195,7 +196,7 @@ void add_gram(const double* panel, int64_t side, int64_t count, double* gram) {
   }
 }
 
-// to (count, rank), a row every `step`, from what is contiguous; WIDTH divides rank.
+// Copies contiguous rows (count, rank) to rows that are `step` apart; WIDTH divides rank.
 template <int WIDTH, class T>
 void scatter(double* to, int64_t step, const T* from, int64_t rank, int64_t count) {
   for (int64_t at = 0; at < count; ++at, to += step, from += rank) {
@@ -203,7 +204,7 @@ void scatter(double* to, int64_t step, const T* from, int64_t rank, int64_t coun
   }
 }
 
-// `count` features of all particles, from `first` on -> (count, side), in float64.
+// Writes `count` features of all particles, from `first` on, to panel (count, side) in float64.
 template <class T>
 void features_by_row(const Factor& factor, int particles, int64_t rank, int64_t first,
                      int64_t count, int64_t side, double* panel) {
@@ -264,11 +265,11 @@ void trace_of(const Adapters& adapters, const Layer& layer, const Gram& gram_A, 
   }
 }
 
-// Whether particle j's factor is taken as a difference from that of particle i. norms: ‖A_i‖².
+// Whether particle j's factor is taken as a difference from particle i's. norms: ‖A_i‖².
 bool is_near(const double* norms, int i, int j) { return j != i && norms[j] > norms[i] / 4; }
 
-// For every particle i the matrix (K·r, r) that its gradient is a product with: the blocks C_ij,
-// and instead of C_ii its sum with those of the near particles.
+// For every particle i, the matrix (K·r, r) by which its gradient is multiplied: the blocks C_ij,
+// where C_ii is replaced by its sum with the blocks of the near particles.
 template <class T>
 void weigh_as(const Adapters& adapters, const Layer& layer, const Gram& gram, const Gram& own,
               T* weight, double* norms, double* sums) {
@@ -293,7 +294,8 @@ void weigh_as(const Adapters& adapters, const Layer& layer, const Gram& gram, co
   }
 }
 
-// ROWS rows of particle i's gradient, VECTORS vectors of features. weight: column of its matrix.
+// Computes ROWS rows of particle i's gradient for VECTORS vectors of features. `weight` points to
+// the first of these rows' columns in particle i's matrix.
 template <class T, int ROWS, int VECTORS>
 void apply_tile(const T* weight, const T* x, int64_t width, const double* norms, int particles,
                 int64_t rank, int i, T* result) {
@@ -330,7 +332,7 @@ void apply_tile(const T* weight, const T* x, int64_t width, const double* norms,
   }
 }
 
-// The rows of particle i's gradient from `row` on, (r, width), of all particles' x (K·r, width).
+// Computes particle i's gradient (r, width), from `row` on, from all particles' x (K·r, width).
 template <int ROWS = kRows, class T>
 void apply_rows(const T* weight, const T* x, int64_t width, int64_t count, const double* norms,
                 int particles, int64_t rank, int i, T* result, int64_t row = 0) {
@@ -351,7 +353,7 @@ void apply_rows(const T* weight, const T* x, int64_t width, int64_t count, const
   }
 }
 
-// to += Σ_j mix_ij · gradient of particle j: `count` numbers, that of particle j from step·j on.
+// to += Σ_j mix_ij grad_j for `count` numbers; particle j's gradient starts at grad + j·step.
 template <class T, class S>
 void mix(const Adapters& adapters, const Layer& layer, int i, const S* grad, int64_t step, T* to,
          int64_t count) {
@@ -386,7 +388,7 @@ void apply_of(const Adapters& adapters, const Layer& layer, int which, int64_t f
     for (int i = 0; i < particles; ++i) {
       const T* weight = static_cast<const T*>(weights) + i * rows * rank;
       apply_rows(weight, panel, width, count, norms, particles, rank, i, result);
-      // What is contiguous in the factor: a row of lora_A, all of lora_B.
+      // The runs that are contiguous in the factor: each row of lora_A, or all of lora_B.
       int64_t runs = factor.is_B ? 1 : rank, length = factor.is_B ? count * rank : count;
       T* values = factor.is_B ? turned : result;
       if (factor.is_B) transpose(turned, rank, result, width, rank, count);

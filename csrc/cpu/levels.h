@@ -1,18 +1,18 @@
-// The CPU's instruction sets. A file *_kernels.cpp is compiled once for each of them, with
-// -DMULTILORA_LEVEL=<name>, and keeps all that it defines in the namespace multilora::<name>: the
-// linker must never take a function for one level from another.
+// The CPU's instruction sets. Each file *_kernels.cpp is compiled once per level, with
+// -DMULTILORA_LEVEL=<name>, and defines everything in the namespace multilora::<name>, so that the
+// linker never takes one level's function for another's.
 #pragma once
 
 namespace multilora {
 
 enum class Level : int { scalar = 0, avx2 = 1, avx512 = 2 };
 
-// The one that is used, set by the bindings before the first kernel.
+// The level in use; the bindings set it before the first kernel runs.
 extern Level level;
 
 }  // namespace multilora
 
-// The bytes of a vector at the level that is being compiled.
+// The size in bytes of a vector at the level that is being compiled.
 #if defined(__AVX512F__)
 #define MULTILORA_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -21,7 +21,7 @@ extern Level level;
 #define MULTILORA_VECTOR_BYTES 16
 #endif
 
-// The level's table of kernels, of one type and name in the namespaces of all levels.
+// The current level's table of kernels; every level's namespace has one, of the same name and type.
 #if defined(__x86_64__)
 #define MULTILORA_PICK(table)                                              \
   (multilora::level == multilora::Level::avx512 ? multilora::avx512::table \

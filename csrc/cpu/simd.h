@@ -1,9 +1,9 @@
-// Vectors of the level that is being compiled, in GCC's vector extensions: one source for all
-// levels and architectures. Intrinsics only where one instruction replaces many.
+// Vectors of the level that is being compiled, in GCC's vector extensions, so that all levels and
+// architectures share one source. Intrinsics are used only where one instruction replaces many.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__AVX2__)
-// The forms with a mask are used throughout: GCC warns of its own code in the others.
+// Intrinsics with a mask are used throughout, because GCC warns about its own code in the others.
 #include <immintrin.h>
 #endif
 
@@ -12,7 +12,7 @@
 
 namespace multilora::MULTILORA_LEVEL {
 
-// The compiler's own vectors. Comparisons give integers, all ones or all zeros.
+// The compiler's vectors. A comparison gives integers whose bits are all ones or all zeros.
 template <class T>
 struct NativeOf;
 template <>
@@ -39,7 +39,7 @@ struct Vec {
 
   Vec() = default;
   MULTILORA_HD Vec(Native x) : v(x) {}
-  // x − 0 is x, also for −0.
+  // x − 0 is x, also where x is −0.
   MULTILORA_HD explicit Vec(T x) : v(x - Native{}) {}
 
   MULTILORA_HD T operator[](int lane) const { return v[lane]; }
@@ -81,7 +81,7 @@ MULTILORA_HD Vec<T> where(typename Vec<T>::Mask mask, Vec<T> a, Vec<T> b) {
   return mask ? a.v : b.v;
 }
 
-// A NaN in b leaves a.
+// Returns a where b is NaN.
 template <class T>
 MULTILORA_HD Vec<T> max(Vec<T> a, Vec<T> b) {
 #ifdef __AVX512F__
@@ -92,7 +92,7 @@ MULTILORA_HD Vec<T> max(Vec<T> a, Vec<T> b) {
 #endif
 }
 
-// A NaN in x stays.
+// Returns NaN where x is NaN.
 template <class T>
 MULTILORA_HD Vec<T> clamp(Vec<T> x, T low, T high) {
 #ifdef __AVX512F__
@@ -111,7 +111,7 @@ MULTILORA_HD Vec<T> sqrt(Vec<T> x) {
   return x;
 }
 
-// The numbers of the lanes: 0, 1, ...
+// The lanes' numbers: 0, 1, ...
 template <class T>
 MULTILORA_HD typename Vec<T>::Mask lane_numbers() {
   typename Vec<T>::Mask numbers;
@@ -119,7 +119,8 @@ MULTILORA_HD typename Vec<T>::Mask lane_numbers() {
   return numbers;
 }
 
-// Over the lanes, in an order that depends on their number only: x[l] with x[l + step] first.
+// x with lane l exchanged for lane l ^ step. Reductions over the lanes combine x[l] and x[l +
+// step], so their order depends on the number of lanes only.
 template <int step, class T>
 MULTILORA_HD Vec<T> turned(Vec<T> x) {
   return __builtin_shuffle(x.v, lane_numbers<T>() ^ step);
@@ -145,7 +146,7 @@ MULTILORA_HD T highest(Vec<T> x) {
 
 // --- memory --------------------------------------------------------------------------------------
 
-// As many 16-bit numbers as a vector has floats.
+// As many 16-bit numbers as a vector holds floats.
 typedef uint16_t Halves __attribute__((vector_size(MULTILORA_VECTOR_BYTES / 2)));
 typedef uint32_t Words __attribute__((vector_size(MULTILORA_VECTOR_BYTES)));
 
@@ -157,7 +158,7 @@ MULTILORA_HD Vec<float> widen(Halves x, f16) {
 #ifdef __AVX512F__
   return _mm512_maskz_cvtph_ps(-1, bits_as<__m256i>(x));
 #else
-  // load(f16) in common.h says why.
+  // load(f16) in common.h explains this.
   Words bits = __builtin_convertvector(x, Words);
   Vec<float> magnitude = bits_as<Vec<float>>((bits & 0x7fff) << 13) * Vec<float>(0x1p112f);
   Words special = (bits & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000u : Words{};
@@ -165,7 +166,7 @@ MULTILORA_HD Vec<float> widen(Halves x, f16) {
 #endif
 }
 
-// store() in common.h says why.
+// store() in common.h explains these two.
 MULTILORA_HD Halves narrow(Vec<float> x, bf16) {
   Words bits = bits_as<Words>(x);
   Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -194,7 +195,7 @@ MULTILORA_HD V load_bytes(const T* place) {
   return x;
 }
 
-// The first `count` numbers, then zeros. Nothing behind them is read.
+// Reads `count` numbers and fills up with zeros, without touching the memory behind them.
 template <class V, class T>
 MULTILORA_HD V load_bytes(const T* place, int count) {
 #ifdef __AVX512F__
@@ -267,8 +268,8 @@ MULTILORA_HD void store_vector(T* place, VecOf<T> x, int count) {
   }
 }
 
-// A store of a whole, aligned vector that does not read what was there, and leaves the caches
-// alone. Other threads see it after finish_streaming.
+// Stores a whole, aligned vector past the caches, without reading the old contents. Other threads
+// see it after finish_streaming().
 template <class T>
 MULTILORA_HD void stream_vector(T* place, Vec<T> x) {
 #if defined(__AVX512F__)
@@ -293,11 +294,11 @@ struct Exponent;
 template <>
 struct Exponent<float> {
   static constexpr int mantissa = 23, bias = 127;
-  // Adding it rounds to an integer, which stands in the last bits.
+  // Adding this number rounds to an integer, which is then in the last bits.
   static constexpr float round = 0x1.8p23f;
-  // Where exp is 0 and where it is infinite.
+  // exp is 0 below `low` and infinite above `high`.
   static constexpr float low = -105, high = 89;
-  // log 2 in two parts; n times the first is exact.
+  // log 2 is split in two so that n times the first part is exact.
   static constexpr float log2_high = 0x1.63p-1f, log2_low = -0x1.bd0106p-13f;
 };
 template <>
@@ -308,7 +309,7 @@ struct Exponent<double> {
   static constexpr double log2_high = 0x1.62e42feep-1, log2_low = 0x1.a39ef35793c76p-33;
 };
 
-// y·2ⁿ for integers n, rounded once also where the result is below the normal range.
+// y·2ⁿ for integers n, rounded only once also where the result is subnormal.
 template <class T>
 MULTILORA_HD Vec<T> scaled(Vec<T> y, Vec<T> shifted, Vec<T> n) {
 #ifdef __AVX512F__
@@ -319,7 +320,7 @@ MULTILORA_HD Vec<T> scaled(Vec<T> y, Vec<T> shifted, Vec<T> n) {
     return _mm512_maskz_scalef_pd(-1, y.v, n.v);
   }
 #else
-  // In two halves: 2ⁿ itself may be out of range.
+  // Scale in two halves, because 2ⁿ itself may be out of range.
   (void)n;
   using E = Exponent<T>;
   using Mask = typename Vec<T>::Mask;
@@ -330,7 +331,7 @@ MULTILORA_HD Vec<T> scaled(Vec<T> y, Vec<T> shifted, Vec<T> n) {
 #endif
 }
 
-// Below 1.5 units in the last place; −∞ gives 0, NaN gives NaN.
+// The error is below 1.5 units in the last place; −∞ gives 0 and NaN gives NaN.
 template <class T>
 MULTILORA_HD Vec<T> exp(Vec<T> x) {
   using V = Vec<T>;
@@ -366,10 +367,10 @@ MULTILORA_HD Vec<double> log(Vec<double> x) {
   using V = Vec<double>;
   using Mask = V::Mask;
   constexpr int64_t root = 0x3fe6a09e667f3bcd;
-  // Numbers below the normal range are lifted into it.
+  // Scale subnormal numbers into the normal range.
   Mask tiny = x < V(0x1p-1022);
   V y = where<double>(tiny, x * V(0x1p54), x);
-  // y = m 2ᵏ with m between √½ and √2
+  // y = m 2ᵏ with m between √½ and √2.
   Mask bits = bits_as<Mask>(y);
   Mask k = (bits - root) >> 52;
   V m = bits_as<V>(bits - (k << 52));
@@ -389,7 +390,7 @@ MULTILORA_HD Vec<double> log(Vec<double> x) {
   constexpr double infinity = __builtin_inf();
   result = where<double>(x == V(infinity), x, result);
   result = where<double>(x == V(0.0), V(-infinity), result);
-  // NaN and negative numbers.
+  // NaN and negative numbers give NaN.
   return where<double>(V(-1e-320) < x, result, V(__builtin_nan("")));
 }
 

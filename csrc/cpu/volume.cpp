@@ -1,4 +1,4 @@
-// gram_volume and particle_loss on the CPU: what is done by which thread.
+// gram_volume and particle_loss on the CPU: how the work is divided between threads.
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -10,13 +10,13 @@
 namespace multilora {
 namespace {
 
-// Memory that a thread keeps between calls: fresh pages cost more than a small operator. Null where
-// there is none left.
+// Memory that a thread keeps between calls, because fresh pages cost more than a small operator.
+// Returns null where there is no memory left.
 void* scratch(int64_t bytes) {
   thread_local Memory memory;
   thread_local int64_t size = 0;
   if (size < bytes) {
-    // What there was is given back first.
+    // Give the old memory back before asking for more.
     size = 0;
     memory.reset();
     memory = allocate(bytes, 4096);
@@ -25,8 +25,8 @@ void* scratch(int64_t bytes) {
   return memory.get();
 }
 
-// run(task, scratch memory) for all tasks. An exception must not leave a parallel region, or the
-// process ends.
+// Calls run(task, scratch memory) for all tasks. An exception that left a parallel region would end
+// the process.
 template <class Run>
 void share_out(int64_t tasks, int threads, int64_t bytes, Run run) {
   std::atomic<bool> starved{false};
@@ -47,10 +47,10 @@ void share_out(int64_t tasks, int threads, int64_t bytes, Run run) {
   if (starved) throw std::bad_alloc();
 }
 
-// Threads for so many numbers: waking them takes longer than 16 thousand of them.
+// The number of threads worth using: waking them takes longer than processing 16 thousand numbers.
 int useful(int threads, int64_t numbers) { return numbers < 16384 ? 1 : threads; }
 
-// The place of the first target outside [0, C), or −1.
+// The index of the first target outside [0, C), or −1.
 int64_t first_wrong(const int64_t* targets, int64_t stride, int64_t N, int64_t C) {
   for (int64_t n = 0; n < N; ++n) {
     int64_t y = targets[n * stride];
@@ -59,7 +59,7 @@ int64_t first_wrong(const int64_t* targets, int64_t stride, int64_t N, int64_t C
   return -1;
 }
 
-// Σ over the blocks in their order, divided by the number of valid targets.
+// Adds up the blocks' sums in their order and divides by the number of valid targets.
 template <class A>
 void write_means(const CpuVolumeForward& p, const std::vector<double>& sums,
                  const VolumeMeans& means) {
@@ -75,8 +75,9 @@ void write_means(const CpuVolumeForward& p, const std::vector<double>& sums,
   *static_cast<A*>(means.count) = A(divisor);
 }
 
-// Numbers of a gradient that is written past the caches. 8.2 million of float32 take a quarter less
-// time so (K 4, N 64, C 32000, one thread of Zen 4, out kept); halves gain nothing and are not.
+// The size from which a gradient is written past the caches. 8.2 million float32 numbers then take
+// a quarter less time (K 4, N 64, C 32000, one thread of Zen 4, out kept). Half precision gains
+// nothing and is written normally.
 constexpr int64_t kStreamed = 2 << 20;
 
 }  // namespace
@@ -86,10 +87,10 @@ int64_t volume_forward(CpuVolumeForward p, const VolumeMeans& means, DType dtype
   int64_t wrong = first_wrong(p.targets, p.stride_target, N, C);
   if (wrong >= 0) return wrong;
   const VolumeForwardKernels& kernels = MULTILORA_PICK(volume_forward_kernels);
-  // A block of fewer examples where one is much work, so that all threads have some.
+  // Blocks are smaller where an example is much work, so that all threads have some.
   int64_t block = std::clamp<int64_t>(16384 / (K * C), 1, kernels.examples);
-  // Not where most lanes would be empty, or the matrices of all of them fill the second-level
-  // cache.
+  // One example per lane does not pay where most lanes would be empty, or where the matrices of all
+  // lanes fill the second-level cache.
   p.in_lanes = block >= std::min(kernels.examples, 4) && std::min(K, C) <= 64;
   int64_t blocks = ceil_div(N, block), bytes = kernels.scratch(K, C);
   std::vector<double> sums(means.nll ? size_t(blocks * (K + 1)) : 0);
@@ -111,8 +112,8 @@ void volume_backward(CpuVolumeBackward p, DType dtype, int threads) {
   const VolumeBackwardKernels& kernels = MULTILORA_PICK(volume_backward_kernels);
   p.stream = K < C && K * N * C >= kStreamed && C % 64 == 0 &&
              reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
-  // About 64 thousand numbers: several examples, or, in whole vectors, a part of the classes of
-  // one.
+  // A task has about 64 thousand numbers: several examples, or some of one example's classes, in
+  // whole vectors.
   constexpr int64_t kPart = 65536;
   int64_t examples = std::max<int64_t>(1, std::min(kPart / (K * C), N / 16));
   int64_t classes = K < C ? std::max<int64_t>(64, kPart / K / 64 * 64) : C;

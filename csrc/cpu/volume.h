@@ -1,4 +1,4 @@
-// gram_volume and particle_loss on the CPU: what the bindings call.
+// gram_volume and particle_loss on the CPU: the functions that the bindings call.
 #pragma once
 
 #include "../volume.h"
@@ -16,11 +16,11 @@ struct CpuVolumeForward {
   int64_t stride_k, stride_n, stride_target, K, N, C;
   double eps;
   VolumeKind kind;
-  // Whether the matrices are worked on with an example in every lane, or one after another.
+  // Whether each lane holds another example's matrix; if not, the matrices come one after another.
   bool in_lanes;
 };
 
-// The means over the valid targets; all null for gram_volume.
+// Where the means over the valid targets go; all null for gram_volume.
 struct VolumeMeans {
   void* nll;         // (K,)
   void* divergence;  // ()
@@ -28,20 +28,21 @@ struct VolumeMeans {
 };
 
 struct CpuVolumeBackward {
-  const void* grad;      // (N,) of gram_volume, () of the divergence
-  const void* grad_nll;  // (K,), null of gram_volume
-  const void* count;     // (), null of gram_volume
+  const void* grad;      // (N,) for gram_volume, () for particle_loss's divergence
+  const void* grad_nll;  // (K,); null for gram_volume
+  const void* count;     // (); null for gram_volume
   const void* logits;
   const int64_t* targets;
   const void* stats;
   const void* core;
   void* out;  // (K, N, C), contiguous
   int64_t stride_grad, stride_nll, stride_k, stride_n, stride_target, K, N, C;
-  // Whether to write numbers of 4 or 8 bytes past the caches: all rows are whole, aligned vectors.
+  // Whether to write 4- or 8-byte numbers past the caches, where all rows are whole, aligned
+  // vectors.
   bool stream;
 };
 
-// -> the place of the first target that is out of range, and nothing is written, or −1.
+// Returns −1; or, without writing anything, the index of the first target that is out of range.
 int64_t volume_forward(CpuVolumeForward p, const VolumeMeans& means, DType dtype, int threads);
 void volume_backward(CpuVolumeBackward p, DType dtype, int threads);
 

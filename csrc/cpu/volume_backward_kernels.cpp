@@ -1,4 +1,4 @@
-// gram_volume and particle_loss on the CPU, backward, for one level: chunks of f̃ stay in the
+// gram_volume and particle_loss on the CPU, backward, for one level. Chunks of f̃ stay in the
 // first-level cache.
 #include <type_traits>
 
@@ -8,7 +8,7 @@
 namespace multilora::MULTILORA_LEVEL {
 namespace {
 
-// Per particle, in whole vectors.
+// Arrays over the particles, in whole vectors.
 template <class A>
 struct Particles {
   Vec<A>*weight, *top, *norm, *rest, *own, *offset, *on_target;
@@ -24,7 +24,7 @@ struct Particles {
   }
 };
 
-// Offsets, gradients on the target and 1/‖e‖ (in norm) of example n, in A.
+// Computes the offsets, the gradients on the target and 1/‖e‖ (in `norm`) of example n.
 template <class T, class A>
 void weigh_particles(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y,
                      const Particles<A>& all) {
@@ -61,7 +61,7 @@ S slope_of(const CpuVolumeBackward& p, int64_t n) {
   return 2 * (p.grad_nll ? grad / *static_cast<const S*>(p.count) : grad);
 }
 
-// f̃ of a chunk, zero on the target and in padding.
+// Computes f̃ of a chunk, zero on the target and in the padding.
 template <class T, class A>
 void normalised(const T* logits, int64_t stride_k, int64_t count, int64_t target, int64_t K,
                 const Particles<A>& all, const Chunk<A>& chunk) {
@@ -85,7 +85,7 @@ void normalised(const T* logits, int64_t stride_k, int64_t count, int64_t target
   }
 }
 
-// The gradients of a chunk for `rows` particles from i on, K < C.
+// Writes the gradients of a chunk for `rows` particles from i on, where K < C.
 template <int rows, class T, class A>
 void write_rows(T* out, int64_t next, int64_t count, int64_t K, int64_t i, const A* core,
                 const A* offset, const Chunk<A>& chunk, bool stream) {
@@ -111,7 +111,7 @@ void write_rows(T* out, int64_t next, int64_t count, int64_t K, int64_t i, const
   }
 }
 
-// What a backward pass keeps for an example, K < C.
+// The scratch memory of a backward pass where K < C.
 template <class A>
 struct ByParticle {
   Chunk<A> chunk;
@@ -122,7 +122,7 @@ struct ByParticle {
       : chunk(scratch, K, C), particles(scratch, K), core(scratch.take<A>(K * K)) {}
 };
 
-// The classes [begin, end) of an example, K < C.
+// Does the classes [begin, end) of an example, where K < C.
 template <class T, class A>
 void backward_by_particle(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
                           int64_t begin, int64_t end, const ByParticle<A>& s) {
@@ -156,12 +156,12 @@ void backward_by_particle(const CpuVolumeBackward& p, int64_t n, const T* logits
   }
 }
 
-// What it keeps where K >= C: all of it in float64.
+// The scratch memory where K >= C: all in float64.
 struct ByClass {
   Chunk<double> chunk;
   Particles<double> particles;
   int64_t next;
-  double *core, *wide;  // (C, next), times twice the upstream gradient, zeros in padding; (K, C)
+  double *core, *wide;  // (C, next), times twice the upstream gradient, zero-padded; (K, C)
   Vec<double>* x;       // (vectors of the chunk)
 
   ByClass(Scratch& scratch, int64_t K, int64_t C)
@@ -173,7 +173,7 @@ struct ByClass {
         x(scratch.take<Vec<double>>(chunk.vectors)) {}
 };
 
-// All classes of an example, K >= C.
+// Does all classes of an example, where K >= C.
 template <class T>
 void backward_by_class(const CpuVolumeBackward& p, int64_t n, const T* logits, int64_t y, T* out,
                        const ByClass& s) {

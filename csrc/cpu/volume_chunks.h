@@ -1,4 +1,4 @@
-// Where volume's kernels keep what they work on.
+// The scratch memory of the volume's kernels.
 #pragma once
 
 #include "simd.h"
@@ -7,8 +7,9 @@ namespace multilora::MULTILORA_LEVEL {
 
 MULTILORA_HD int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Vectors of each particle in a chunk: 16 KiB of all particles, half of the first-level cache, but
-// enough to make a chunk's end cheap. All of them where the classes are the sides of the matrix.
+// The vectors per particle in a chunk of classes. A chunk takes 16 KiB, half of the first-level
+// cache, or more, so that the work at its end stays cheap. Where the matrix is over the classes, it
+// takes all of them.
 MULTILORA_HD int64_t chunk_vectors(int64_t K, int64_t C, int lanes) {
   int64_t all = ceil_div(C, lanes);
   if (K >= C) return all;
@@ -16,7 +17,7 @@ MULTILORA_HD int64_t chunk_vectors(int64_t K, int64_t C, int lanes) {
   return min(all, fitting > smallest ? fitting : smallest);
 }
 
-// Arrays one after another in the scratch memory.
+// Arrays that lie one after another in the scratch memory.
 struct Scratch {
   char* memory;
   int64_t used = 0;
@@ -29,7 +30,7 @@ struct Scratch {
   }
 };
 
-// The logits (K, C) of an example, contiguous and in float64.
+// Copies the logits (K, C) of an example to contiguous float64.
 template <class T>
 void widen_rows(const T* logits, int64_t stride_k, int64_t K, int64_t C, double* wide) {
   for (int64_t i = 0; i < K; ++i) {
@@ -40,7 +41,7 @@ void widen_rows(const T* logits, int64_t stride_k, int64_t K, int64_t C, double*
 // A chunk of the classes of all particles.
 template <class A>
 struct Chunk {
-  int64_t vectors;  // of each particle
+  int64_t vectors;  // per particle
   Vec<A>* e;        // (K, vectors)
   A* tops;          // (K)
   double* shrunk;   // (K)

@@ -1,9 +1,8 @@
 // gram_volume and particle_loss on the CPU, forward, for one level.
 //
-// A vector holds classes of one particle and example where the classes are read; chunks of them
-// stay in the first-level cache, and what a chunk leaves is added up in float64. What follows is
-// done for an example in every lane. Nothing that an example gives depends on what its neighbours
-// are.
+// While the classes are read, a vector holds classes of one particle and one example. Chunks of
+// them stay in the first-level cache, and a chunk's sums are added up in float64. The rest is done
+// with one example per lane. An example's results do not depend on its neighbours.
 #include "volume_chunks.h"
 #include "volume_kernels.h"
 
@@ -12,7 +11,7 @@ namespace {
 
 using Double = Vec<double>;
 constexpr int kExamples = Double::lanes;
-// Particles on the other side of a tile of four: sums in 16 of 32 registers, 8 of 16.
+// The other side of a tile of four particles: its sums take 16 of 32 registers, or 8 of 16.
 constexpr int kOthers = kExamples == 8 ? 4 : 2;
 constexpr double kInfinity = __builtin_inf();
 
@@ -23,8 +22,8 @@ Example<V> take_example(Scratch& scratch, int64_t K, int64_t side) {
   return {top, rest, norm, own, matrix, scratch.take<V>(side), scratch.take<V>(side)};
 }
 
-// Row `logits` of `count` numbers into whole vectors `e`, −∞ in padding and on the target, which is
-// outside [0, count) where it is not in the row. -> the largest.
+// Reads `count` logits into whole vectors `e`, with −∞ in the padding and on the target, which is
+// outside [0, count) where the row does not contain it. Returns the largest logit.
 template <class T, class V>
 MULTILORA_HD accumulator_t<T> take_row(const T* logits, int64_t count, int64_t target, V* e) {
   using A = accumulator_t<T>;
@@ -50,8 +49,8 @@ MULTILORA_HD accumulator_t<T> take_row(const T* logits, int64_t count, int64_t t
   return highest(top);
 }
 
-// e := exp(e − top) -> its sum. What is read next, `ahead`, is fetched meanwhile: nothing else
-// reads.
+// Replaces e by exp(e − top) and returns its sum. Meanwhile it prefetches the numbers at `ahead`,
+// which are read next, because nothing else uses the memory here.
 template <class T, class A>
 MULTILORA_HD A exponentials(Vec<A>* e, int64_t vectors, A top, const T* ahead) {
   Vec<A> base(top), total(A(0));
@@ -63,15 +62,15 @@ MULTILORA_HD A exponentials(Vec<A>* e, int64_t vectors, A top, const T* ahead) {
   return sum(total);
 }
 
-// As many numbers as fill a vector of float64.
+// Reads as many numbers as a vector of float64 holds.
 MULTILORA_HD Double load_double(const double* place) { return load_bytes<Double>(place); }
 MULTILORA_HD Double load_double(const float* place) {
   typedef float Floats __attribute__((vector_size(MULTILORA_VECTOR_BYTES / 2)));
   return __builtin_convertvector(load_bytes<Floats>(place), Double::Native);
 }
 
-// ⟨e_i, e_j⟩ of `rows` particles i with `others` of them, rows `stride` apart, and of none with
-// j > i where they are the same ones.
+// ⟨e_i, e_j⟩ of `rows` particles i with `others` particles j, whose rows are `stride` apart. Where
+// both are the same particles, only j <= i.
 template <int rows, int others, bool same, class A>
 MULTILORA_HD void products(const A* e, const A* next, int64_t stride, int64_t count,
                            double (&result)[rows][others]) {
@@ -107,8 +106,8 @@ MULTILORA_HD void products(const A* e, const A* next, int64_t stride, int64_t co
   }
 }
 
-// The Gram matrix of e, added to what was there under an older maximum, which `shrunk` (K) turns:
-// ‖e‖² into `norm`, the rest into `matrix`, both in lane `lane`.
+// Adds the Gram matrix of e to the one so far, which `shrunk` (K) converts from the older maximum:
+// ‖e‖² goes to `norm` and the rest to `matrix`, both in lane `lane`.
 template <class A>
 struct AddProducts {
   const Vec<A>* e;
@@ -131,7 +130,7 @@ struct AddProducts {
     }
   }
 
-  // The particles [i, i + rows), i a multiple of four, with themselves and all before.
+  // The particles [i, i + rows), where 4 divides i, with themselves and with all before them.
   template <int rows>
   void with_all_before(int64_t i) const {
     for (int64_t j = 0; j < i; j += kOthers) tile<rows, kOthers, false>(i, j);
@@ -150,7 +149,7 @@ void add_products(const AddProducts<A>& add, int64_t K) {
   }
 }
 
-// ‖e‖² of all particles, then F̃ᵀF̃ if there is a matrix, into lane `lane`, from the e of all
+// Writes ‖e‖² of all particles and, if there is a matrix, F̃ᵀF̃ to lane `lane`, from the e of all
 // classes.
 void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* norm, Double* matrix,
                     int lane) {
@@ -177,7 +176,8 @@ void class_products(Double* e, int64_t stride, int64_t K, int64_t C, Double* nor
   }
 }
 
-// Top, sums and Gram matrix of an example, whose logits (K, C) are `stride_k` apart, into a lane.
+// Computes top, sums and Gram matrix of an example in a lane; its logits (K, C) are `stride_k`
+// apart.
 template <class T>
 void read_example(const CpuVolumeForward& p, const T* logits, int64_t stride_k, int64_t y, int lane,
                   const Example<Double>& x, const Chunk<accumulator_t<T>>& chunk) {
@@ -194,8 +194,8 @@ void read_example(const CpuVolumeForward& p, const T* logits, int64_t stride_k, 
   }
   for (int64_t start = 0; start < p.C; start += chunk.vectors * lanes) {
     int64_t count = min(chunk.vectors * lanes, p.C - start), used = ceil_div(count, lanes);
-    // In two loops: a row's maximum and sums each end in a chain of waits, which the next row
-    // fills.
+    // There are two loops because a row's maximum and its sum both end in a chain of dependent
+    // instructions, which overlaps with the next row.
     for (int64_t i = 0; i < p.K; ++i) {
       const T* row = logits + i * stride_k + start;
       chunk.tops[i] = take_row(row, count, y - start, chunk.e + i * chunk.vectors);
@@ -217,7 +217,7 @@ void read_example(const CpuVolumeForward& p, const T* logits, int64_t stride_k, 
   }
 }
 
-// The same where the sides are classes: all of it in float64, from a copy of the logits.
+// The same where the matrix is over the classes: all in float64, from a copy of the logits.
 template <class T>
 void read_example_by_class(const CpuVolumeForward& p, const T* logits, int64_t y, int lane,
                            const Example<Double>& x, const Chunk<double>& chunk, double* wide) {
@@ -227,7 +227,7 @@ void read_example_by_class(const CpuVolumeForward& p, const T* logits, int64_t y
                  p.kind == VolumeKind::zero ? nullptr : x.matrix, lane);
 }
 
-// Numbers that break nothing, for a lane without an example or with an ignored one.
+// Harmless numbers for a lane without an example, or with an ignored one.
 void fill_lane(const CpuVolumeForward& p, int lane, const Example<Double>& x) {
   auto set = [lane](Double* place, double number) {
     reinterpret_cast<double*>(place)[lane] = number;
@@ -243,7 +243,7 @@ void fill_lane(const CpuVolumeForward& p, int lane, const Example<Double>& x) {
   }
 }
 
-// -> the values; the matrices become core.
+// Returns the values; the matrices become core.
 Double finish(const CpuVolumeForward& p, int count, const Example<Double>& x,
               const Example<double>& one) {
   int side = int(min(p.K, p.C));
@@ -255,7 +255,7 @@ Double finish(const CpuVolumeForward& p, int count, const Example<Double>& x,
   if (p.kind == VolumeKind::logdet && p.in_lanes) {
     return negative_log_det(SingleThread(), x, side, by_class, p.eps, log_eps);
   }
-  // One after another. For "det" every example has its own order of pivots.
+  // The examples come one after another: for "det" each has its own order of pivots.
   for (int lane = 0; lane < count; ++lane) {
     for (int64_t i = 0; i < lower(side, 0); ++i) one.matrix[i] = x.matrix[i][lane];
     value.v[lane] = p.kind == VolumeKind::det
@@ -266,7 +266,7 @@ Double finish(const CpuVolumeForward& p, int count, const Example<Double>& x,
   return value;
 }
 
-// The core of one lane, or zeros.
+// Writes the core of one lane, or zeros.
 template <class A>
 void write_core(const Example<Double>& x, int64_t side, int lane, bool live, A* square) {
   for (int64_t i = 0; i < side; ++i) {
@@ -285,7 +285,7 @@ void forward(const CpuVolumeForward& p, int64_t first, int count, double* sums, 
   Example<Double> x = take_example<Double>(scratch, p.K, side);
   Example<double> one = take_example<double>(scratch, p.K, side);
   bool by_class = p.K >= p.C, valid[kExamples];
-  // Only one of these is used, and the other may lie in the same place.
+  // Only one of the two chunks is used, so they may share their memory.
   Scratch same_place = scratch;
   Chunk<A> chunk(same_place, p.K, p.C);
   Chunk<double> wide_chunk(scratch, p.K, p.C);

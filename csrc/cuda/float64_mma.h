@@ -14,13 +14,14 @@ constexpr int kMmaRows = 16, kMmaDepth = 8;
 constexpr int kMmaRows = 8, kMmaDepth = 4;
 #endif
 
-// The numbers of one product that a lane holds: a and b in pieces of 8 by 4 and 4 by 8, one number
-// of each, rows first; c in pieces of 8 by 8, two neighbours of each.
+// The numbers of one product that a lane holds. a and b consist of pieces of 8 by 4 and 4 by 8,
+// with one number of each per lane, rows first; c of pieces of 8 by 8, with two neighbours per
+// lane.
 struct Mma {
   static constexpr int kPieces = kMmaRows / 8;
   static constexpr int kA = kPieces * kMmaDepth / 4, kB = kMmaDepth / 4, kC = 2 * kPieces;
 
-  // Where in a, b and c the i-th of them is.
+  // The place of the i-th number in a, b and c.
   __device__ static int a_row(int lane, int i) { return lane / 4 + i % kPieces * 8; }
   __device__ static int a_depth(int lane, int i) { return lane % 4 + i / kPieces * 4; }
   __device__ static int b_depth(int lane, int i) { return lane % 4 + i * 4; }
@@ -31,7 +32,7 @@ struct Mma {
 
 __device__ inline void multiply_add(double (&c)[Mma::kC], const double (&a)[Mma::kA],
                                     const double (&b)[Mma::kB]) {
-  // Volatile, so that it stays where all of the warp comes by.
+  // It is volatile so that it stays where the whole warp executes it.
 #ifdef MULTILORA_LARGE_FLOAT64_MMA
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 "

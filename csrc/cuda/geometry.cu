@@ -1,11 +1,11 @@
-// The adapters' geometry, all layers in one launch of each stage (several for very many layers):
+// The adapters' geometry, with all layers in one launch per stage (several for very many layers):
 // 1. partial: products over stretches of the features -> workspace, (n, n) each, n = K·r;
 // 2. trace: T or D of the parts' sums; weigh: W = (U ⊗ 1) ∘ G, in place of the first part;
 // 3. apply: dA_cat = W_B A_cat, dB_cat = B_cat W_A, and SVGD's mixed gradients on top.
-// Everything is in float64, on tensor cores: a float32 product by the ordinary units is no faster.
+// Everything is in float64, on tensor cores: a float32 product on the ordinary units is no faster.
 //
-// What a kernel knows of the layers comes by value: there is no copy to wait for, and a captured
-// graph keeps it.
+// Kernels get their description of the layers by value: there is no copy to wait for, and a
+// captured graph keeps it.
 #include "geometry.h"
 #include "geometry_stages.h"
 #include "group.h"
@@ -29,7 +29,7 @@ struct TraceBatch {
   TraceLayer layers[kMost];
 };
 
-// A row of T or D a block, an element a warp. Grid: K, layers.
+// Each block computes a row of T or D, and each warp an element. Grid: K, layers.
 template <class Out>
 __global__ void __launch_bounds__(kThreads)
     lora_gram_trace_kernel(const __grid_constant__ TraceBatch batch) {
@@ -41,10 +41,10 @@ __global__ void __launch_bounds__(kThreads)
   double scale = layer.scaling * layer.scaling;
   Out* row = static_cast<Out*>(layer.out) + int64_t(i) * particles;
   Lanes lanes(32);
-  // The norms come first, where they are wanted.
+  // Distances need the norms first.
   for (int pass = batch.distance ? 0 : 1; pass < 2; ++pass) {
     for (int j = warp; j < particles; j += kWarps) {
-      // The same sum for (i, j) and (j, i).
+      // (i, j) and (j, i) must get the same sum.
       int low = pass == 0 || j < i ? j : i, high = pass == 0 || j > i ? j : i;
       double value = trace(lanes, gram_A, gram_B, rank, low, high);
       if (pass == 1 && batch.distance) value = i == j ? 0 : distance(norms[i], norms[j], value);
@@ -89,8 +89,8 @@ static_assert(sizeof(TraceBatch) <= 4096 && sizeof(WeighBatch) <= 4096);
 
 int64_t square(int64_t n) { return n * n; }
 
-// The features of a part: enough parts to fill a GPU, and no more, as every part is written and
-// read again.
+// The features of a part: enough parts to fill a GPU, and no more, because every part is written
+// and read again.
 int64_t chunk_of(int particles, const std::vector<Layer>& layers) {
   constexpr int64_t kBlocks = 4096, kLeast = 256;
   int64_t work = 0;

@@ -1,4 +1,4 @@
-// The factors' gradients: dA_cat = W_B A_cat and dB_cat = B_cat W_A, and SVGD's mix on top.
+// The factors' gradients: dA_cat = W_B A_cat and dB_cat = B_cat W_A, plus SVGD's mixed gradients.
 #include "float64_mma.h"
 #include "geometry_stages.h"
 
@@ -21,11 +21,11 @@ struct ApplyBatch {
   ApplyItem items[kMost];
 };
 
-// Features that a block writes.
+// The features that a block writes.
 constexpr int kApply = 2 * kTile;
 
-// Grid: stretches of features, row tiles, items. The blocks that a processor must hold keep
-// the compiler from aiming at more, and spilling.
+// Grid: ranges of features, row tiles, items. The number of blocks that a processor must hold keeps
+// the compiler from aiming at more and spilling registers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
     lora_gram_apply_kernel(const __grid_constant__ ApplyBatch batch) {
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (row >= n || first >= elements.d) return;
 
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // Two groups of eight features a warp.
+  // Each warp has two groups of eight features.
   constexpr int kRowTiles = kTile / kMmaRows, kGroups = 2;
   double sums[kRowTiles][kGroups][Mma::kC] = {};
   for (int k = 0; k < n; k += kTile) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     }
   }
 
-  // Through shared memory into the order in which the factor lies in memory.
+  // Shared memory brings the result into the order in which the factor is stored.
   __syncthreads();
   double* result = panels + warp / 2 * kPanel + warp % 2 * 8 * kGroups * kStride;
 #pragma unroll
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int q = 0; q < 4; ++q) values[q] = from[q * piece.panel_step];
     if (grad) {
-      // The same element of all particles' gradients, or of its own alone: a product with zeros
-      // would spread a NaN.
+      // Mix in this element of all particles' gradients, or of its own alone: multiplying the
+      // others by zero would spread a NaN.
       int i = (row + piece.row) / elements.rank;
       int begin = batch.mix_is_full ? 0 : i, end = batch.mix_is_full ? batch.particles : i + 1;
       const double* mix = batch.mix_is_full ? item.mix + int64_t(i) * batch.particles : item.mix;

@@ -1,4 +1,4 @@
-// Gram matrices of the factors in parts: products over stretches of the features.
+// Gram matrices of the factors in parts, each of which is a product over a range of the features.
 #include "float64_mma.h"
 #include "geometry_stages.h"
 
@@ -17,8 +17,8 @@ struct GramBatch {
   GramItem items[kMost];
 };
 
-// Grid: parts, pairs of row tiles, items. The blocks that a processor must hold keep
-// the compiler from aiming at more, and spilling.
+// Grid: parts, pairs of row tiles, items. The number of blocks that a processor must hold keeps the
+// compiler from aiming at more and spilling registers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
     lora_gram_partial_kernel(const __grid_constant__ GramBatch batch) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
   const Elements elements = item.elements;
   const T* x = static_cast<const T*>(item.x);
   int part = blockIdx.y, tiles = ceil_div(elements.rows, kTile);
-  // Of the pairs of tiles, those on and above the diagonal.
+  // Only the pairs of tiles on and above the diagonal are computed.
   int row = 0, col = blockIdx.x;
   for (; row < tiles && col >= tiles - row; ++row) col -= tiles - row;
   if (row >= tiles || part >= parts_of(elements.d, batch.chunk)) return;
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
       }
     }
     __syncthreads();
-    // The next ones are on their way during the products.
+    // The next panels are loaded while the products run.
     if (at + kTile < stop) fetch(at + kTile);
-    // The warps share the features out, a product's depth at a time.
+    // The warps divide the features between them, a product's depth at a time.
 #pragma unroll
     for (int step = warp; step < kTile / kMmaDepth; step += kWarps) {
       double a[kRowTiles][Mma::kA], b[kColTiles][Mma::kB];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
     }
   }
 
-  // The warps' sums, added in their order.
+  // Add up the warps' sums in their order.
   for (int turn = 0; turn < kWarps; ++turn) {
     __syncthreads();
     if (warp != turn) continue;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 3 : 4)
     if (row + i < n && col + lane < n) {
       gram[(row + i) * n + col + lane] = panels[i * kStride + lane];
     }
-    // On the other side of the diagonal too. There are no columns without all of the tile's rows.
+    // Write the other side of the diagonal too. A tile that has columns here has all of its rows.
     if (!diagonal && col + i < n) gram[(col + i) * n + row + lane] = panels[lane * kStride + i];
   }
 }

@@ -1,5 +1,5 @@
-// What the stages of adapter geometry share: how the work is cut, and how a factor comes into
-// shared memory and goes back.
+// What the stages of adapter geometry have in common: how the work is divided, and how a factor is
+// copied to shared memory and back.
 #pragma once
 
 #include <vector>
@@ -11,23 +11,23 @@ namespace multilora::stages {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
-// Rows, and features, that are worked on at a time.
+// The rows, and the features, that are processed at a time.
 constexpr int kTile = 32;
-// Between the features of a panel in shared memory: the lanes of a product then hit all banks.
+// The stride of a feature in a panel in shared memory, with which a product's lanes hit all banks.
 constexpr int kStride = kTile + 4;
 constexpr int kPanel = kTile * kStride;
 // Kernels take at most 4 KB of parameters.
 constexpr int kParameters = 4096 - 64;
 
-// The stages. grams: of every layer's lora_A and lora_B, in parts of `chunk` features.
+// The first stage. grams: one for each layer's lora_A and lora_B, in parts of `chunk` features.
 void partial(const Adapters& adapters, const std::vector<Layer>& layers, int64_t chunk,
              const std::vector<Gram>& grams, Stream stream);
-// grams: weighed, each in place of its first part.
+// The last stage. grams: the weighed matrices, each in place of its first part.
 void apply(const Adapters& adapters, const std::vector<Layer>& layers,
            const std::vector<Gram>& grams, Stream stream);
 
 MULTILORA_HD int parts_of(int64_t d, int64_t chunk) {
-  // One at least: a factor without features still has a Gram matrix, of zeros.
+  // There is at least one part: a factor without features still has a Gram matrix, of zeros.
   return d > 0 ? int(ceil_div(d, chunk)) : 1;
 }
 
@@ -40,7 +40,7 @@ void raise(Largest& largest, Value value) {
   if (Largest(value) > largest) largest = Largest(value);
 }
 
-// The elements of one factor: row i·r + a of A_cat or of B_catᵀ, and a feature.
+// The elements of one factor, addressed by row i·r + a of A_cat or B_catᵀ, and by feature.
 struct Elements {
   int64_t d;
   int rank, rows;
@@ -71,13 +71,13 @@ struct PanelLoad {
   __device__ PanelLoad(const Elements& elements, int which, int row0, int64_t feature0,
                        int64_t stop) {
     int index = threadIdx.x + which * kThreads;
-    // Along the rows where those lie side by side, else along the features.
+    // The four are neighbours along the rows where rows are adjacent, else along the features.
     bool by_row = elements.is_B && elements.vector;
     if (by_row) {
       row = index % 8 * 4;
       feature = index / 8;
     } else {
-      // 16 rows by 8 features a warp: whole sectors of global, all banks of shared memory.
+      // A warp takes 16 rows by 8 features: whole sectors of global, all banks of shared memory.
       row = index % 16 + index / 32 % 2 * 16;
       feature = index / 16 % 2 * 4 + index / 64 * 8;
     }

@@ -1,12 +1,12 @@
-// Neighbouring threads of a warp as a group: see SingleThread in common.h.
+// Neighbouring threads of a warp as a group; SingleThread in common.h explains groups.
 #pragma once
 
 #include "platform.h"
 
 namespace multilora {
 
-// `size` threads, a power of two up to 32, of a block with one dimension. Sums are taken in one
-// order, whatever the size of the block.
+// `size` threads, a power of two up to 32, of a one-dimensional block. The order of a sum does not
+// depend on the size of the block.
 class Lanes {
  public:
   __device__ explicit Lanes(int size) : size_(size), rank_(int(threadIdx.x) & (size - 1)) {

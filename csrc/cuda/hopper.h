@@ -6,7 +6,7 @@
 
 #include "platform.h"
 
-// Whether the code being compiled may use them. Other targets get kernels with empty bodies.
+// Defined where the target has these instructions. On other targets the kernel only fails.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define MULTILORA_HOPPER 1
 #endif
@@ -19,13 +19,13 @@ namespace multilora::hopper {
 
 using TensorMap = CUtensorMap;
 
-// A contiguous tensor (sizes[2], sizes[1], sizes[0]) in tiles. What lies outside of it reads as
-// zero and is not written. A row of a tile is `box[0]` elements: 32, 64 or 128 bytes, and lies in
-// shared memory with its 16-byte pieces permuted ("swizzled") over as many bytes.
+// Describes a contiguous tensor (sizes[2], sizes[1], sizes[0]) in tiles. Elements outside it read
+// as zero and are not written. A row of a tile has box[0] elements, which are 32, 64 or 128 bytes;
+// its 16-byte pieces are permuted ("swizzled") within that width in shared memory.
 inline TensorMap tensor_map(int device, DType dtype, const void* data, const int64_t (&sizes)[3],
                             const uint32_t (&box)[3]) {
   CurrentDevice current(device);
-  // Gives this thread the device's context, which it may not have used yet.
+  // This thread may not have used the device yet: the call gives it the device's context.
   check(cudaSetDevice(device), "choosing a GPU");
   static const auto encode = [] {
     void* found = nullptr;
@@ -71,7 +71,7 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) 
                "r"(count));
 }
 
-// Makes initialised barriers known to the copy engine too.
+// Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -135,15 +135,16 @@ __device__ __forceinline__ void store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
 }
 
-// Shows this thread's writes to shared memory to the copy engine.
+// Makes this thread's writes to shared memory visible to the copy engine.
 __device__ __forceinline__ void async_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // --- registers ---
 
-// Four 8x8 matrices of 2-byte elements, as fragments of a warp, to rows of 16 bytes: lane 8i + j
-// names the place of row j of matrix i. Lane l holds elements 2 (l % 4) and the next of row l / 4.
+// Stores four 8x8 matrices of 2-byte elements from a warp's fragments to rows of 16 bytes. Lane
+// 8i + j passes the address of row j of matrix i; lane l holds two elements, from 2 (l % 4) on, of
+// row l / 4.
 __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragments)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
@@ -151,7 +152,7 @@ __device__ __forceinline__ void store_matrices(void* row, const uint32_t (&fragm
       : "memory");
 }
 
-// How many registers the threads of this warp group may use from here on.
+// Sets how many registers each thread of this warp group may use from here on.
 template <int COUNT>
 __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -161,7 +162,7 @@ __device__ __forceinline__ void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// Two floats, rounded, the first one in the lower half.
+// Rounds two floats and packs them, the first one in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
   uint32_t both;
@@ -175,7 +176,7 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 
 // --- wgmma ---
 
-// Between any other use of the accumulators and the first product.
+// Needed between any other use of the accumulators and the first product.
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -190,7 +191,7 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// The accumulators are read no earlier than here: the wait itself does not name them.
+// Keeps the compiler from reading the accumulators earlier: the wait itself does not name them.
 template <int COUNT>
 __device__ __forceinline__ void hold(float (&sums)[COUNT]) {
 #pragma unroll
@@ -249,10 +250,10 @@ __device__ __forceinline__ void wgmma(float (&d)[HALF_N], uint64_t a, uint64_t b
 #undef MULTILORA_NUMBERS_64
 
 // --- the descriptors of wgmma's operands in shared memory ---
-//
-// 64 bits: the address, the leading and the stride byte offset, all in units of 16 bytes, and the
-// way in which rows are swizzled: 1, 2, 3 for 128, 64, 32 bytes. Tiles start at multiples of 1024
-// bytes.
+
+// A descriptor has 64 bits: the address, the leading and the stride byte offset, all in units of 16
+// bytes, and the swizzle of the rows: 1, 2, 3 for 128, 64, 32 bytes. Tiles start at multiples of
+// 1024 bytes.
 
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride,
                                                uint32_t row_bytes) {
@@ -273,12 +274,12 @@ __device__ __forceinline__ uint64_t mn_major(uint32_t address, uint32_t depth) {
   return descriptor(address, 128 * depth, 8 * 128, 128);
 }
 
-// The descriptor of the same operand some units further; only its lower half changes.
+// The descriptor of the same operand, some units further; only its lower half changes.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t units) {
   return descriptor >> 32 << 32 | (static_cast<uint32_t>(descriptor) + units);
 }
 
-// The units from 16 of the depth to the next.
+// The units between one 16 of the depth and the next.
 template <bool MN_MAJOR>
 constexpr uint32_t kNext16 = (MN_MAJOR ? 16 * 128 : 16 * 2) >> 4;
 

@@ -2,16 +2,17 @@
 // on the same accumulators, so that Y is written once and never read. dX = [dY | dS] · [W ; A] is
 // the same kernel with W and Q read in the other operand order.
 //
-// Persistent blocks of three warp groups go over tiles of 128 rows (of one particle) x TILE_COLS
+// Persistent blocks of three warp groups loop over tiles of 128 rows (of one particle) x TILE_COLS
 // columns. One thread of the first group, the producer, keeps a ring of stages filled: each holds
 // 64 of the depth of X and W, as TMA copies that a "full" barrier counts. The two other groups, the
-// consumers, multiply: 64 rows each, with all accumulators in registers, always one stage of wgmmas
-// under way while the next one is issued. A stage whose products are done goes back to the producer
-// by an "empty" barrier. After the depth come the rank's steps, through the same ring from S and Q,
-// with rows only as long as the rank needs. The producer knows nothing of tiles' ends: while the
-// consumers round, stage and store one tile, the ring fills with the next one.
+// consumers, multiply 64 rows each, with all accumulators in registers, and always have one stage
+// of wgmmas under way while they issue the next one. A stage whose products are done goes back to
+// the producer through an "empty" barrier. After the depth come the rank's steps, through the same
+// ring, from S and Q, with rows only as long as the rank needs. The producer does not stop at the
+// end of a tile: while the consumers round, stage and store one tile, the ring fills with the next
+// one.
 //
-// What lies outside of a tensor is loaded as zero and not stored, so tiles at the edges need no
+// Elements outside a tensor are loaded as zero and not stored, so tiles at the edges need no extra
 // code, and rows of another particle are never touched.
 #include <initializer_list>
 
@@ -28,8 +29,8 @@ constexpr int kDepth = 64;
 constexpr int kGroup = 128;  // the threads of a warp group
 constexpr int kShared = 227 * 1024;
 
-// Shared memory. Every tile starts at a multiple of 1024 bytes, which is where swizzling starts
-// anew.
+// The layout of shared memory. Every tile starts at a multiple of 1024 bytes, where the swizzling
+// pattern begins.
 template <int TILE_COLS>
 struct Layout {
   static constexpr int kX = kTileRows * kDepth * 2;
@@ -56,8 +57,8 @@ struct Tile {
   int particle, row, col;
 };
 
-// Bands of 16 strips take their tiles together, column by column: W's columns are then in the L2
-// cache.
+// The tiles of a band of 16 strips come together, column by column, so that W's columns are in the
+// L2 cache.
 template <int TILE_COLS>
 __device__ __forceinline__ Tile tile_at(const Arguments& g, int index) {
   constexpr int kBand = 16;
@@ -68,7 +69,7 @@ __device__ __forceinline__ Tile tile_at(const Arguments& g, int index) {
   return {strip / g.strips_each, strip % g.strips_each * kTileRows, within / height * TILE_COLS};
 }
 
-// A place in the ring, and how often the ring has been passed.
+// A place in the ring, and the parity of the number of passes through it.
 template <int STAGES>
 struct Ring {
   int stage = 0;
@@ -81,8 +82,8 @@ struct Ring {
   }
 };
 
-// Columns of W or Q and a piece of their depth, as wgmma wants them: rows along the depth, or,
-// where the columns are contiguous, blocks of 64 of them.
+// Loads columns of W or Q and a piece of their depth in the order that wgmma needs: rows along the
+// depth, or, where the columns are contiguous, blocks of 64 columns.
 template <bool DEPTH_FIRST, int TILE_COLS>
 __device__ __forceinline__ void load_columns(unsigned char* to, const TensorMap& map,
                                              uint64_t* full, int col, int start, int depth,
@@ -110,7 +111,7 @@ __device__ __forceinline__ void produce(const Arguments& g, unsigned char* stage
       int start = (low_rank ? step - g.depth_steps : step) * kDepth;
       unsigned char* x = stages + at.stage * L::kStage;
       uint64_t* barrier = full + at.stage;
-      // A ring that nobody has passed is empty: the parity before the first one counts as over.
+      // At first the ring is empty: a barrier reports the phase before its first one as complete.
       hopper::barrier_wait(empty + at.stage, at.parity ^ 1);
       hopper::barrier_arrive_expect(barrier, (kTileRows + TILE_COLS) * depth * 2);
       hopper::load_tile(x, low_rank ? g.s : g.x, barrier, start, tile.row, tile.particle);
@@ -121,7 +122,7 @@ __device__ __forceinline__ void produce(const Arguments& g, unsigned char* stage
   }
 }
 
-// The bias of the columns of which this thread has sums, in pairs.
+// Loads the bias of the columns whose sums this thread holds, in pairs.
 template <int TILE_COLS>
 __device__ __forceinline__ void load_bias(const Arguments& g, int col,
                                           uint32_t (&bias)[TILE_COLS / 8]) {
@@ -136,8 +137,8 @@ __device__ __forceinline__ float half_of(uint32_t pair, int which) {
   return load(T{static_cast<uint16_t>(pair >> 16 * which)});
 }
 
-// Adds the bias and rounds; then through shared memory to Y, 64 columns at a time, each warp on its
-// own.
+// Adds the bias, rounds, and copies through shared memory to Y, 64 columns at a time. Each warp
+// does this by itself.
 template <class T, int TILE_COLS>
 __device__ __forceinline__ void finish(const Arguments& g, Tile tile, int warp,
                                        const float (&sums)[TILE_COLS / 2],
@@ -148,7 +149,7 @@ __device__ __forceinline__ void finish(const Arguments& g, Tile tile, int warp,
 #pragma unroll
   for (int block = 0; block < TILE_COLS / 64; ++block) {
     unsigned char* buffer = staging + block % 2 * Layout<TILE_COLS>::kBuffer;
-    // The store before the last one has read this buffer.
+    // Wait until the store before the last one has read this buffer.
     if (lane == 0) hopper::store_wait<1>();
     __syncwarp();
 #pragma unroll
@@ -156,7 +157,7 @@ __device__ __forceinline__ void finish(const Arguments& g, Tile tile, int warp,
       uint32_t rounded[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        // In the order of store_matrices(): upper and lower 8 rows of 8 columns, then the next 8.
+        // store_matrices() takes the upper and lower 8 rows of 8 columns, then of the next 8.
         int eighth = block * 8 + part * 2 + i / 2, at = 4 * eighth + 2 * (i % 2);
         rounded[i] = hopper::pack<T>(sums[at] + half_of<T>(bias[eighth], 0),
                                      sums[at + 1] + half_of<T>(bias[eighth], 1));
@@ -221,11 +222,11 @@ __device__ __forceinline__ void consume(const Arguments& g, unsigned char* stage
         multiply<T, DEPTH_FIRST, 4>(sums, x_rank, w_rank, offset, true);
       }
       if (step == 0) {
-        // All that is not a product, where products are under way.
+        // Do all other work while products are under way.
         load_bias<TILE_COLS>(g, tile.col, bias);
         next = tile_at<TILE_COLS>(g, index + gridDim.x);
       }
-      // Each warp speaks for itself: it sees its own products end, not those of the group's others.
+      // Each warp arrives by itself: it sees its own products end, not those of the other warps.
       hopper::wgmma_wait<1>();
       if (lane == 0 && last >= 0) hopper::barrier_arrive(empty + last);
       last = at.stage;
@@ -259,7 +260,7 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
     hopper::barrier_init_fence();
   }
   __syncthreads();
-  // 128 x 40 + 256 x 232 registers are what 384 x 168 were.
+  // 128 x 40 + 256 x 232 registers are as many as the 384 x 168 of the launch.
   if (threadIdx.x < kGroup) {
     hopper::fewer_registers<40>();
     if (threadIdx.x == 0) produce<DEPTH_FIRST, TILE_COLS>(g, stages, full, empty);

@@ -6,8 +6,8 @@
 
 namespace multilora {
 
-// Y_k = X_k W' + bias + S_k Q_k', contiguous float16 or bfloat16 that start at multiples of 16
-// bytes. depth, cols and rank are multiples of 8; scaling is a part of Q.
+// Y_k = X_k W' + bias + S_k Q_k'. All tensors are contiguous float16 or bfloat16 and start at
+// multiples of 16 bytes; depth, cols and rank are multiples of 8. Q includes the scaling.
 struct LoraGemm {
   DType dtype;
   bool w_depth_first;

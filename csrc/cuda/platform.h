@@ -1,4 +1,4 @@
-// What the kernels and their launches need of CUDA. Kernels are launched by launch() only.
+// What the kernels and their launches need from CUDA. Only launch() launches kernels.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@
 
 // An array in the shared memory of the block.
 #define MULTILORA_SHARED(type, name, count) __shared__ type name[count]
-// The bytes that launch() was asked for, aligned as the tensor memory accelerator wants them.
+// The dynamic shared memory of a launch, aligned as the tensor memory accelerator requires.
 #define MULTILORA_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace multilora {
@@ -27,7 +27,7 @@ inline void check(cudaError_t status, const char* what) {
   }
 }
 
-// Makes a device the current one, as the tensors of a call may not be on it.
+// Makes a device the current one: the tensors of a call may be on another.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -43,7 +43,7 @@ class CurrentDevice {
   int device_, before_;
 };
 
-// kernel<<<grid, block, shared_bytes, stream>>>(args...); an empty grid does nothing.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); an empty grid does nothing.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             Stream stream, const Arguments&... arguments) {

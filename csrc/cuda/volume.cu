@@ -1,26 +1,28 @@
-// gram_volume and particle_loss on the GPU, forward: a pass over the logits leaves the sums of
-// parts of the classes of every example, a second kernel makes of them what is wanted, in float64.
+// gram_volume and particle_loss on the GPU, forward. A first kernel reads the logits and leaves,
+// for every example, sums over parts of its classes; a second kernel computes the results from them
+// in float64.
 #include "volume_tiles.h"
 
 namespace multilora {
 namespace {
 
-// The second numbers in __launch_bounds__ say how many blocks a processor must hold: without them
-// the compiler aims at more, and spills.
+// The second number in __launch_bounds__ is how many blocks a processor must hold. Without it the
+// compiler aims at more blocks and spills registers.
 constexpr int kThreads = 128;
-// The second kernel's, and the first one's for many particles: they need much shared memory.
+// The block size of kernels that need much shared memory: the second one, and the first one for
+// many particles.
 constexpr int kFewThreads = 64;
 constexpr int kMeanThreads = 512;
 
-// What a part leaves of an example: top (K), rest (K), the lower triangle of the Gram matrix.
+// The numbers of a part of an example: top (K), rest (K), the lower triangle of the Gram matrix.
 MULTILORA_HD int64_t numbers_of_part(int64_t K) { return 2 * K + lower(K, 0); }
 
 __device__ inline double* part_of(const CudaVolumeForward& p, int64_t split, int64_t n) {
   return p.parts + (split * p.N + n) * numbers_of_part(p.K);
 }
 
-// Up to KB particles. A thread takes some classes of all of them, so that it adds up its own part
-// of the Gram matrix without a word to the others, under a running maximum of its own.
+// For up to KB particles. A thread takes some classes of all particles, so that it can add up its
+// part of the Gram matrix, under its own running maximum, without communication.
 template <class T, int KB>
 __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const CudaVolumeForward p) {
   using A = accumulator_t<T>;
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const CudaVolu
     A e[KB][M];
     MULTILORA_UNROLL
     for (int i = 0; i < KB; ++i) {
-      // A particle that is not there sees no class.
+      // A particle that does not exist reads no class.
       load_classes<M>(logits + i * p.stride_k, first, i < p.K ? end : 0, p.aligned, e[i]);
     }
     MULTILORA_UNROLL
@@ -97,10 +99,10 @@ __global__ void __launch_bounds__(kThreads, 2) volume_sums_kernel(const CudaVolu
   }
 }
 
-// Up to 32 particles: a warp brings steps of their classes into shared memory. There a lane is a
-// particle first, and then owns 4 x 8 elements of the Gram matrix.
+// For up to 32 particles. A warp brings its classes into shared memory, kStep at a time. A lane
+// first does one particle, then 4 x 8 elements of the Gram matrix.
 constexpr int kStep = 64;
-// Of the classes' columns in shared memory, a multiple of 4 that spreads them over the banks.
+// The stride of a class in shared memory: a multiple of 4 that spreads the classes over the banks.
 constexpr int kColumn = kMostParticles + 4;
 
 template <class T>
@@ -185,17 +187,17 @@ __global__ void __launch_bounds__(kFewThreads)
 
 // --- what follows from the sums ------------------------------------------------------------------
 
-// Doubles of shared memory for an example.
+// The doubles of shared memory that an example needs.
 int64_t shared_doubles(const CudaVolumeForward& p) {
   int64_t side = p.K < p.C ? p.K : p.C;
   int64_t factors = p.splits > 1 ? p.splits * p.K : 0, f = p.K < p.C ? 0 : p.K * p.C;
   return 4 * p.K + lower(side, 0) + 2 * side + factors + f;
 }
 
-// The row of an element of a lower triangle: of such small numbers the root is exact enough.
+// The row of an element of a lower triangle. For such small numbers float32's root is exact enough.
 __device__ inline int row_of(int index) { return (int(sqrtf(8.0f * index + 1)) - 1) / 2; }
 
-// The parts under their common maximum.
+// Adds up the parts under their common maximum.
 __device__ inline void merge_parts(const Lanes& group, const CudaVolumeForward& p, int64_t n,
                                    const Example<double>& x, double* factors) {
   int K = p.K;
@@ -241,7 +243,7 @@ __device__ inline void take_part(const Lanes& group, const CudaVolumeForward& p,
   group.sync();
 }
 
-// F̃ᵀF̃, from the logits again.
+// Computes F̃ᵀF̃ from the logits, which are read a second time.
 template <class T>
 __device__ void class_gram(const Lanes& group, const CudaVolumeForward& p, const T* logits,
                            int64_t y, const Example<double>& x, double* f) {
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   int64_t n = (int64_t(blockIdx.x) * kFewThreads + threadIdx.x) / lanes;
   if (n >= p.N) return;
   int64_t y = p.targets[n * p.stride_target];
-  // The first kernel has looked at the others.
+  // The first kernel has checked all other targets.
   bool valid = y != kIgnored, by_class = K >= p.C;
   bool moves = valid && p.kind != VolumeKind::zero;
   double value = 0;
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   A* stats = static_cast<A*>(p.stats) + n;
   A* losses = static_cast<A*>(p.losses);
   for (int i = group.rank(); i < K; i += group.size()) {
-    // Of an ignored example they are numbers that break nothing.
+    // An ignored example gets harmless numbers.
     stats[i * p.N] = valid ? A(x.top[i]) : A(0);
     stats[(K + i) * p.N] = valid ? A(x.norm[i]) : A(1);
     stats[(2 * K + i) * p.N] = valid ? A(x.rest[i]) : A(1);
@@ -360,12 +362,12 @@ __global__ void __launch_bounds__(kMeanThreads)
 
 // --- launches ------------------------------------------------------------------------------------
 
-// So many threads fill the largest chips (132 processors) a few times.
+// This many threads fill the largest chips (132 processors) a few times.
 constexpr int64_t kFull = 1 << 17;
 
-// Threads for an example, as few as cover its classes at once, and parts of an example's classes:
-// enough to fill the chip, of at least 8 steps each. The second kernel keeps a number for each
-// particle of each part in shared memory, so these are few.
+// Chooses the threads per example, as few as cover its classes at once, and the parts of its
+// classes: enough to fill the chip, of at least 8 steps each, but few, because the second kernel
+// keeps a number per particle and part in shared memory.
 void plan(CudaVolumeForward& p, int classes_each) {
   bool many = p.K > 8;
   p.lanes = many ? 32 : power_of_two(ceil_div(p.C, classes_each));

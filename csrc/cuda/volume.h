@@ -1,4 +1,4 @@
-// gram_volume and particle_loss on the GPU: what the bindings call.
+// gram_volume and particle_loss on the GPU: the functions that the bindings call.
 #pragma once
 
 #include "../volume.h"
@@ -11,24 +11,24 @@ namespace multilora {
 struct CudaVolumeForward {
   const void* logits;
   const int64_t* targets;
-  double* parts;  // as many as volume_parts says
+  double* parts;  // workspace of volume_parts() doubles
   void* value;    // (N,)
-  void* losses;   // (K, N): −log p_y; null of gram_volume
+  void* losses;   // (K, N): −log p_y; null for gram_volume
   void* stats;    // (3, K, N)
   void* core;     // (N, m, m), m = min(K, C)
   int64_t stride_k, stride_n, stride_target, N, C;
   int K;
   double eps, log_eps;
   VolumeKind kind;
-  // What the launch decides.
+  // The launch chooses these.
   int splits, lanes;
   bool aligned;
 };
 
 struct CudaVolumeBackward {
-  const void* grad;      // (N,) of gram_volume, () of the divergence
-  const void* grad_nll;  // (K,), null of gram_volume
-  const void* count;     // (), null of gram_volume
+  const void* grad;      // (N,) for gram_volume, () for particle_loss's divergence
+  const void* grad_nll;  // (K,); null for gram_volume
+  const void* count;     // (); null for gram_volume
   const void* logits;
   const int64_t* targets;
   const void* stats;
@@ -42,15 +42,15 @@ struct CudaVolumeBackward {
 
 constexpr int kMostParticles = 32;
 
-// How many doubles a forward pass needs as workspace.
+// The doubles that a forward pass needs as workspace.
 int64_t volume_parts(int K, int64_t N, int64_t C, DType dtype);
-// Two launches.
+// Makes two launches.
 void volume_forward(CudaVolumeForward p, DType dtype, Stream stream);
-// The means of `rows` (K + 1, N), the losses and values of a forward pass, over the valid targets.
-// -> nll (K,), divergence (), count ()
+// Writes the means of `rows` (K + 1, N), which are the losses and values of a forward pass, over
+// the valid targets to nll (K,) and divergence (), and the number of these targets to count ().
 void volume_means(const void* rows, const int64_t* targets, int64_t stride_target, void* nll,
                   void* divergence, void* count, int K, int64_t N, DType dtype, Stream stream);
-// One launch.
+// Makes one launch.
 void volume_backward(CudaVolumeBackward p, DType dtype, Stream stream);
 
 }  // namespace multilora

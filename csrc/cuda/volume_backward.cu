@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kFewThreads = 64;
 
-// What the particles of an example need, in shared memory.
+// The numbers of an example's particles, in shared memory.
 template <class A>
 struct Particles {
   A *top, *inverse, *offset, *on_target;  // (K); inverse is 1/‖e‖
@@ -19,7 +19,7 @@ __device__ Particles<A> particles_at(A* memory, int K) {
   return {memory, memory + K, memory + 2 * K, memory + 3 * K};
 }
 
-// Member `rank` of `size` does its particles.
+// Member `rank` of `size` fills in its share of the particles.
 template <class T, class A>
 __device__ void weigh_particles(const CudaVolumeBackward& p, int64_t n, const T* logits, int64_t y,
                                 int rank, int size, const Particles<A>& all) {
@@ -47,7 +47,8 @@ __device__ A slope_of(const CudaVolumeBackward& p, int64_t n) {
   return 2 * (p.grad_nll ? grad / *static_cast<const A*>(p.count) : grad);
 }
 
-// Up to KB particles, fewer than classes: a thread has some classes of all of them in registers.
+// For up to KB particles, fewer than classes. A thread holds some classes of all of them in
+// registers.
 template <class T, int KB>
 __global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const CudaVolumeBackward p) {
   using A = accumulator_t<T>;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const CudaVol
       int i = at / KB, j = at % KB;
       core[at] = i < p.K && j < p.K ? saved[i * p.K + j] * slope : A(0);
     }
-    // Particles that are not there.
+    // Fill in the particles that do not exist.
     for (int i = p.K + group.rank(); i < KB; i += group.size()) {
       all.top[i] = all.inverse[i] = all.offset[i] = all.on_target[i] = 0;
     }
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) volume_gradient_kernel(const CudaVol
   }
 }
 
-// Up to 32 particles, fewer than classes: a block is with one example, and f̃ is in shared memory.
+// For up to 32 particles, fewer than classes. A block does one example, with f̃ in shared memory.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     volume_gradient_of_many_kernel(const CudaVolumeBackward p) {
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
   int64_t begin, end;
   own_classes(p.C, 2 * kThreads, p.splits, begin, end);
   for (int64_t first = begin + 2 * self; first < end; first += 2 * kThreads) {
-    // Only this thread reads what it wrote to f.
+    // No barrier is needed: a thread reads only what it wrote to f itself.
     for (int i = 0; valid && i < p.K; ++i) {
       V z;
       load_classes<2>(logits + i * p.stride_k, first, end, p.aligned, z.v);
@@ -167,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// No fewer particles than classes: core is over the classes, all is in float64, and a warp has all
-// of an example. A lane is a particle.
+// For at least as many particles as classes. core is over the classes, everything is in float64, a
+// warp does an example and a lane a particle.
 template <class T>
 __global__ void __launch_bounds__(kFewThreads, 8)
     volume_gradient_by_class_kernel(const CudaVolumeBackward p) {
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kFewThreads, 8)
   }
 }
 
-// As in the forward pass; nothing is merged, so there may be as many parts as fill the chip.
+// As in the forward pass. Nothing is merged here, so there may be as many parts as fill the chip.
 constexpr int64_t kFull = 1 << 17;
 
 int parts(int64_t threads, int64_t C, int64_t step) {

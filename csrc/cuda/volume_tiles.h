@@ -1,4 +1,4 @@
-// How the volume's kernels share out and read the logits.
+// How the volume's kernels divide the logits between threads, and read them.
 #pragma once
 
 #include "group.h"
@@ -6,11 +6,11 @@
 
 namespace multilora {
 
-// Neighbouring classes that a thread takes at once: 16 bytes of float32 or float64.
+// The neighbouring classes that a thread takes at once: 16 bytes of float32 or float64.
 template <class T>
 constexpr int kClasses = sizeof(accumulator_t<T>) == 8 ? 2 : 4;
 
-// The numbers of some classes, as one value of volume.h.
+// The numbers of some classes, which volume.h handles as one value.
 template <class A, int M>
 struct Pack {
   A v[M];
@@ -36,8 +36,8 @@ MULTILORA_HD Pack<A, M> operator*(Pack<A, M> a, Pack<A, M> b) {
   return a;
 }
 
-// M classes from `first` on, −∞ from `end` on. aligned: rows and parts of them start at multiples
-// of M.
+// Loads M classes from `first` on, with −∞ from `end` on. `aligned` means that rows, and parts of
+// them, start at multiples of M.
 template <int M, class T>
 __device__ inline void load_classes(const T* row, int64_t first, int64_t end, bool aligned,
                                     accumulator_t<T>* z) {
@@ -75,7 +75,7 @@ __device__ inline void store_classes(T* row, int64_t first, int64_t end, bool al
   }
 }
 
-// The part of the classes that blockIdx.y takes, whole steps of `step` of them.
+// The part of the classes that blockIdx.y takes, in whole steps of `step` classes.
 __device__ inline void own_classes(int64_t C, int64_t step, int splits, int64_t& begin,
                                    int64_t& end) {
   int64_t each = ((C + step - 1) / step + splits - 1) / splits * step;
@@ -83,14 +83,15 @@ __device__ inline void own_classes(int64_t C, int64_t step, int splits, int64_t&
   end = begin + each < C ? begin + each : C;
 }
 
-// Whether an example takes part. Behind the failure nothing goes on: no register is kept for that.
+// Whether an example takes part. fail() does not return, so the compiler need not keep registers
+// live across it.
 __device__ inline bool takes_part(int64_t target, int64_t C) {
   if (target >= 0 && target < C) return true;
   if (target != kIgnored) fail("a target is outside [0, C)");
   return false;
 }
 
-// Calls with a number of the type that `dtype` names.
+// Calls the function with a number of the type that `dtype` names.
 template <class Function>
 void with_type(DType dtype, Function function) {
   switch (dtype) {

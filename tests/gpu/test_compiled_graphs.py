@@ -7,12 +7,17 @@ import pytest
 import torch
 
 import multilora as ml
-from multilora.ops.dispatch import available_backends
+from multilora.ops.dispatch import backends_of
 
 DEVICE = torch.get_default_device()
 ON_GPU = DEVICE.type == "cuda"
 # On a CPU, backend "cuda" executes its kernels' PTX, which is slow.
-BACKENDS = [b for b in available_backends(DEVICE.type) if ON_GPU or b != "cuda"]
+CASES = [
+    (operator, backend)
+    for operator in ("lora_linear", "particle_loss", "pairwise_frobenius")
+    for backend in backends_of(operator, DEVICE.type)
+    if ON_GPU or backend != "cuda"
+]
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -44,9 +49,12 @@ def problem(operator):
     return lambda A, B: ml.pairwise_frobenius(A, B, 2.0), [A, B]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("operator", ["lora_linear", "particle_loss", "pairwise_frobenius"])
+@pytest.mark.parametrize("operator, backend", CASES)
 def test_replays_give_the_bits_of_eager_mode(operator, backend):
+    if (operator, backend) == ("lora_linear", "cuda") and torch.cuda.get_device_capability()[
+        0
+    ] != 9:
+        pytest.skip("the GEMM is one for compute capability 9.0 (Hopper)")
     function, inputs = problem(operator)
     with ml.use_backend(backend):
         eager = with_gradients(function, inputs)

@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(target), f"{page}: {link}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_named_files_exist(page):
     for name in NAMED.findall(page.read_text()):
         found = list(ROOT.glob(name.rstrip("/")))

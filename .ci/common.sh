@@ -34,7 +34,7 @@ lint() {
     .venv/bin/ruff format --check .
     .venv/bin/mypy
     .venv/bin/codespell
-    git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs .venv/bin/clang-format --dry-run -Werror
+    git ls-files csrc tests | grep -E '\.(h|cpp|cu)$' | xargs .venv/bin/clang-format --dry-run -Werror
 }
 
 # A digest of all sources of kernels.

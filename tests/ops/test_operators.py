@@ -14,8 +14,11 @@ import torch
 from torch.autograd import forward_ad
 
 import multilora as ml
+import oracles
 from multilora.ops import lora_add, svgd_update
 from oracles import relative_error
+
+_, on_each_backend = oracles.each_backend("gram_volume")
 
 FLOAT32 = torch.finfo(torch.float32).eps
 
@@ -78,6 +81,7 @@ def check_logdet(K, C, gap, eps, dtype):
 @pytest.mark.parametrize("eps", [1e-6, 1e-4])
 @pytest.mark.parametrize("gap", [0.0, 1e-5, 1e-3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@on_each_backend
 def test_logdet_of_nearly_equal_particles(backend, shape, gap, eps, dtype):
     check_logdet(*shape, gap, eps, dtype)
 
@@ -129,6 +133,7 @@ def test_the_smallest_eps_of_float64(name):
 @pytest.mark.parametrize(
     "K, C, gap", [(2, 5, 1e-4), (2, 5, 1e-2), (3, 7, 1e-4), (3, 7, 1e-2), (8, 129, 0.1)]
 )
+@on_each_backend
 def test_det_of_nearly_equal_particles(backend, K, C, gap):
     logits, targets = alike(K, 3, C, gap)
     value, gradient = run(logits, targets, kind="det")
@@ -141,6 +146,7 @@ def test_det_of_nearly_equal_particles(backend, K, C, gap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-4, 1e-3])
 @pytest.mark.parametrize("shape", [(3, 7), (8, 129), (32, 40)], ids=str)
+@on_each_backend
 def test_det_without_a_volume(backend, shape, gap, dtype):
     # What no float32 holds: less than 1e-10, and it must not grow.
     logits, targets = alike(shape[0], 3, shape[1], gap, dtype)

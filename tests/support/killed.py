@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 import multilora as ml
-from multilora import checkpoint
+from multilora import particle_folders
 from multilora.app import run as training
 from multilora.app.tasks.task import Task
 
@@ -73,7 +73,8 @@ def train(
     if where == "state":
         torch.save = dying_in_the_middle(torch.save, count)
     if where == "adapters":
-        checkpoint.save_file = dying_with_half_a_file(checkpoint.save_file, count)
+        save_file = particle_folders.save_file
+        particle_folders.save_file = dying_with_half_a_file(save_file, count)
     if where == "moves":
         die_before_change(out, count, lambda path: ".multilora-commit" in path)
 

@@ -3,8 +3,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PIP_QUIET=1
-# The least coverage of multilora/, by lines and branches, in percent.
-COVERAGE=90
 
 step() { echo "=== $1, $SECONDS s ==="; }
 
@@ -49,10 +47,10 @@ machine_code() {
     tail -n 1 "$work/kernels-$1"
 }
 
-# `uses_wheel PYTHON`: what is installed in "$work/installed" works without the sources.
+# `uses_wheel PYTHON BACKEND`: what is installed in "$work/installed" works without the sources.
 uses_wheel() {
     cd "$work/installed"
-    PYTHONPATH=$PWD "$1" - <<'END'
+    PYTHONPATH=$PWD MULTILORA_BACKEND=$2 "$1" - <<'END'
 import os, torch, multilora as ml
 
 assert os.path.dirname(ml.__file__) == os.path.join(os.getcwd(), "multilora"), ml.__file__

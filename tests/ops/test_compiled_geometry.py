@@ -15,6 +15,8 @@ from compiled.child import check, cover, cross
 from multilora.ops.triton import configs
 from multilora.ops.triton.common import Chip
 
+pytestmark = pytest.mark.slow
+
 # (d_in, d_out, r) of the layers; K; dtype.
 CASES = {
     "mixed ranks": (((48, 36, 2), (33, 17, 8)), 3, "float32"),
@@ -71,7 +73,6 @@ def test_there_are_sums_in_parts():
     assert all(configs.geometry(*sizes, Chip(chip, 2)).chunk < d_in for chip in (80, 90))
 
 
-@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case in CASES:
         compiling.call("problems.geometry", *CASES[case], 90, "late")

@@ -4,6 +4,8 @@ import pytest
 
 from compiled.child import check, cover, cross
 
+pytestmark = pytest.mark.slow
+
 # K, T, d_in, d_out, r; dtype; whether all particles share their rows.
 CASES = {
     "shrink inside": ((2, 140, 128, 264, 16), "bfloat16", False),
@@ -54,7 +56,6 @@ def test_onto_a_base_layer(dtype, compiling):
     check(errors, ROUNDINGS[dtype])
 
 
-@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case, chip, mode in cross(CASES, ON_HOPPER_ONLY):
         if chip == 90 and mode == "late":

@@ -4,6 +4,8 @@ import pytest
 
 from compiled.child import check, cover, cross
 
+pytestmark = pytest.mark.slow
+
 # (K, N, C); dtype; kind; scale of the logits.
 CASES = {
     "4 particles": ((4, 6, 100), "float32", "logdet", 2.0),
@@ -60,7 +62,6 @@ def test_what_is_not_finite(case, what, compiling):
     assert found == expected
 
 
-@pytest.mark.slow
 def test_every_kernel_was_executed(compiling):
     for case in CASES:
         compiling.call("problems.loss", *CASES[case], 90, "late")

@@ -13,7 +13,7 @@ import oracles
 from oracles import relative_error
 from ptx import native
 
-pytestmark = pytest.mark.usefixtures("executed_ptx")
+pytestmark = [pytest.mark.usefixtures("executed_ptx"), pytest.mark.slow]
 
 # --- problems: small ones, in which every planted fault matters -----------------------------------
 

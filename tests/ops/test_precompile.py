@@ -14,6 +14,8 @@ from multilora.ops.triton import common
 from multilora.tools.kernels.compile import as_on_a_gpu
 from multilora.tools.kernels.precompile import model_problem, specialisation
 
+pytestmark = pytest.mark.slow
+
 _PROBLEMS = """
 import torch
 from multilora.tools.kernels import calls

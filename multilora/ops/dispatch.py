@@ -122,7 +122,7 @@ def _missing_triton() -> str | None:
 
 @functools.cache
 def _missing_cuda() -> str | None:
-    reason = _missing_module("multilora._C_cuda", "nvcc (12.5 or newer)", "cuda")
+    reason = _missing_module("multilora._C_cuda", "nvcc (12.5 or newer) or a GPU", "cuda")
     if reason is not None or _emulated():
         return reason
     if not torch.cuda.is_available():
@@ -157,8 +157,8 @@ def _missing_module(module: str, tool: str, build: str) -> str | None:
     except ModuleNotFoundError:
         return (
             f"the module {module} is not there: multilora was installed without {tool}, or with "
-            f"MULTILORA_BUILD set against it (MULTILORA_BUILD={build} pip install says what is "
-            "missing)"
+            f"MULTILORA_BUILD set against it (MULTILORA_BUILD={build} pip install builds it, or "
+            "says what is missing)"
         )
     except ImportError as error:
         return f"the module {module} does not load: {error}"

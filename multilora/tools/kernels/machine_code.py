@@ -134,7 +134,7 @@ def native_reports(target: str, cuobjdump: str, only: str = "") -> Iterator[Repo
     spec = importlib.util.find_spec("multilora._C_cuda")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "multilora._C_cuda is not there: multilora was installed without nvcc"
+            "multilora._C_cuda is not built: MULTILORA_BUILD=cuda pip install builds it"
         )
     dump = (cuobjdump, "-arch", NATIVE_CODES[target])
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"

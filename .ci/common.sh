@@ -40,11 +40,13 @@ kernels_digest() {
     git ls-files -s csrc multilora/ops/{triton,native.py,hopper.py} | grep -v '\.json$' | sha256sum | cut -d ' ' -f 1
 }
 
-# The machine code of every GPU kernel: no spills, no serialised products, shared memory.
+# The machine code of every GPU kernel: no spills, no serialised products, shared memory. Its record
+# is kept in $MULTILORA_ARTEFACTS, if that is set.
 machine_code() {
-    .venv/bin/multilora kernels --target "$1" > "$work/kernels-$1" ||
-        { tail -n 300 "$work/kernels-$1"; return 1; }
-    tail -n 1 "$work/kernels-$1"
+    local record="${MULTILORA_ARTEFACTS:-$work}/kernels-$(basename "$PWD")-$1"
+    .venv/bin/multilora kernels --target "$1" --out "$record.json" > "$record.txt" ||
+        { tail -n 300 "$record.txt"; return 1; }
+    tail -n 1 "$record.txt"
 }
 
 # `uses_wheel PYTHON BACKEND`: what is installed in "$work/installed" works without the sources.

@@ -1,4 +1,4 @@
-"""What a case is: peers that do the same task on the same input, and the work that it needs."""
+"""The definition of a case: peers that do the same task on the same input, and the work that it needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Repetition = Callable[[], dict[str, Tensor | list[Tensor]]]
 
 @dataclass(frozen=True)
 class Work:
-    """What one repetition needs at least.
+    """The least that one repetition needs.
 
     flops64 are those of float64 products, flops32 those outside the tensor cores, flops the rest.
     """

@@ -66,7 +66,7 @@ def reason(error: BaseException) -> str:
 
 
 def outputs_of(run: Repetition, poisoned: bool = True) -> dict[str, Tensor]:
-    """What a repetition returns, each output as one tensor."""
+    """The outputs of a repetition, each as one tensor."""
     with _poisoned_memory() if poisoned else contextlib.nullcontext():
         outputs = run()
     return {

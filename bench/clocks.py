@@ -49,7 +49,7 @@ def interleave(
     """Take samples in rounds: one sample of each sampler per round, in a new random order.
 
     Rounds go on for `seconds` and for `rounds` of them at least, but not beyond `limit` seconds
-    once there are three. beat: is told the name of every sampler before it is called.
+    once there are three. beat: called with the name of each sampler before it runs.
     """
     samples: dict[Any, list[float]] = {name: [] for name in samplers}
     order, shuffle = list(samplers), random.Random(0).shuffle

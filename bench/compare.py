@@ -46,8 +46,8 @@ def measure_case(
     Args:
         without: the peers that are left out, and why.
         seconds: for the timing, once there are three rounds.
-        note: is told which peer comes next.
-        beat: is told which peer is sampled.
+        note: called with the peer that comes next.
+        beat: called with the peer that is sampled.
     """
     return Measurement(case, without, ceilings, device, note, beat).run(seconds)
 
@@ -292,7 +292,7 @@ def measure_ceilings(
     shapes: Sequence[tuple[int, int, int]] = (),
     seconds: float = 10.0,
 ) -> dict[str, float]:
-    """What this machine reaches: bytes per second in a copy, operations per second in products.
+    """The rates that this machine reaches: bytes per second in a copy, operations per second in products.
 
     shapes: (rows, d_in, d_out) of base products, whose seconds are listed too.
     """

@@ -66,7 +66,7 @@ class Card:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         self.index = int(first) if first.isdigit() else 0
         if device != "cuda":
-            self.absent = "the device is no GPU"
+            self.absent = "the device is not a GPU"
         elif importlib.util.find_spec("pynvml") is not None:
             import pynvml
 

@@ -248,7 +248,7 @@ def compare_memory(rows: int, repetitions: int) -> list[dict[str, Any]]:
 
 
 def in_fresh_process(*options: str) -> dict[str, Any]:
-    """What this command prints with these options."""
+    """The output of this command with these options."""
     command = [sys.executable, "-m", "bench.growth", *options]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -23,7 +23,7 @@ from multilora.ops.triton import common
 
 
 def functions(particles: int, rows: int, d_in: int, d_out: int, rank: int) -> dict[str, Callable]:
-    """What is timed, by name; all in bfloat16 with float32 factors."""
+    """The timed calls, by name; all in bfloat16 with float32 factors."""
     common.compile_only(common.H200, lambda *_: None)
     half = {"dtype": torch.bfloat16}
     x, dy = torch.randn(particles, rows, d_in, **half), torch.randn(particles, rows, d_out, **half)

@@ -18,10 +18,10 @@ SILENCE = 45.0
 
 @dataclass
 class Context:
-    """What a worker gives to its jobs.
+    """The tools that a worker hands to its jobs.
 
-    without: peers that are left out, and why. note: is told which peer comes next, beat: that the
-    job goes on, and with which peer. folder: where logs may be written. until: when the time of
+    without: peers that are left out, and why. note: called with the peer that comes next; beat:
+    called with the peer that is still at work. folder: where logs may be written. until: when the time of
     the whole run is over.
     """
 

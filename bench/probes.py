@@ -1,4 +1,4 @@
-"""What only a card shows, as small questions to every backend: streams, threads, graphs, limits,
+"""Questions that only a card can answer, put to every backend: streams, threads, graphs, limits,
 exactness, special values. docs/gpu.md says what each answer means.
 
 A probe returns what it saw; "failures" names what was wrong, "skipped" what cannot be asked here.
@@ -59,7 +59,7 @@ def on_backend(
     right: Callable[[Any], bool],
     device: torch.device,
 ) -> dict[str, Any]:
-    """What each computation gave on that backend, and the failures. Raises BrokenDevice if the
+    """The result of each computation on that backend, and the failures. Raises BrokenDevice if the
     device no longer works: later computations would be blamed for it."""
     result: dict[str, Any] = {"failures": {}}
     missing = missing_reason(backend)

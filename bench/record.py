@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number depends on; nothing names the host or its folders."""
+    """The environment that a number depends on; it names neither the host nor its folders."""
     names = ("multilora", "torch", "triton", "peft", "timm", "transformers", "numpy")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -145,7 +145,7 @@ def _named(name: str, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong(record: dict[str, Any]) -> list[str]:
-    """What failed: jobs, multilora's peers in cases, outputs that change between repeats."""
+    """The failures: jobs, multilora's peers in cases, outputs that change between repeats."""
     found = []
     for part in ("smoke", "probes", "checks", "others"):
         found += [name for name, result in record[part].items() if result["failures"]]

@@ -1,4 +1,4 @@
-"""Runs the groups of a plan, each in a process of its own, and survives whatever they do.
+"""Runs the groups of a plan, each in its own process, and survives whatever they do.
 
 What a worker reports goes into the journal at once. One that crashes, says nothing for too long or
 takes too much time is ended; its group goes on in a new process without the peer that was running.
@@ -56,7 +56,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Task:
-    """What the workers need to make the same plan again, and where all files are written.
+    """Everything that the workers need to make the same plan again, and where all files are written.
 
     plan: a module with a function `stages(device, tiny, **options)`. name: the files' first part.
     """

@@ -49,7 +49,7 @@ def _synchronised(run: Repetition) -> Repetition:
 )
 def test_case(benchmark, case, peer):
     runs, checked = _prepare(case)
-    # Of any peer: a table with one wrong line compares nothing.
+    # This holds for any peer: a table with one wrong line compares nothing.
     assert not checked.failures, checked.failures
     benchmark.group = str(case)
     benchmark.name = peer

@@ -128,7 +128,7 @@ def test_page_has_the_plan():
 
 
 def test_plan_keeps_its_promises():
-    """What is known after three minutes, and after ten."""
+    """The results that are known after three minutes, and after ten."""
     ends, spent = {}, 0.0
     for stage in stages("cuda", False):
         spent += stage.seconds
@@ -195,7 +195,7 @@ def test_what_failed_its_correctness_is_not_timed():
 
 
 def test_probes_run_on_a_cpu():
-    """Those that are no questions to a GPU; the reference answers them all."""
+    """The probes that need no GPU; the reference answers them all."""
     found = {n: probe("reference", CPU, True) for n, probe in probes.PROBES.items()}
     assert not {name: r["failures"] for name, r in found.items() if r["failures"]}
     assert sum("skipped" not in r for r in found.values()) >= 5

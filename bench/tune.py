@@ -2,7 +2,7 @@
 
 The host functions of the Triton backend ask multilora.ops.triton.configs. For every question that
 a case of bench.cases makes them ask, the answer is changed one property at a time; what gives
-the same outputs in less time is kept. Every case has a process of its own, and its configurations
+the same outputs in less time is kept. Every case runs in its own process, and its configurations
 are compiled beforehand by many; one that ends the process is left out. The table is written after
 every case, and a second call goes on behind the first, as bench.gpu's does.
 

@@ -1,4 +1,4 @@
-"""What may be changed in a launch configuration, and the search for what is fastest in one case."""
+"""The changes that a launch configuration allows, and the search for what is fastest in one case."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Question = tuple[str, tuple[tuple[str, Any], ...]]
 
 
 def _lora_gemm(config: Any, asked: dict[str, Any]) -> list[list[Change]]:
-    # In the loop only the forward can shrink, and only rows of its own particle.
+    # In the loop only the forward can shrink, and only with separate rows per particle.
     own = not asked["shared"]
     paths = ["shrink first"] + ["accumulate"] * own
     paths += ["shrink inside"] * (own and not asked["backward"])

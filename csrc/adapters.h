@@ -18,7 +18,7 @@ struct Factors {
   std::vector<uintptr_t> addresses;
 };
 
-// Of tensors that have the factors' shapes, in the factors' order; empty for None.
+// The pointers of tensors that have the factors' shapes, in the factors' order; empty for None.
 struct Addresses {
   std::vector<uintptr_t> list;
 };

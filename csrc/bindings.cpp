@@ -18,7 +18,7 @@ namespace {
 
 const char* const kNames[] = {"scalar", "avx2", "avx512"};
 
-// What this CPU can run of what was compiled, the best last.
+// The compiled instruction sets that this CPU can run, the best last.
 std::vector<std::string> supported_levels() {
   std::vector<std::string> names{kNames[0]};
 #if defined(__x86_64__)

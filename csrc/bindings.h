@@ -13,13 +13,13 @@
 
 namespace multilora {
 
-// What a forward pass over logits keeps for the backward pass.
+// The values that a forward pass over logits keeps for the backward pass.
 struct Saved {
   View stats;  // (3, K, N)
   View core;   // (N, m, m), m = min(K, C)
 };
 
-// What the parameters of all passes over logits (K, N, C) have in common.
+// The parameters that all passes over logits (K, N, C) share.
 template <class Parameters>
 Parameters volume_of(const View& logits, const View& targets, const Saved& saved) {
   int64_t K = logits.sizes[0], N = logits.sizes[1], C = logits.sizes[2], m = K < C ? K : C;

@@ -1,4 +1,4 @@
-// What all kernels share, on the CPU and on the GPU: storage types and groups of threads.
+// The parts that all kernels share, on the CPU and on the GPU: storage types and groups of threads.
 #pragma once
 
 #include <cstdint>

@@ -25,7 +25,7 @@ struct Layer {
   void* traces;            // T or D (K, K), float64 for float64 factors; null in a backward pass
 };
 
-// What all layers have in common.
+// The parameters that all layers share.
 struct Adapters {
   DType dtype;
   int particles;

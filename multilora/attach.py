@@ -56,7 +56,7 @@ def get_particle_model(
 ) -> ParticleModel:
     """K LoRA particles over `base`, which is frozen and changed in place.
 
-    The adapters differ from the start: every particle has an A of its own, and B is zero. Adapters
+    The adapters differ from the start: each particle has its own random A, and B is zero. Adapters
     of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
 
     Args:

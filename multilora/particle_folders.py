@@ -180,7 +180,7 @@ def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None
         raise ValueError(f"{file} is damaged: {particles!r} particles, {len(seeds)} seeds")
     for seed in seeds:
         if type(seed) is not int or not 0 <= seed < 2**63:
-            raise ValueError(f"{file} is damaged: its seed {seed!r} is no integer in [0, 2^63)")
+            raise ValueError(f"{file} is damaged: its seed {seed!r} is not an integer in [0, 2^63)")
     if version == 1:
         return seeds, None
     listed = index.get("files")

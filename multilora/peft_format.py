@@ -232,10 +232,10 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
     for operation, argument, _ in operations:
         named = operation.name in ("GLOBAL", "STACK_GLOBAL", "INST")
         if named and not (operation.name == "GLOBAL" and _OF_TENSORS.fullmatch(str(argument))):
-            raise ValueError(f"it holds {argument or 'a global'}, which is no tensor")
+            raise ValueError(f"it holds {argument or 'a global'}, which is not a tensor")
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, dict):
-        raise ValueError(f"it holds a {type(tensors).__name__}, no tensors by name")
+        raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"it holds {key!r}, a {type(tensor).__name__}, no tensor by name")
@@ -289,7 +289,7 @@ def expected_tensors(
         if isinstance(layer, ModulesToSaveWrapper):
             for inner, _ in layer.original_module.named_buffers():
                 key = f"{PREFIX}{name}.{inner}"
-                if key in expected:  # not one that is no state
+                if key in expected:  # buffers that are not persistent are not
                     expected[key] = expected[key]._replace(is_shared=True)
         if not isinstance(layer, PeftLoraLayer):
             continue

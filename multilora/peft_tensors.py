@@ -55,7 +55,7 @@ def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def expected(base: nn.Module) -> dict[str, Expected]:
-    """What the file of one particle of `base` must hold."""
+    """The names, shapes and dtypes that the file of one particle of `base` must hold."""
     tensors = of_particle(base, 0, {p: p.detach() for p in _stacked(base)})
     found = {key: Expected(tuple(t.shape), t.dtype) for key, t in tensors.items()}
     for name, stacked in stacked_modules(base):

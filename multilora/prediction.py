@@ -1,4 +1,4 @@
-"""What K particles predict: the class probabilities of a batch, or of a whole data set."""
+"""Predictions of K particles: class probabilities for a batch or a whole data set."""
 
 from __future__ import annotations
 

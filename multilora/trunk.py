@@ -34,7 +34,7 @@ class Reached(Exception):
 
 
 class Cut:
-    """The place from which on every particle has rows of its own.
+    """The place in the model after which each particle has its own rows.
 
     Args:
         where: True, for a cut before the first block with an adapted layer, in the innermost

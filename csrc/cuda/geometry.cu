@@ -2,7 +2,7 @@
 // 1. partial: products over stretches of the features -> workspace, (n, n) each, n = K·r;
 // 2. trace: T or D of the parts' sums; weigh: W = (U ⊗ 1) ∘ G, in place of the first part;
 // 3. apply: dA_cat = W_B A_cat, dB_cat = B_cat W_A, and SVGD's mixed gradients on top.
-// Everything is in float64, on tensor cores: a float32 product on the ordinary units is no faster.
+// Everything is in float64, on tensor cores: a float32 product on the ordinary units is not faster.
 //
 // Kernels get their description of the layers by value: there is no copy to wait for, and a
 // captured graph keeps it.

@@ -1,4 +1,4 @@
-// What the stages of adapter geometry have in common: how the work is divided, and how a factor is
+// The parts that the stages of adapter geometry share: how the work is divided, and how a factor is
 // copied to shared memory and back.
 #pragma once
 

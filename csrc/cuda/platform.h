@@ -1,4 +1,4 @@
-// What the kernels and their launches need from CUDA. Only launch() launches kernels.
+// Everything that the kernels and their launches need from CUDA. Only launch() launches kernels.
 #pragma once
 
 #include <cuda_runtime.h>

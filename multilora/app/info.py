@@ -1,4 +1,4 @@
-"""What `multilora info` prints: versions, devices and backends."""
+"""The output of `multilora info`: versions, devices and backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command prints: a progress bar, a table of measures and what its rows mean."""
+"""The printed output of the command: a progress bar, a table of measures and its legend."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def print_table(columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
 
 
 def averaged(runs: int) -> str:
-    """What the cells of a table over so many runs are."""
+    """The caption of a table over `runs` runs: what its cells average."""
     if runs == 1:
         return "one seed, so no standard error"
     return f"mean ± standard error over {runs} seeds"

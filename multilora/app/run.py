@@ -1,4 +1,4 @@
-"""What the command does with a task: an ordinary training loop, and the evaluation."""
+"""Training and evaluation of a task: an ordinary training loop, and the measures."""
 
 from __future__ import annotations
 

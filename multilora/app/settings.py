@@ -141,7 +141,7 @@ def check_foreign(name: str, value: Any, task: str) -> None:
 def recommended(
     task: str = "digits", method: str = METHODS[0], data: str | None = None, **given: Any
 ) -> Settings:
-    """The settings of the task's recipe (recipes/*.json), with those given in place of its own.
+    """The settings of the task's recipe (recipes/*.json), where `given` does not replace them.
 
     Args:
         given: Fields of `Settings` and options of the task; method_args are merged by name.

@@ -1,4 +1,4 @@
-"""What all methods share: the step around a method's own `_backward`, and its broken particles."""
+"""The base class of methods: the step around `_backward`, and the policy for broken particles."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ class Method:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """The state that resuming needs."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ _warned_own_batches = False
 
 
 class _Seen(NamedTuple):
-    """What a pass leaves behind, of the particles that take part.
+    """The results of a pass, for the particles that take part.
 
     Class predictions (K, N, C) and their targets (N,) or (K, N), both None where the loss has no
     classes, and scalars to log.
@@ -168,7 +168,7 @@ class IBDR(Method):
             noisy &= {adapter.lora_A for adapter in self.model.adapters()}
             if not noisy:
                 raise ValueError('noise="A" needs a lora_A that is trained, and all are frozen')
-        # By their places in `params`: a copy of this method has other tensors.
+        # Indices into `params`, not tensors: a copy of this method has different tensors.
         self.noisy = [i for i, p in enumerate(self.params) if p in noisy]
         self.noisy_size = sum(p[0].numel() for p in noisy)
 

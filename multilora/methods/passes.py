@@ -176,7 +176,7 @@ class Passes:
             raise RuntimeError(
                 "a chunk of particles ran a second time, for its gradient, and had other logits "
                 "than before: the closure must use one batch, and a module must not change with "
-                "every call or draw random numbers from a generator of its own, which "
+                "every call or draw random numbers from its own generator, which "
                 "cannot be replayed (those of PyTorch, NumPy and Python are); use particle_chunk="
                 "None, or a method whose particles run once (Ensemble, SVGD)"
             )
@@ -307,7 +307,7 @@ class Passes:
 
     def _require_one_batch(self, logits: Tensor, targets: Any, own: bool) -> None:
         """Compare the batch among the processes along the particles, once a step."""
-        # With mini-batches of its own for every particle, each process has others.
+        # Where each particle has its own mini-batch, the processes' batches differ.
         batch = [] if own else tree_leaves((self._inputs, targets))
         self._compare, self._inputs = False, []
         self.processes.require_equal(

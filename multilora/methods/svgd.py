@@ -28,14 +28,14 @@ class SVGD(Method):
     distance of the weights for a head or any other stacked tensor.
 
     Both parts are divided by K, as in the papers. With drive="own", particles far apart (k_ij ≈ 0
-    for i ≠ j) move by 1/K of their own gradient, so the driving part shrinks as K grows, between 1
+    for i ≠ j) move by 1/K of their gradient, so the driving part shrinks as K grows, between 1
     for equal particles and 1/K: under SGD, a learning rate tuned for an Ensemble or for a few
     particles has to grow with K, by as much as K times. AdamW and other optimizers that divide by
     the gradient's own size take steps of the same size for every K, but clipping and AdamW's eps
     see the smaller gradient.
 
     The textbook forms add and subtract factors of different particles. With independent A_i these
-    live in different bases (any A → RA, B → BR⁻¹ leaves ΔW as it is), and the sum is no descent
+    live in different bases (any A → RA, B → BR⁻¹ leaves ΔW as it is), and the sum is not a descent
     direction; use them where particles share their initial A, or for plain stacked tensors.
 
     Sources: Liu & Wang 2016; Bella (Doan et al. 2024), eq. 4 and appendix G.

@@ -191,7 +191,7 @@ def _is_tensors(arg: Any) -> bool:
 
 
 def on_kept_backend(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` under ctx.request, what was asked for in its forward: it may run on autograd's own
+    """`backward` under ctx.request, the request of its forward: it may run on autograd's own
     thread, and later."""
 
     @functools.wraps(backward)

@@ -3,7 +3,7 @@
 A backend is a module with seven functions (those of reference.py), and with
 
 - `LEAVES`, a dict from an operator to the reason why this backend has no kernel for it: the
-  reference computes it, also where the backend was asked for by name;
+  reference computes it, also where the backend was requested by name;
 - `refuses(op, args)`, the reason why its kernels do not take these arguments, or None.
 
 Nothing falls back silently: under a request, what a backend refuses raises, except where the user
@@ -41,7 +41,7 @@ OPERATORS: list[str] = []
 
 
 class Request(NamedTuple):
-    """The backend that was asked for, and the one that may compute what it refuses."""
+    """The requested backend, and the one that may compute what it refuses."""
 
     name: str
     otherwise: str | None = None
@@ -80,7 +80,7 @@ _modules: dict[str, ModuleType] = {}
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend was asked for by name, and cannot run here or does not take these arguments; the
+    """A backend was requested by name, and cannot run here or does not take these arguments; the
     message says why."""
 
 
@@ -194,7 +194,7 @@ def _require(name: str) -> None:
     reason = missing_reason(name)
     if reason is not None:
         raise BackendUnavailableError(
-            f"backend {name!r} was asked for (use_backend or MULTILORA_BACKEND), but {reason}; "
+            f"backend {name!r} was requested (use_backend or MULTILORA_BACKEND), but {reason}; "
             f"available here: {', '.join(available_backends())}"
         )
 
@@ -209,7 +209,7 @@ def use_backend(name: str, otherwise: str | None = None) -> Iterator[None]:
     The choice holds in the thread (the asyncio task) that enters the block, whatever others choose,
     and in threads that choose nothing themselves. The backward of an operator runs on the backend
     of its forward, on any thread and after the block too; that of a compiled function runs on what
-    is asked for at that time.
+    is requested at that time.
 
     An explicit request never falls back silently. Some operators have no kernel in some backends,
     and run on the reference: `multilora info` lists them.
@@ -253,7 +253,7 @@ def requested() -> Request | None:
     if len(requests) > 1:
         raise BackendUnavailableError(
             f"threads ask for the backends {', '.join(sorted(map(str, requests)))} at the same "
-            "time, and this one for none: put its work into a use_backend block of its own"
+            "time, and this thread names none: put its work into its own use_backend block"
         )
     return requests.pop() if requests else _by_environment
 
@@ -277,7 +277,7 @@ def as_requested(request: Request | None) -> Iterator[None]:
 
 
 def current_backend(device: str = "meta") -> str:
-    """The backend that was asked for; else the default for tensors on `device` ("cpu", "cuda"),
+    """The requested backend; else the default for tensors on `device` ("cpu", "cuda"),
     where no record of a GPU's kernel says otherwise."""
     request = requested()
     if request is None:
@@ -298,7 +298,7 @@ def _default(device: str) -> str:
 def backend_of(op: str, args: tuple[Any, ...]) -> str:
     """The name of the backend that computes operator `op` for these arguments now.
 
-    Raises BackendUnavailableError where the one that was asked for does not take them.
+    Raises BackendUnavailableError where the requested one does not take them.
     """
     request = requested()
     if request is None:
@@ -311,7 +311,7 @@ def backend_of(op: str, args: tuple[Any, ...]) -> str:
             return "reference" if _leaves(name, op, args) else name
         refusals.append(f"{name!r} does not: {reason}")
     message = (
-        f"backend {str(request)!r} was asked for (use_backend or MULTILORA_BACKEND) to compute "
+        f"backend {str(request)!r} was requested (use_backend or MULTILORA_BACKEND) to compute "
         f"{op} of {_described(op, args)}, but {', and '.join(refusals)}"
     )
     if request.otherwise is None:

@@ -126,7 +126,7 @@ def test_overlapping_blocks_of_two_threads(fake_backend):
     left.set()
     thread.join()
     assert seen == {"here": "reference", "after": "fake", "other": "fake"}
-    assert "fake, reference" in str(third) and "use_backend block of its own" in str(third)
+    assert "fake, reference" in str(third) and "its own use_backend block" in str(third)
     assert dispatch.current_backend("cpu") == default
     assert in_thread(dispatch.current_backend, "cpu") == default
 

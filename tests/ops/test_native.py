@@ -94,7 +94,7 @@ with ml.use_backend("reference"):
 
 @pytest.mark.parametrize("level", ["avx2", "avx1024"])
 def test_a_level_that_this_cpu_does_not_have(level):
-    # It was asked for, so that nothing falls back to another one.
+    # It was requested, so that nothing falls back to another one.
     one, other, value = succeed(python(WRONG_LEVEL, MULTILORA_CPU_LEVEL=level)).splitlines()
     for error in (one, other):
         assert f"MULTILORA_CPU_LEVEL asks for '{level}', and this CPU has scalar" in error
@@ -168,8 +168,8 @@ sys.exit(main(["info"]))
 def test_without_the_modules_the_reference_runs():
     value, cpu, cuda, *info = succeed(python(MISSING)).splitlines()
     assert value == "9.0"
-    assert "'cpu' was asked for" in cpu and "installed without a C++ compiler" in cpu
-    assert "'cuda' was asked for" in cuda and "installed without nvcc (12.5 or newer)" in cuda
+    assert "'cpu' was requested" in cpu and "installed without a C++ compiler" in cpu
+    assert "'cuda' was requested" in cuda and "installed without nvcc (12.5 or newer)" in cuda
     info = "\n".join(info)
     assert "reference: available" in info and "cpu: missing: the module multilora._C" in info
     assert "used by default: reference on a CPU, reference on a GPU" in info
@@ -319,7 +319,7 @@ def test_a_compiler_that_fails_says_how_to_go_without(build, tmp_path):
 # --- the real CUDA module ------------------------------------------------------------------------
 
 # Elsewhere in the tests another one stands in for it, whose kernels are executed from their PTX.
-# Where it was asked for, it has to be there.
+# Where it was requested, it has to be there.
 HAS_MODULE = bool(list((ROOT / "multilora").glob("_C_cuda*.so")))
 with_module = pytest.mark.skipif(
     not HAS_MODULE and os.environ.get("MULTILORA_BUILD") != "cuda",

@@ -69,7 +69,7 @@ calls._meta = lambda dtype, *shape: torch.zeros(shape, dtype=dtype)
 for problem in chosen():
     problem.run()
 assert len(launched) > len(hits) > 5 and all(hits), (launched, hits)
-# And what was not asked for is not there.
+# And what was not requested is not there.
 calls.geometry("other", [(16, 24)], 2, 3, torch.float64).run()
 assert not all(hits)
 """

@@ -1,4 +1,4 @@
-"""What a task is, and what the options of every task have in common."""
+"""The definition of a task, and the options that all tasks share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"in training mode the model returns a {type(logits).__name__} instead of class "
-            "logits: it trains with a loss of its own, which particles do not have"
+            "logits: it computes its own training loss, which particles do not use"
         )
     return logits, y
 

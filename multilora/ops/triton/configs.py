@@ -80,7 +80,7 @@ def power_of_two(value: int) -> int:
 
 @dataclass(frozen=True)
 class LoraGemm:
-    """path: "shrink inside" the GEMM's loop, "shrink first" by a pass of its own, or "accumulate":
+    """path: "shrink inside" the GEMM's loop, "shrink first" in a separate pass, or "accumulate":
     shrink and expand first, then the vendor's GEMM adds to y. block_r: depth of a low-rank step.
     programs: how many share a processor, so that one's end overlaps another's loop. flatten: the
     loop over tiles and the loop over the depth as one, which loads the next tile's first blocks
@@ -119,7 +119,7 @@ def lora_gemm(
         stages = 3 if chip.is_hopper_sized else 2
         return LoraGemm(path, m, 32, 16, 16, 8, 4, stages, programs=3)
     block_r = 16 if rank <= 16 else 32
-    # A second product costs 16/block_n of the first one's time, a pass of its own reads x again.
+    # A second product costs 16/block_n of the first one's time, a separate pass reads x again.
     inside = not shared and not backward and rank <= block_r and cols < 2900
     path = "shrink inside" if inside else "shrink first"
     # Where both sides are long, the passes over y cost less than the vendor's GEMM gains.
@@ -290,8 +290,8 @@ class Volume:
 
     @property
     def registers(self) -> int | None:
-        """Of a thread in the forward, at most: with a factorisation in every warp, ptxas may spill
-        to fit one more block on an SM, unless a thread is given all that it can have."""
+        """The limit per thread in the forward. With a factorisation in every warp, ptxas may spill
+        to fit one more block on an SM, unless a thread may use all the registers there are."""
         return 255 if self.block_n > 1 else None
 
 

@@ -23,8 +23,8 @@ from multilora.ops.common import TABLE_IS_NOT_THERE, accumulator
 from multilora.ops.triton.common import cdiv, chip, dot, launch
 from multilora.ops.triton.configs import Geometry, geometry, geometry_trace
 
-# What the kernels know of an item, int64 each: the feature axis, the rank, where its Gram matrix
-# starts in the workspace, in how many parts it is, the features of each, its first units.
+# The fields of an item, int64 each: the feature axis, the rank, the start of its Gram matrix in the
+# workspace, the number of its parts, the features of each part, its first units.
 _D = tl.constexpr(0)
 _RANK = tl.constexpr(1)
 _OFFSET = tl.constexpr(2)

@@ -118,7 +118,7 @@ def _lora_linear_gemm_kernel(
     """Y_k = X_k Wᵀ + bias + S_k (s·Q_k)ᵀ for all particles k, persistently.
 
     SHRINK: S = X Pᵀ comes from a second product inside the loop over the depth.
-    SHARED: "" , every particle has rows of its own; "out", one X serves all Y_k; "in", one Y sums
+    SHARED: "", each particle has its own rows; "out", one X serves all Y_k; "in", one Y sums
     all low-rank products.
     """
     ACC: tl.constexpr = accumulator_of(y_ptr.dtype.element_ty)

@@ -134,7 +134,7 @@ def _finite(top):
 
 @triton.jit
 def _merge_lanes(top, rest, gram):
-    """Lanes with a maximum of their own -> (K, N), (K, N), (K, K, N) under the common one."""
+    """Lanes, each with its own maximum -> (K, N), (K, N), (K, K, N) under the common one."""
     highest = tl.max(top, 2)
     shrink = _exp(top - _finite(highest)[:, :, None])
     rest = tl.sum(rest * shrink, 2)

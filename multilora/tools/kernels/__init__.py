@@ -1,1 +1,1 @@
-"""What `multilora kernels` needs: sizes, calls of the operators, their machine code."""
+"""Support for `multilora kernels`: sizes, calls of the operators, their machine code."""

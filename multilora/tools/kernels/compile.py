@@ -1,7 +1,7 @@
 """Compile every Triton kernel to machine code without a GPU, and report on the code.
 
 Host functions run as they are, on meta tensors; each launch becomes a compilation. What is
-compiled is therefore what would run. For a process of its own: Triton's driver is replaced.
+compiled is therefore what would run. It needs its own process, because it replaces Triton's driver.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Report:
         return None
 
     def note(self) -> str | None:
-        """What makes this code slower than it was meant to be, or None."""
+        """The reason why this code is slower than intended, or None."""
         if self.resident < self.programs:
             return f"a processor holds {self.resident} of {self.programs} programs at a time"
         return None
@@ -107,7 +107,7 @@ def register_pool(code: str, threads: int) -> tuple[int, int] | None:
 
 
 def run_tool(*command: str) -> str:
-    """What a tool prints. Raises RuntimeError if it fails."""
+    """The output of a tool. Raises RuntimeError if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")

@@ -147,7 +147,7 @@ class Filling:
 
 
 def specialisation(arg: Any) -> Any:
-    """What Triton tells arguments apart by; for some arguments a little more than that."""
+    """The properties by which Triton specialises on an argument; for some, a little more."""
     if isinstance(arg, Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, tuple):

@@ -1,4 +1,4 @@
-"""The definition of a case: peers that do the same task on the same input, and the work that it needs."""
+"""A case: peers that do the same task on the same input, and the work that the task needs."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Repetition, is_ours
+from multilora import BackendUnavailableError
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def check(
     multilora may err twice as much as plain PyTorch in this dtype, plus rounding: four units in
     the last place. The plain peers set that scale, so all that is asked of them is half of the
     dtype's digits, which is also what every single element of multilora's must have. A peer that
-    raises has failed.
+    raises has failed; only a backend's refusal of these sizes is raised again.
     """
     make_oracle = next(iter(case.peers.values()))
     oracle = outputs_of(make_oracle(case.inputs(torch.float64, device)))
@@ -41,6 +42,8 @@ def check(
             outputs = outputs_of(run, poisoned=is_ours(name))
             errors[name] = _errors(outputs, oracle, _norm)
             largest[name] = _errors(outputs, oracle, _largest)
+        except BackendUnavailableError:
+            raise
         except Exception as error:
             failures[name] = reason(error)
         outputs = None

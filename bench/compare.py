@@ -24,6 +24,7 @@ from bench.clocks import (
 )
 from bench.device import check_device, synchronize
 from bench.roofline import Ceilings, floor
+from multilora import BackendUnavailableError
 
 Note = Callable[[str], None]
 #: The fewest repetitions for a number to quote.
@@ -111,7 +112,7 @@ class Measurement:
             # Raise here what went wrong on the device, not in the next peer.
             synchronize(self.device)
             return value
-        except Unavailable as error:
+        except (Unavailable, BackendUnavailableError) as error:
             self.skipped[name] = str(error)
         except Exception as error:
             self.failures[name] = reason(error)
@@ -292,7 +293,7 @@ def measure_ceilings(
     shapes: Sequence[tuple[int, int, int]] = (),
     seconds: float = 10.0,
 ) -> dict[str, float]:
-    """The rates that this machine reaches: bytes per second in a copy, operations per second in products.
+    """The machine's rates: bytes per second in a copy, operations per second in products.
 
     shapes: (rows, d_in, d_out) of base products, whose seconds are listed too.
     """

@@ -21,8 +21,8 @@ class Context:
     """The tools that a worker hands to its jobs.
 
     without: peers that are left out, and why. note: called with the peer that comes next; beat:
-    called with the peer that is still at work. folder: where logs may be written. until: when the time of
-    the whole run is over.
+    called with the peer that is still at work. folder: where logs may be written. until: when the
+    time of the whole run is over.
     """
 
     device: torch.device

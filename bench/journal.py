@@ -54,7 +54,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class State:
-    """The state after all events: results by job, crashes, how often each job was begun, and `open`,
+    """State after all events: results by job, crashes, how often each job was begun, and `open`,
     the jobs that were begun and have not ended, each with the peer that was running."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)

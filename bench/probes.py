@@ -72,6 +72,8 @@ def on_backend(
             synchronize(device)
             if not right(result[name]):
                 result["failures"][name] = str(result[name])
+        except ml.BackendUnavailableError as refusal:
+            result.setdefault("skipped", {})[name] = str(refusal)
         except Exception as error:
             result["failures"][name] = reason(error)
             check_device(error, device)

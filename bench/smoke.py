@@ -18,6 +18,7 @@ from bench.device import check_device
 from bench.jobs import Context, Group, Job
 from bench.operators import LossSize, geometry_case, linear_case, loss_case, update_case
 from bench.repetitions import Layers, LinearSize
+from multilora import BackendUnavailableError
 from multilora.tools.kernels.sizes import VIT_B
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -173,7 +174,11 @@ def right(case: Case, backend: str, dtype: torch.dtype, context: Context) -> dic
     if ours not in runs:
         return record
     context.note(ours)
-    checked = check(case, runs, dtype, device)
+    try:
+        checked = check(case, runs, dtype, device)
+    except BackendUnavailableError as refusal:
+        record["skipped"][ours] = str(refusal)
+        return record
     record["errors"] = {name: max(errors.values()) for name, errors in checked.errors.items()}
     # A plain peer is only there for the scale: fp16 overflows in some, which is not our failure.
     if ours in checked.failures:

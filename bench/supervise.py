@@ -56,7 +56,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that the workers need to make the same plan again, and where all files are written.
+    """All that the workers need to make the same plan again, and where files are written.
 
     plan: a module with a function `stages(device, tiny, **options)`. name: the files' first part.
     """

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import multilora as ml
 from bench import bans, compare, journal, outside, probes, record, roofline, smoke
 from bench.case import Case, Unavailable
 from bench.cases import gpu_cases
@@ -25,6 +26,10 @@ from bench.supervise import Supervisor, Task
 
 OURS = "multilora (reference)"
 CPU = torch.device("cpu")
+
+
+def _raise(error: Exception):
+    raise error
 
 
 # --- one case ------------------------------------------------------------------------------------
@@ -76,10 +81,21 @@ def test_gpu_case_leaves_out_what_fails():
     def missing(inputs):
         raise Unavailable("it is not installed")
 
-    others = {"multilora (wrong)": wrong, "raising": raising, "missing": missing}
+    def refusing(inputs):
+        return lambda: _raise(ml.BackendUnavailableError("it takes no float32"))
+
+    others = {
+        "multilora (wrong)": wrong,
+        "raising": raising,
+        "missing": missing,
+        "multilora (refusing)": refusing,
+    }
     found = _measure(replace(case, peers={**case.peers, **others}))
     assert found["failures"].keys() == {"multilora (wrong)", "raising"}
-    assert found["skipped"] == {"missing": "it is not installed"}
+    assert found["skipped"] == {
+        "missing": "it is not installed",
+        "multilora (refusing)": "it takes no float32",
+    }
     timed = {*case.peers, case.yardstick[0]}
     assert found["launched"].keys() == timed
     assert not timed & others.keys()
@@ -170,6 +186,9 @@ def test_smoke_finds_what_is_wrong_or_changes(monkeypatch):
     assert not result(make)["failures"]
     assert "other bits" in result(changing)["failures"][OURS]
     assert "error" in result(wrong)["failures"][OURS]
+    # A backend that does not take these sizes has not failed.
+    refused = result(lambda inputs: lambda: _raise(ml.BackendUnavailableError("no float32")))
+    assert refused["failures"] == {} and refused["skipped"] == {OURS: "no float32"}
     context.without = {OURS: "it broke"}
     assert result(make)["failures"] == {OURS: "it broke"}
 

@@ -1,4 +1,4 @@
-"""The changes that a launch configuration allows, and the search for what is fastest in one case."""
+"""The changes that a launch configuration allows, and the search for the fastest in one case."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class ParticleTrainer(Trainer):
         self._log_names: list[str] = []
         self._log_sum: Tensor | None = None  # over the steps since the last line
         self._log_steps = 0.0
-        # During an evaluation: the sum and number of labels per example; log-probabilities, targets.
+        # In an evaluation: the sum and number of labels per example; log-probabilities, targets.
         self._eval_nll: list[Tensor] = []
         self._eval_members: list[list[Tensor]] = []
 

@@ -400,7 +400,7 @@ class AnswerLogits:
     def learn(
         self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The values that a method's closure returns: logits (K, N, C or vocabulary) and targets (N,)."""
+        """For a method's closure: logits (K, N, C or vocabulary) and targets (N,)."""
         if self.classes == "answers":
             return self.predict(model, inputs), labels
         return self._last(model, inputs), self.tokens.to(labels.device)[labels]

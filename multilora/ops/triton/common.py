@@ -122,8 +122,8 @@ class Launch:
         self._none = [None] * len(blocks)
         # Each descriptor's fields but the tensor, kept once Triton has checked them.
         self._fields: list[tuple[int, dict[str, Any]]] | None = None
-        # The key is the device and which tensors start at multiples of 16 bytes: Triton compiles for
-        # these and for the dtypes.
+        # The key is the device and which tensors start at multiples of 16 bytes: Triton compiles
+        # for these and for the dtypes.
         self._compiled: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, *tensors: Any) -> None:

@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int q = 0; q < 4; ++q) values[q] = from[q * piece.panel_step];
     if (grad) {
-      // Mix in this element of all particles' gradients, or of this particle's alone: multiplying the
-      // others by zero would spread a NaN.
+      // Mix in this element of all particles' gradients, or of this particle's alone: multiplying
+      // the others by zero would spread a NaN.
       int i = (row + piece.row) / elements.rank;
       int begin = batch.mix_is_full ? 0 : i, end = batch.mix_is_full ? batch.particles : i + 1;
       const double* mix = batch.mix_is_full ? item.mix + int64_t(i) * batch.particles : item.mix;

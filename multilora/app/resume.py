@@ -126,7 +126,7 @@ class RunState:
                 f"{len(state['step_ms'])} times of steps"
             )
         if not _is_history(state.get("history", [])):
-            raise ValueError(f"{self.file} is damaged: its history is not a list of rows of numbers")
+            raise ValueError(f"{self.file} is damaged: its history is not a list of numbers")
         trained, optimizer = self._trained(), self.optimizer
         self._check_layout(state["parameters"], trained, "parameters")
         self._check_layout(state["method"], self.method.state_dict(), "method")

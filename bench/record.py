@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
@@ -69,8 +70,11 @@ def commit() -> str | None:
 def write(file: Path, record: dict[str, Any]) -> None:
     """Write the file at once or not at all, with six digits, more than these numbers have."""
     short = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    text = json.dumps(short, indent=1, ensure_ascii=False)
+    # Quartiles, and other lists of numbers, on one line.
+    text = re.sub(r"\[[\s\d.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
     fresh = file.with_suffix(".part")
-    fresh.write_text(json.dumps(short, indent=1, ensure_ascii=False) + "\n")
+    fresh.write_text(text + "\n")
     fresh.replace(file)
 
 

@@ -134,6 +134,17 @@ class SmallCnn(nn.Module):
         return self.head(self.point(self.wide(x).relu()).mean((2, 3)))
 
 
+class SequenceFirst(nn.Module):
+    """x (B, T, d), whose layer sees (T, B, d): the rows of a particle are apart there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
 def _images(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, 3, 8, 8, generator=generator)}
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import multilora as ml
-from models import load_peft, particle_tensors, particles_of, peft_tensors
+from models import load_peft, particle_tensors, particles_of, peft_tensors, values
 from multilora.integrations.transformers import ParticleTrainer
 from multilora.optim import EachParticle, separate_parameters
 
@@ -201,10 +201,6 @@ def assert_equal_runs(model, expected, before, **tolerance):
         torch.testing.assert_close(tensor.detach(), expected[name], **tolerance)
     moved = max((t - old).abs().max() for t, old in zip(tensors.values(), before, strict=True))
     assert moved > 1e-3
-
-
-def values(model):
-    return [t.detach().clone() for t in particle_tensors(model).values()]
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -229,3 +229,8 @@ def particle_tensors(model: ml.ParticleModel) -> dict[str, Tensor]:
     for name, head in model.heads():
         tensors |= {f"{name}.{inner}": parameter for inner, parameter in head.items()}
     return tensors
+
+
+def values(model: ml.ParticleModel) -> list[Tensor]:
+    """Copies of the stacked trainable tensors."""
+    return [t.detach().clone() for t in particle_tensors(model).values()]

@@ -77,6 +77,14 @@ def fresh_accelerate(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Trainer collects garbage at every start: half a second for all that tests have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     if DEVICE == "cpu":

@@ -1,6 +1,5 @@
 """ParticleTrainer is transformers' Trainer, K times: steps, tasks, router losses, refusals."""
 
-import gc
 import tempfile
 from pathlib import Path
 
@@ -18,15 +17,7 @@ from models import load_peft, particle_tensors, particles_of, peft_tensors, valu
 from multilora.integrations.transformers import ParticleTrainer
 from multilora.optim import EachParticle, separate_parameters
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """Trainer collects garbage at every start: half a second for all that tests have imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "quick_collections")
 
 
 VOCABULARY = 41

@@ -17,6 +17,9 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+# What these assert is shown as it is in tests.
+pytest.register_assert_rewrite("adapter_files", "one_by_one", "separate_runs")
+
 import compiled.child
 import tiers
 from ptx import native
@@ -72,6 +75,14 @@ def fresh_accelerate(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Trainer collects garbage at every start: half a second for all that tests have imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import multilora as ml
-from command import refused
+from command import numbers, refused
 from multilora.app import cli, report
 from multilora.app import run as training
 from multilora.app.settings import Settings
@@ -41,12 +41,6 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "ibdr"
     assert cli.main(["train", *SHORT, "--particles", "3", "--out", str(out)]) == 0
     return out
-
-
-def numbers(out):
-    metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["step_ms"]  # the one number that a clock decides
-    return metrics
 
 
 def test_train_writes_what_it_promises(run):

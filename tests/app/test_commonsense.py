@@ -18,6 +18,7 @@ from transformers import (
 )
 
 import multilora as ml
+from command import numbers
 from documents import recipe
 from multilora.app import cli
 from multilora.app import run as training
@@ -377,12 +378,6 @@ def test_classes_are_checked(tokenizer):
 
 
 # --- the command line ----------------------------------------------------------------------------
-
-
-def numbers(out):
-    metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["step_ms"]
-    return metrics
 
 
 def command(folder, data, out, *more):

@@ -11,6 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.transforms.functional import pil_to_tensor
 
 import multilora as ml
+from command import numbers
 from documents import recipe
 from multilora.app import cli, recipes
 from multilora.app import run as training
@@ -54,12 +55,6 @@ def base(num_classes=4):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return create_base(NAME, num_classes, pretrained=False, **MODEL_ARGS)
-
-
-def numbers(out):
-    metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["step_ms"]
-    return metrics
 
 
 def test_train_and_evaluate(kitti, tmp_path, capsys):

@@ -15,6 +15,7 @@ import torch
 
 import killed
 import multilora as ml
+from adapter_files import contents
 from multilora import atomic, checkpoint, particle_folders
 from multilora.app import resume as run_state
 from multilora.app import run as training
@@ -41,10 +42,6 @@ def run(function, *args, **kwargs):
     process.join(120)
     assert process.exitcode is not None, "the process hangs"
     return process.exitcode
-
-
-def contents(path):
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 def outcome(out):

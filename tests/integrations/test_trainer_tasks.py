@@ -1,6 +1,5 @@
 """ParticleTrainer is transformers' Trainer, K times: steps, tasks, router losses, refusals."""
 
-import gc
 import tempfile
 from pathlib import Path
 
@@ -14,19 +13,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import multilora as ml
-from models import load_peft, particle_tensors, particles_of, peft_tensors
+from models import load_peft, particle_tensors, particles_of, peft_tensors, values
 from multilora.integrations.transformers import ParticleTrainer
 from multilora.optim import EachParticle, separate_parameters
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """Trainer collects garbage at every start: half a second for all that tests have imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "quick_collections")
 
 
 VOCABULARY = 41
@@ -201,10 +192,6 @@ def assert_equal_runs(model, expected, before, **tolerance):
         torch.testing.assert_close(tensor.detach(), expected[name], **tolerance)
     moved = max((t - old).abs().max() for t, old in zip(tensors.values(), before, strict=True))
     assert moved > 1e-3
-
-
-def values(model):
-    return [t.detach().clone() for t in particle_tensors(model).values()]
 
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}

@@ -1,109 +1,36 @@
-"""Particles under transformers' Trainer."""
+"""Particles trained by transformers' Trainer."""
 
-import gc
 import os
-import shutil
 
 import numpy as np
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import multilora as ml
 from documents import block
-from models import FAMILIES, VOCABULARY, particles_of
+from models import VOCABULARY
 from multilora.integrations.transformers import ParticleTrainer
 from processes import run_in_processes
+from trainers import (
+    METHODS,
+    NAMES,
+    K,
+    arguments,
+    assert_equal,
+    particles,
+    rows,
+    train_lines,
+    trainer_of,
+    values,
+)
 
-K = 3
-TOKENS = 5
-METHODS = {
-    "ensemble": ml.Ensemble,
-    "svgd": ml.SVGD,
-    "ibdr": lambda model: ml.IBDR(model, alpha=0.02),
-}
-EVERY = METHODS | {"learnt": lambda model: ml.IBDR(model, sigma=5e-2, learn_sigma=True)}
-NAMES = ["llama", "gpt2", "bert"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.usefixtures("fresh_accelerate", "quick_collections"),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """Trainer collects garbage at every start: half a second for all that tests have imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-def rows(name, number, seed=0):
-    """A data set whose labels can be learnt: a label for BERT, answer tokens for the decoders."""
-    inputs = FAMILIES[name].make_inputs(number, torch.Generator().manual_seed(seed))
-    made = []
-    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]):
-        if name == "bert":
-            labels = ids[0] % 3
-        else:
-            mask = torch.ones_like(ids)
-            ids = torch.cat([ids[:3], ids[:2]])  # the answer repeats the question
-            labels = torch.where(torch.arange(TOKENS) >= 3, ids, -100)
-            labels[4] = -100 if ids[0] % 2 else labels[4]  # answers differ in length
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return made
-
-
-def particles(name, number=K, dropout=0.0, **kwargs):
-    family = FAMILIES[name]
-    config = family.config(lora_dropout=dropout, lora_alpha=16)
-    return ml.get_particle_model(family.build(torch.float32), config, number, **kwargs)
-
-
-def arguments(folder, **changes):
-    chosen = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    return TrainingArguments(str(folder), **chosen | changes)
-
-
-def trainer_of(name, method, folder, model=None, examples=16, options=None, **changes):
-    return ParticleTrainer(
-        model or particles(name),
-        arguments(folder, **changes),
-        method=EVERY[method],
-        train_dataset=rows(name, examples),
-        eval_dataset=rows(name, 7, seed=1),
-        **(options or {}),
-    )
-
-
-def values(model):
-    return [p.detach().clone() for p in model.particle_parameters()]
-
-
-def assert_equal(got, expected, **tolerance):
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, **tolerance or {"rtol": 0, "atol": 0})
-
-
-def train_lines(trainer):
-    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -226,140 +153,6 @@ def test_an_ensemble_is_two_runs_of_a_loop(name, tmp_path):
         # GEMMs of other sizes round otherwise; AdamW's first steps amplify small gradients.
         assert_equal(together, alone, rtol=1e-3, atol=2e-5)
         assert any((a - b[0]).abs().max() > 1e-2 for a, b in zip(alone, values(particles(name))))
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_evaluation_takes_the_memory_of_a_chunk(name, tmp_path):
-    model = particles_of(FAMILIES[name].build(torch.float32), FAMILIES[name].config(), K)
-    sizes = []
-    embedding = model.base.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, args, y: sizes.append(len(y)))
-    results = []
-    for chunk, most in ((None, 7 * K), (2, 7 * 2)):
-        trainer = trainer_of(name, "svgd", tmp_path, model)
-        trainer._make_method = lambda model, chunk=chunk: ml.SVGD(model, particle_chunk=chunk)
-        sizes.clear()
-        result = trainer.evaluate()
-        assert max(sizes) == most
-        results.append({k: v for k, v in result.items() if "second" not in k and "time" not in k})
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_evaluation_is_of_the_averaged_predictive(name, tmp_path):
-    model = particles_of(FAMILIES[name].build(torch.float32), FAMILIES[name].config(), K)
-    seen = []
-
-    def compute(prediction):
-        seen.append(prediction)
-        return {"mine": 1.0, "accuracy": 0.5}
-
-    # 7 examples in batches of 3 and 1: means over batches would differ.
-    trainer = trainer_of(
-        name, "ensemble", tmp_path, model, options={"compute_metrics": compute},
-        per_device_eval_batch_size=3,
-    )  # fmt: skip
-    result = trainer.evaluate()
-    data = rows(name, 7, seed=1)
-    inputs = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    labels = inputs.pop("labels")
-    with torch.no_grad():
-        logits = model.eval()(**inputs).logits.double()
-    if name == "llama":
-        logits, labels = logits[:, :, :-1], labels[:, 1:]
-    p = logits.softmax(-1).mean(0)
-    valid = labels != -100
-    nll = -p[valid].gather(-1, labels[valid][:, None]).log().mean().item()
-    assert result["eval_loss"] == pytest.approx(nll, rel=1e-5)
-
-    # A metric of the user's has precedence over ours of the same name.
-    assert result["eval_mine"] == 1 and result["eval_accuracy"] == 0.5
-    prediction = seen[0]
-    where = prediction.label_ids != -100
-    assert np.array_equal(prediction.label_ids[where], labels[valid].numpy())
-    got = torch.from_numpy(prediction.predictions[where]).double()
-    torch.testing.assert_close(got, p[valid].log(), rtol=1e-4, atol=1e-5)
-    if name == "llama":
-        # Positions of the question before its last token are not there.
-        assert prediction.predictions.shape == (7, 3, VOCABULARY)
-        assert "eval_brier" not in result
-        return
-    expected = ml.metrics.evaluate(logits, labels)
-    for key in ("nll", "ece", "brier", "mutual_information", "diversity"):
-        assert result[f"eval_{key}"] == pytest.approx(expected[key], abs=1e-5)
-    for k in range(K):
-        assert result[f"eval_nll_particle_{k}"] == pytest.approx(
-            expected["member_nll"][k], abs=1e-5
-        )
-        assert result[f"eval_accuracy_particle_{k}"] == expected["member_accuracy"][k]
-    trainer.args.prediction_loss_only = True
-    assert "eval_brier" not in trainer.evaluate()
-
-
-def test_prediction_needs_no_labels(tmp_path):
-    for name, shape in (("bert", (7, 3)), ("llama", (7, TOKENS, VOCABULARY))):
-        data = [{k: v for k, v in row.items() if k != "labels"} for row in rows(name, 7)]
-        output = trainer_of(name, "ensemble", tmp_path).predict(data)
-        assert output.predictions.shape == shape and output.label_ids is None
-        # Log-probabilities.
-        np.testing.assert_allclose(np.exp(output.predictions).sum(-1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("llama", "learnt"), ("gpt2", "svgd"), ("bert", "learnt"), ("bert", "ensemble")],
-)
-def test_a_resumed_run_ends_as_an_uninterrupted_one(name, method, tmp_path):
-    """With dropout and noise that are drawn, shuffled data, and in the middle of an epoch."""
-    changes = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
-    whole = trainer_of(name, method, tmp_path / "whole", particles(name, dropout=0.3), **changes)
-    whole.train()
-    folder = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", folder / "checkpoint-3")
-    # Particles of other seeds: all numbers must come from the checkpoint.
-    resumed = trainer_of(name, method, folder, particles(name, dropout=0.3, seed=8), **changes)
-    resumed.train(resume_from_checkpoint=True)
-    assert_equal(values(resumed.model), values(whole.model))
-    assert_equal(resumed.method.parameters(), whole.method.parameters())
-    assert train_lines(resumed)[-1]["nll"] == train_lines(whole)[-1]["nll"]
-    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
-
-
-def test_checkpoints_hold_particles_and_no_base(tmp_path):
-    trainer = trainer_of("bert", "ibdr", tmp_path, save_strategy="steps", save_steps=6)
-    trainer.train()
-    folder = tmp_path / "checkpoint-6"
-    assert {p.name for p in folder.iterdir()} == {
-        "multilora.json", "multilora_method.pt", "optimizer.pt", "rng_state.pth", "scheduler.pt",
-        "trainer_state.json", "training_args.bin", *(f"particle_{k}" for k in range(K)),
-    }  # fmt: skip
-    loaded = ml.load_particle_model(FAMILIES["bert"].build(torch.float32), folder)
-    assert_equal(values(loaded), values(trainer.model))
-    state = torch.load(folder / "multilora_method.pt", weights_only=True)
-    assert state["method"] == "IBDR" and state["state"]["step"] == 6
-    trainer.save_model(str(tmp_path / "final"))
-    final = ml.load_particle_model(FAMILIES["bert"].build(torch.float32), tmp_path / "final")
-    assert_equal(values(final), values(trainer.model))
-
-
-def test_the_best_model_comes_back(tmp_path):
-    saved = []
-
-    class Remember(TrainerCallback):
-        def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-            saved.append((metrics["eval_loss"], values(model)))
-
-    # Steps so long that the loss goes up again.
-    trainer = trainer_of(
-        "gpt2", "ensemble", tmp_path, learning_rate=0.5, lr_scheduler_type="constant",
-        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, save_total_limit=1, options={"callbacks": [Remember()]},
-    )  # fmt: skip
-    trainer.train()
-    losses = [loss for loss, _ in saved]
-    best = losses.index(min(losses))
-    assert best < len(losses) - 1
-    assert_equal(values(trainer.model), saved[best][1])
 
 
 def test_a_learnt_sigma_is_trained_and_not_decayed(tmp_path):
@@ -557,145 +350,3 @@ def test_columns_that_the_base_does_not_take(tmp_path):
     )
     trainer.train()
     assert trainer.state.global_step == 6
-
-
-class TestRefusals:
-    def test_models_and_methods(self, tmp_path):
-        model = particles("bert")
-        with pytest.raises(TypeError, match="ParticleModel; got BertForSequenceClassification"):
-            ParticleTrainer(FAMILIES["bert"].build(), method=ml.SVGD)
-        with pytest.raises(TypeError, match="callable, model -> Method"):
-            ParticleTrainer(model, arguments(tmp_path), method=ml.SVGD(model))
-        with pytest.raises(TypeError, match="must return a Method; got Identity"):
-            _ = ParticleTrainer(model, arguments(tmp_path), method=nn.Identity).method
-
-    @pytest.mark.parametrize(
-        ("changes", "options", "message"),
-        [
-            ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
-            ({"neftune_noise_alpha": 5.0}, {}, "neftune_noise_alpha=5.0"),
-            ({"label_names": ["start_positions"]}, {}, "label_names=.'start_positions'."),
-            ({}, {"compute_loss_func": max}, "compute_loss_func="),
-        ],
-    )
-    def test_options_that_would_not_reach_the_method(self, changes, options, message, tmp_path):
-        with pytest.raises(ValueError, match=f"does not support {message}"):
-            trainer_of("bert", "svgd", tmp_path, options=options, **changes)
-
-    def test_a_mesh(self, tmp_path):
-        def refused(rank, folder):
-            mesh = torch.distributed.init_device_mesh("cpu", (1,), mesh_dim_names=("particle",))
-            with pytest.raises(ValueError, match="without a mesh"):
-                trainer_of("bert", "svgd", folder, particles("bert", mesh=mesh))
-
-        run_in_processes(1, refused, tmp_path)
-
-    def test_data_parallel(self, tmp_path):
-        args = arguments(tmp_path)
-        args._n_gpu = 2
-        with pytest.raises(ValueError, match="torchrun"):
-            ParticleTrainer(particles("bert"), args, method=ml.SVGD)
-
-    @pytest.mark.parametrize(
-        "changes", [{"num_labels": 1}, {"problem_type": "multi_label_classification"}]
-    )
-    def test_problems_that_are_no_classification(self, changes, tmp_path):
-        model = particles("bert")
-        for key, value in changes.items():
-            setattr(model.base.config, key, value)
-        with pytest.raises(ValueError, match="BertForSequenceClassification with problem_type"):
-            ParticleTrainer(model, arguments(tmp_path), method=ml.SVGD)
-
-    @pytest.mark.parametrize(
-        ("name", "change", "message"),
-        [
-            ("bert", lambda labels: None, "needs labels; got .'attention_mask', 'input_ids'"),
-            ("bert", lambda labels: labels.float(), r"\(B,\) of a classifier; got torch.float32"),
-            ("bert", lambda labels: labels.expand(2), r"\(B,\) of a classifier; got .* \(4, 2\)"),
-            ("llama", lambda labels: labels[0], r"\(B, T\) of tokens; got .* \(4,\)"),
-            (
-                "llama",
-                lambda labels: labels[:-1],
-                r"every token; got \(4, 4\) for input_ids \(4, 5\)",
-            ),
-        ],
-    )
-    def test_labels(self, name, change, message, tmp_path):
-        data = [row | {"labels": change(row["labels"])} for row in rows(name, 8)]
-        data = [{k: v for k, v in row.items() if v is not None} for row in data]
-        trainer = ParticleTrainer(
-            particles(name), arguments(tmp_path), method=ml.SVGD, train_dataset=data
-        )
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
-
-
-class TestDamagedCheckpoints:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        trainer_of("bert", "ibdr", tmp_path, save_strategy="steps", save_steps=2).train()
-        return tmp_path
-
-    @staticmethod
-    def resume(folder, model=None, checkpoint=None):
-        trainer = trainer_of("bert", "ibdr", folder, model, max_steps=8)
-        trainer.train(resume_from_checkpoint=checkpoint or True)
-        return trainer
-
-    def test_one_that_was_not_written_to_its_end_is_passed_over(self, folder):
-        state = folder / "checkpoint-6" / "trainer_state.json"
-        state.write_text(state.read_text()[:100])
-        (folder / "checkpoint-4" / "trainer_state.json").unlink()
-        seen = []
-
-        class Remember(TrainerCallback):
-            def on_step_end(self, args, state, control, **kwargs):
-                seen.append(state.global_step)
-
-        trainer = trainer_of(
-            "bert", "ibdr", folder, max_steps=8, options={"callbacks": [Remember()]}
-        )
-        trainer.train(resume_from_checkpoint=True)
-        assert seen == [3, 4, 5, 6, 7, 8]
-        for step in (2, 4, 6):
-            shutil.rmtree(folder / f"checkpoint-{step}")
-        with pytest.raises(ValueError, match="no checkpoint that was written to its end"):
-            self.resume(folder)
-
-    def test_the_methods_file(self, folder):
-        file = folder / "checkpoint-6" / "multilora_method.pt"
-        content = file.read_bytes()
-        file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match=f"{file} is damaged"):
-            self.resume(folder)
-        saved = torch.load(folder / "checkpoint-4" / file.name, weights_only=True)
-        del saved["state"]["lambda"]
-        torch.save(saved, file)
-        with pytest.raises(ValueError, match=f"{file} .*needs the keys"):
-            self.resume(folder)
-        file.write_bytes(b"")
-        with pytest.raises(ValueError, match=f"{file} is damaged"):
-            self.resume(folder)
-        file.unlink()
-        with pytest.raises(FileNotFoundError, match=str(file)):
-            self.resume(folder)
-
-    def test_another_run(self, folder):
-        checkpoint = str(folder / "checkpoint-6")
-        with pytest.raises(ValueError, match="has 3 particles; the model has 2"):
-            self.resume(folder, model=particles("bert", 2), checkpoint=checkpoint)
-        config = FAMILIES["bert"].config(lora_alpha=7)
-        other = ml.get_particle_model(FAMILIES["bert"].build(torch.float32), config, K)
-        with pytest.raises(ValueError, match="lora_alpha = 16; the model has lora_alpha = 7"):
-            self.resume(folder, model=other, checkpoint=checkpoint)
-        weights = folder / "checkpoint-6" / "particle_1" / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:500])
-        with pytest.raises(ValueError, match=f"{weights} is damaged"):
-            self.resume(folder, checkpoint=checkpoint)
-
-
-def test_a_method_of_another_kind_is_refused(tmp_path):
-    trainer_of("bert", "svgd", tmp_path, save_strategy="steps", save_steps=2).train()
-    other = trainer_of("bert", "ensemble", tmp_path, max_steps=8)
-    with pytest.raises(ValueError, match=r"multilora_method\.pt .*of the method SVGD"):
-        other.train(resume_from_checkpoint=True)

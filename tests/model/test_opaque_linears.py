@@ -1,12 +1,5 @@
-"""Adapters over linears whose product is their own: quantised, packed, sharded, hooked ones.
+"""Adapters over linears whose product is their own: quantised, packed, sharded, hooked ones."""
 
-The stubs are as odd as the real layers are: weights in other shapes and dtypes, backward formulas
-of their own, outputs that are views, hooks, assigned forwards.
-"""
-
-import copy
-
-import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -15,128 +8,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import multilora as ml
-from documents import block
-from models import load_peft, particle_tensors, particles_of, peft_tensors
+from models import particles_of
 from multilora.forward_state import ForwardState
 from multilora.layers import LoraLinear, LoraOpaqueLinear, has_own_forward
+from opaque_layers import (
+    BATCH,
+    D_IN,
+    D_OUT,
+    TOKENS,
+    Int8Linear,
+    K,
+    Net,
+    Packed4Bit,
+    config,
+    inputs,
+    nets,
+    stubs,
+)
 from oracles import relative_error
 from processes import run_in_processes
-
-K, BATCH, TOKENS, D_IN, D_OUT = 3, 2, 4, 6, 8
-
-
-class Int8Linear(nn.Linear):
-    """int8 with a scale a row, taken apart in the forward; autograd makes the gradient of x."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        rounded = (linear.weight.detach() / scale).round().to(torch.int8)
-        self.weight = nn.Parameter(rounded, requires_grad=False)
-        self.bias = linear.bias
-        self.register_buffer("scale", scale)
-
-    def dequantised(self) -> Tensor:
-        return self.weight * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Its bias is added by F.linear, whose output of 3-D rows is a view.
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias.to(x.dtype))
-
-
-class _Unpacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        y = x.flatten(0, -2) @ layer.dequantised().to(x.dtype).T + layer.bias.to(x.dtype)
-        # A view made here: autograd lets nobody change it in place.
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.layer.dequantised().to(grad.dtype), None
-
-
-class Packed4Bit(nn.Module):
-    """Two weights a byte, as a column of bytes; no nn.Linear, and all of it buffers."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        levels = ((linear.weight.detach() / 0.06).round() + 8).clamp(0, 15).to(torch.uint8)
-        high, low = levels.view(-1, 2).unbind(1)
-        self.register_buffer("weight", (high * 16 + low).unsqueeze(1))
-        self.register_buffer("bias", linear.bias.detach().clone())
-
-    def dequantised(self) -> Tensor:
-        levels = torch.cat([self.weight // 16, self.weight % 16], 1)
-        levels = levels.view(self.out_features, self.in_features)
-        return (levels.to(self.bias.dtype) - 8) * 0.06
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Unpacked.apply(x, self)
-
-
-class Sharded(nn.Linear):
-    """Column-parallel: `weight` is this rank's half of the features, and the output is gathered."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__(linear.in_features, linear.out_features)
-        mine, theirs = linear.weight.detach().chunk(2)
-        self.weight = nn.Parameter(mine, requires_grad=False)
-        self.register_buffer("of_another_rank", theirs)
-        self.bias = linear.bias
-
-    def dequantised(self) -> Tensor:
-        return torch.cat([self.weight, self.of_another_rank])
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [F.linear(x, weight.to(x.dtype)) for weight in (self.weight, self.of_another_rank)]
-        return torch.cat(parts, -1) + self.bias.to(parts[0].dtype)
-
-
-STUBS = {"int8": Int8Linear, "packed": Packed4Bit, "sharded": Sharded}
-stubs = pytest.mark.parametrize("stub", STUBS.values(), ids=STUBS.keys())
-
-
-class Net(nn.Module):
-    """Foreign layers before and after a plain one, over (B, tokens, d) and over (B, d)."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(D_IN, D_OUT)
-        self.plain = nn.Linear(D_OUT, D_OUT)
-        self.last = nn.Linear(D_OUT, D_OUT)
-        self.head = nn.Linear(D_OUT, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.first(x)).mean(1)
-        x = F.gelu(self.plain(x))
-        x = self.last(x)
-        x += 1  # what follows may change a layer's output in place
-        return self.head(x)
-
-
-def nets(stub, dtype=torch.float64) -> tuple[nn.Module, nn.Module]:
-    """A net over foreign layers, and the net of plain layers with their weights."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        foreign = Net().to(dtype)
-    plain = copy.deepcopy(foreign)
-    for name in ("first", "last"):
-        layer = stub(getattr(foreign, name))
-        setattr(foreign, name, layer)
-        with torch.no_grad():
-            getattr(plain, name).weight.copy_(layer.dequantised())
-    return foreign, plain
-
-
-def config(**changes) -> peft.LoraConfig:
-    targets = {"target_modules": ["first", "plain", "last"], "modules_to_save": ["head"]}
-    return peft.LoraConfig(**{"r": 2, "lora_alpha": 3, **targets, **changes})
 
 
 def pair(stub, dtype=torch.float64, **changes) -> tuple[ml.ParticleModel, ml.ParticleModel]:
@@ -146,12 +38,6 @@ def pair(stub, dtype=torch.float64, **changes) -> tuple[ml.ParticleModel, ml.Par
         for mine, theirs in zip(plain.particle_parameters(), foreign.particle_parameters()):
             mine.copy_(theirs)
     return foreign, plain
-
-
-def inputs(dtype=torch.float64, seed=0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(BATCH, TOKENS, D_IN, generator=generator, dtype=dtype)
-    return x, torch.randint(3, (BATCH,), generator=generator)
 
 
 def gradients(model, x: Tensor, weights: Tensor, forward=None) -> list[Tensor]:
@@ -399,140 +285,6 @@ def tensor_parallel(rank, folder):
 
 def test_tensor_parallel(tmp_path):
     run_in_processes(1, tensor_parallel, tmp_path)
-
-
-# --- PEFT and its files --------------------------------------------------------------------------
-
-
-class Uncopied(Packed4Bit):
-    def __deepcopy__(self, memo):
-        raise AssertionError("a quantised layer must not be copied to resolve names")
-
-
-def test_names_are_resolved_without_the_layers():
-    base = nn.Sequential(Uncopied(nn.Linear(D_IN, D_OUT)), nn.Linear(D_OUT, 4))
-    model = ml.get_particle_model(base, peft.LoraConfig(r=2, target_modules="all-linear"), K)
-    assert [name for name, _ in model.lora_layers()] == ["0", "1"]
-
-
-def test_patterns_and_exclusions():
-    changes = {
-        "exclude_modules": ["last"],
-        "rank_pattern": {"first": 5},
-        "alpha_pattern": {"first": 10},
-    }
-    model = ml.get_particle_model(nets(Packed4Bit)[0], config(**changes), K)
-    assert {a.name: (a.lora_A.shape[1], a.scaling) for a in model.adapters()} == {
-        "first": (5, 2.0),
-        "plain": (2, 1.5),
-    }
-
-
-def assert_peft_agrees(model, base, folder, x, tolerance) -> None:
-    """Every particle's outputs and gradients are those of PEFT over the same base."""
-    model.save_pretrained(folder)
-    output = model(x)
-    weights = torch.randn_like(output)
-    stacked = particle_tensors(model)
-    got = torch.autograd.grad((output * weights).sum(), list(stacked.values()))
-    got = dict(zip(stacked, got))
-    for particle in range(model.num_particles):
-        theirs = load_peft(base, folder / f"particle_{particle}")
-        value = theirs(x)
-        assert relative_error(output[particle], value) < tolerance
-        tensors = peft_tensors(theirs)
-        right = torch.autograd.grad((value * weights[particle]).sum(), list(tensors.values()))
-        assert got.keys() == tensors.keys()
-        for name, gradient in zip(tensors, right):
-            assert relative_error(got[name][particle], gradient) < tolerance
-
-
-@pytest.mark.parametrize("stub", [Int8Linear, Sharded])
-def test_peft_over_the_same_base(stub, tmp_path):
-    # PEFT takes a subclass of nn.Linear as it is. Of others it knows those of installed packages.
-    base = nets(stub, torch.float32)[0]
-    assert_peft_agrees(
-        particles_of(base, config(), K), base, tmp_path, inputs(torch.float32)[0], 1e-5
-    )
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes(bits, tmp_path):
-    def quantise(linear: nn.Linear) -> nn.Module:
-        sizes = (linear.in_features, linear.out_features)
-        if bits == 8:
-            layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        else:
-            layer = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-        layer.load_state_dict(linear.state_dict())
-        return layer.to("cpu")
-
-    class Wide(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.plain = nn.Linear(64, 128), nn.Linear(128, 64)
-            self.last, self.head = nn.Linear(64, 64), nn.Linear(64, 3)
-
-        def forward(self, x):
-            return self.head(self.last(F.gelu(self.plain(F.gelu(self.first(x))))))
-
-    base = Wide()
-    base.first, base.last = quantise(base.first), quantise(base.last)
-    assert base.first.weight.dtype in (torch.int8, torch.uint8)
-    model = particles_of(base, config(), K)
-    assert type(model.base.first) is type(model.base.last) is LoraOpaqueLinear
-    assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
-
-
-def test_the_quantised_base_of_the_guide(tmp_path, monkeypatch):
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path / "MODEL_OR_FOLDER")
-    monkeypatch.chdir(tmp_path)
-    scope = {"peft": peft, "ml": ml}
-    exec(block("docs/guides/quantised.md", "## QLoRA with particles", "python"), scope)
-    model = scope["model"]
-    layers = dict(model.lora_layers())
-    assert len(layers) == 4 and model.num_particles == 4
-    for layer in layers.values():
-        assert type(layer.base_layer) is bnb.nn.Linear4bit
-        assert layer.base_layer.weight.dtype == torch.uint8
-
-    ids = torch.randint(64, (2, 8))
-    method = ml.IBDR(model)
-    optimizer = torch.optim.AdamW(model.particle_parameters(), lr=0.02)
-    losses = []
-    for _ in range(5):
-        closure = lambda: (model(input_ids=ids).logits[:, :, :-1], ids[:, 1:])  # noqa: E731
-        losses.append(method.backward(closure)["nll"])
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.1
-
-    model.save_pretrained("particles")
-    expected = model(input_ids=ids).logits
-    for k in (0, 3):
-        base = AutoModelForCausalLM.from_pretrained(
-            "MODEL_OR_FOLDER", quantization_config=scope["quantised"]
-        )
-        theirs = load_peft(base, f"particles/particle_{k}")
-        assert relative_error(expected[k], theirs(input_ids=ids).logits) < 1e-5
-
-
-def test_files_and_soups_over_packed_weights(tmp_path):
-    base = nets(Packed4Bit)[0]
-    model = particles_of(base, config(), K)
-    model.save_pretrained(tmp_path)
-    x, _ = inputs()
-    loaded = ml.load_particle_model(copy.deepcopy(base), tmp_path).eval()
-    assert torch.equal(loaded(x), model(x))
-    model.soup(tmp_path / "soup")
-    soup = ml.load_particle_model(copy.deepcopy(base), [tmp_path / "soup"]).eval()
-    mean, one = (dict(m.lora_layers()) for m in (model, soup))
-    for name in mean:
-        deltas = [layer.scaling * layer.lora_B @ layer.lora_A for layer in (mean[name], one[name])]
-        assert relative_error(deltas[1][0], deltas[0].mean(0)) < 1e-6
 
 
 # --- refusals ------------------------------------------------------------------------------------

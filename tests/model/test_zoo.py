@@ -171,6 +171,6 @@ def test_check_lets_pass(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="of the newest versions")
 def test_documented_table() -> None:
-    """docs/models.md is what `python tests/wild/zoo.py` writes."""
+    """docs/models.md is what `python -m zoo` writes."""
     document = Path(__file__).parents[2] / "docs" / "models.md"
     assert document.read_text() == table()

@@ -1,6 +1,14 @@
-"""The command line, for the tests of what it refuses."""
+"""The command line, for its tests: what a run measured, and what is refused."""
+
+import json
 
 from multilora.app import cli
+
+
+def numbers(out):
+    metrics = json.loads((out / "metrics.json").read_text())
+    del metrics["step_ms"]  # the one number that a clock decides
+    return metrics
 
 
 def refused(arguments, capsys, *texts):

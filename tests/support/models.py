@@ -134,6 +134,17 @@ class SmallCnn(nn.Module):
         return self.head(self.point(self.wide(x).relu()).mean((2, 3)))
 
 
+class SequenceFirst(nn.Module):
+    """x (B, T, d), whose layer sees (T, B, d): the rows of a particle are apart there."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
 def _images(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, 3, 8, 8, generator=generator)}
 
@@ -218,3 +229,8 @@ def particle_tensors(model: ml.ParticleModel) -> dict[str, Tensor]:
     for name, head in model.heads():
         tensors |= {f"{name}.{inner}": parameter for inner, parameter in head.items()}
     return tensors
+
+
+def values(model: ml.ParticleModel) -> list[Tensor]:
+    """Copies of the stacked trainable tensors."""
+    return [t.detach().clone() for t in particle_tensors(model).values()]

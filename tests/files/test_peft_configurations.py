@@ -1,7 +1,7 @@
 """PEFT's configurations: what changes no forward is read, all else is refused by name."""
 
-import copy
 import json
+import shutil
 import warnings
 
 import peft
@@ -37,7 +37,7 @@ def test_an_adapter_of_another_base_is_refused(init, tmp_path):
     folder, expected = trained_by_peft(tmp_path / "a", **options)
     if made:
         # The base itself with these factors is another function.
-        plain = copy.deepcopy(folder)
+        plain = shutil.copytree(folder, tmp_path / "plain")
         field(init_lora_weights=True)(plain / CONFIG)
         other = peft.PeftModel.from_pretrained(llama(), plain)(input_ids=IDS).logits
         assert (other - expected).abs().max() > 2e-5

@@ -249,6 +249,7 @@ def train_in_two(rank, folder):
     return kinds, values(trainer.model), trainer.evaluate()["eval_loss"], train_lines(trainer)
 
 
+@pytest.mark.processes
 def test_two_processes_train_as_one(tmp_path):
     results = run_in_processes(2, train_in_two, tmp_path)
     trainer = trainer_of(

@@ -19,6 +19,8 @@ from models import FAMILIES, logits_of, perturb
 from multilora.attach import particle_seeds
 from processes import run_in_processes
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 K, B = 4, 8
 METHODS = {

@@ -1,12 +1,10 @@
 """Processes that disagree say so, all of them and at once; means are over the data of all."""
 
-import os
 import time
-import traceback
-import warnings
 from datetime import timedelta
 
 import peft
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,40 +13,18 @@ from torch.distributed.device_mesh import init_device_mesh
 import multilora as ml
 from multilora import losses
 from multilora.parallel import Processes
+from processes import run_in_processes
+
+pytestmark = pytest.mark.processes
 
 K, B, C = 4, 8, 5
 AXES = ("data", "particle")
 
 
-def in_processes(size, function, folder, *args):
-    """function(rank, *args) in forked processes of a gloo group -> their results.
-
-    Nothing here takes long: what waits for another process for 20 s waits for ever.
-    """
-    children = []
-    for rank in range(size):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                warnings.simplefilter("ignore")
-                dist.init_process_group(
-                    "gloo",
-                    init_method=f"file://{folder}/rendezvous",
-                    rank=rank,
-                    world_size=size,
-                    timeout=timedelta(seconds=20),
-                )
-                torch.save(function(rank, *args), folder / f"result_{rank}")
-                dist.barrier()
-            except BaseException:
-                (folder / f"error_{rank}").write_text(traceback.format_exc())
-                os._exit(1)
-            os._exit(0)
-        children.append(pid)
-    failed = [pid for pid in children if os.waitpid(pid, 0)[1]]
-    errors = "\n".join(file.read_text() for file in sorted(folder.glob("error_*")))
-    assert not failed, errors or f"{failed} died"
-    return [torch.load(folder / f"result_{rank}") for rank in range(size)]
+def in_processes(size, function, folder):
+    # Nothing here takes long: a process that waits for 20 s waits for ever.
+    timeout = timedelta(seconds=20)
+    return run_in_processes(size, lambda rank, _: function(rank), folder, timeout=timeout)
 
 
 def make(mesh, particles=K, seed=0):

@@ -3,15 +3,17 @@
 import os
 import traceback
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-def run_in_processes(size, function, *args):
+def run_in_processes(size, function, *args, timeout=timedelta(minutes=5)):
     """function(rank, *args) in `size` forked processes that form a gloo group -> their results.
 
-    Forked, because importing everything again takes longer than the tests.
+    args: the first is a folder for what the processes exchange. timeout: the longest that a process
+    waits for another one. Forked, because importing everything again takes longer than the tests.
     """
     folder = args[0]
     children = []
@@ -22,9 +24,15 @@ def run_in_processes(size, function, *args):
             continue
         try:
             warnings.simplefilter("ignore")
-            rendezvous = f"file://{folder}/rendezvous"
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous",
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
+            )
             torch.save(function(rank, *args), folder / f"result_{rank}")
+            dist.barrier()
             dist.destroy_process_group()
         except BaseException:
             (folder / f"error_{rank}").write_text(traceback.format_exc())

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-# What these assert is shown as it is in tests.
+# pytest explains assertions in these modules as it does in tests.
 pytest.register_assert_rewrite("adapter_files", "one_by_one", "separate_runs")
 
 import compiled.child

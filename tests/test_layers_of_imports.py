@@ -147,7 +147,7 @@ def test_there_is_no_circle():
     waiting = {}
     for file in MODULES:
         ours = {n.partition(".")[2] for n in imports(file) if n.split(".")[0] == "multilora"}
-        # A package passes on names of its own modules; they must not need the package.
+        # A package exports names of its modules; they must not need the package.
         waiting[name_of(file)] = ours & NAMES - {name_of(file)}
     done: set[str] = set(NATIVE.values())
     while waiting:

@@ -109,7 +109,7 @@ def test_a_record_of_kernels_replaces_an_older_one_alone(tmp_path, capsys, monke
         file.write_text(text)
         refused(["kernels", "--out", file, "--only", "nothing"], capsys, str(file), "no record")
         assert file.read_text() == text
-    # An older record is in nobody's way: the next check is what refuses.
+    # An older record is not an obstacle: only the next check refuses.
     file.write_text(json.dumps(dict.fromkeys("target triton ptxas nvcc kernels".split())))
     refused(["kernels", "--out", file, "--only", "nothing"], capsys, "'nothing' in its name")
 
@@ -203,7 +203,7 @@ NUMBERS = {
     for field in fields(settings)
     if field.type in ("int", "float", "float | None")
 }
-#: The options of `train` that are no settings, and those of `kernels`.
+#: The options of `train` that are not settings, and the options of `kernels`.
 OTHERS = ["save_every", "seeds"]
 OF_KERNELS = ["particles", "rank", "batch_size", "classes", "jobs"]
 

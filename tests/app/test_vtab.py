@@ -65,7 +65,7 @@ def test_train_and_evaluate(kitti, tmp_path, capsys):
     metrics = numbers(out)
     assert metrics["num_examples"] == PARTS["test"]
     assert metrics["accuracy"] > 0.7  # colour is easy
-    # What was not given is the recipe's.
+    # The recipe supplies everything that was not given.
     settings = json.loads((out / "run.json").read_text())
     assert settings["weight_decay"] == 1e-4 and settings["targets"] == ["qkv"]
     assert dict(settings["method_args"])["alpha"] == 0.02
@@ -248,7 +248,7 @@ def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name):
     methods = {"ibdr": ml.IBDR, "svgd": ml.SVGD, "ensemble": ml.Ensemble, "single": ml.Ensemble}
     assert recipe["sources"].keys() == {"paper", "benchmark", "ours"}
     for dataset, about in recipe["datasets"].items():
-        # Numbers of one data set need a source of their own.
+        # The numbers of a data set need their source.
         assert not (about.keys() & {"settings", "methods"}) or about["settings_source"]
         for method, kind in methods.items():
             merged = recipes.settings(recipe, dataset, method)

@@ -1,4 +1,4 @@
-"""What pages of the documentation take from their reader: models, batches, files.
+"""Stand-ins for what a page takes from its reader: models, batches, files.
 
 Each function returns names for the code of a page; `<!-- test: with NAME -->` calls it.
 """

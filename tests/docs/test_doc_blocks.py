@@ -15,7 +15,7 @@ from multilora.app import cli
 KINDS = ("", "with", "in", "options")
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 ALL = [block for page in PAGES for block in blocks(page)]
-#: These have tests of their own, which look at what they print too.
+#: These blocks have separate tests, which also look at their output.
 OWN = [ROOT / "README.md", ROOT / "docs" / "quickstart.md"]
 PYTHON = [p for p in PAGES if p not in OWN and any(b.language == "python" for b in blocks(p))]
 SHELL = [block for block in ALL if block.language == "bash"]
@@ -80,7 +80,7 @@ def test_the_loaded_particles_of_the_quickstart_are_the_saved_ones(tmp_path, mon
 def test_blocks_that_run_elsewhere_do(block):
     what, files = kind(block)
     if what != "in":
-        assert block.language != "diff", "only a test of its own can run a diff"
+        assert block.language != "diff", "only a separate test can run a diff"
         return
     for file in files:
         text = (ROOT / file).read_text()

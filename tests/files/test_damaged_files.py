@@ -80,7 +80,7 @@ def instead(make):
     return spoil
 
 
-# Of any file: it is not there, is no file, or holds nothing of the kind.
+# Any file can be missing, be a folder, or hold something else.
 ANY_FILE = {
     "missing": lambda file: file.unlink(),
     "folder": instead(Path.mkdir),
@@ -165,7 +165,7 @@ WEIGHTS_FILE = ANY_FILE | {
     "header of 2^62": write(struct.pack("<Q", 2**62)),
     "nested header": header(b"[" * 100_000),
     "header of text": header(b'"text"'),
-    "header that is no UTF-8": header(b"\xff" * 64),
+    "header that is not UTF-8": header(b"\xff" * 64),
     "huge shape": header({A: f32([2**40, 2**20], 0, 0)}),
     "shape that overflows": header({A: f32([2**32, 2**32], 0, 0)}),
     "negative shape": header({A: f32([-2, 8], 0, 64)}, bytes(64)),

@@ -117,7 +117,7 @@ KEY_A, KEY_B = "base_model.model.0.lora_A.weight", "base_model.model.0.lora_B.we
 HEAD = "base_model.model.4.weight"
 WEIGHTS_1, CONFIG_1 = f"{PARTICLE}/{WEIGHTS}", f"{PARTICLE}/{CONFIG}"
 
-# What is done to the folder, the error, and what its message must name.
+# The damage to the folder, the error, and the words that its message must contain.
 DAMAGE = {
     "no-path": (shutil.rmtree, FileNotFoundError, [INDEX]),
     "no-index": (_remove(INDEX), FileNotFoundError, [INDEX]),
@@ -204,7 +204,7 @@ EDITS = {
         ValueError,
         [WEIGHTS_1, KEY_A, "(2, 7)", "(2, 6)"],
     ),
-    # As many numbers in another shape.
+    # The same number of elements in another shape.
     "transposed": (
         _edit_weights(lambda tensors: tensors.update({KEY_A: torch.zeros(6, 2)})),
         ValueError,
@@ -247,7 +247,7 @@ def test_damage_is_named(damage, saved, tmp_path):
     do, error, named = DAMAGE[damage]
     path = tmp_path / "particles"
     shutil.copytree(saved, path)
-    # What is damaged below is whole before.
+    # The folder that is damaged below is whole before.
     ml.load_particle_model(FAMILIES["mlp"].build(), path)
     do(path)
     message = refusal(error, path)

@@ -37,7 +37,7 @@ def start(function, *args, **kwargs):
 
 
 def run(function, *args, **kwargs):
-    """The exit code of function(...) in a process of its own; negative for a signal."""
+    """The exit code of function(...) in a new process; negative for a signal."""
     process = start(function, *args, **kwargs)
     process.join(120)
     assert process.exitcode is not None, "the process hangs"
@@ -54,7 +54,7 @@ def outcome(out):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What uninterrupted runs end with, by method."""
+    """The results of uninterrupted runs, by method."""
     path = tmp_path_factory.mktemp("whole")
     for method in METHODS:
         assert run(killed.train, path / method, method) == 0
@@ -203,7 +203,7 @@ def test_a_reader_beside_a_saver_finds_one_set_or_the_other(what, tmp_path):
             path = tmp_path if what == "particles" else folders
             model = ml.load_particle_model(killed.small_task().base, path)
         heads = model.heads()[0][1]["bias"]
-        # A soup has other numbers in its factors; each folder is a set of its own.
+        # A soup has other numbers in its factors; each folder is a separate set.
         found += [{head.unique().item()} for head in heads] if what != "particles" else [
             {value for p in model.particle_parameters() for value in p.unique().tolist()}
         ]  # fmt: skip
@@ -394,7 +394,7 @@ def _setting(**changes):
 A = "base.0.lora_A"
 STATE, RUN = "checkpoint.pt", "run.json"
 
-# What is done to the run, and what the message must say.
+# The damage to the run, and the words that the message must contain.
 DAMAGE = {
     "truncated": (_half(STATE), [STATE, "is damaged"]),
     "empty": (_write(STATE, b""), [STATE, "is damaged"]),
@@ -486,7 +486,7 @@ def test_a_damaged_run_is_named(damage, runs, small, tmp_path, monkeypatch):
 def test_the_undamaged_run_goes_on(runs, small, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(runs / "run", out)
-    # What was killed in the middle of a write is in nobody's way, and goes.
+    # The rest of a killed write does not get in the way, and is removed.
     (out / ".checkpoint.pt.0123.tmp").write_bytes(b"half")
     training.train(killed.settings(), out, resume=True)
     assert not list(out.glob(".*"))

@@ -48,7 +48,7 @@ def run(finished, tmp_path):
 
 
 class Runs:
-    """What a pickle of this leaves behind where it is read."""
+    """The trace that a pickle of this leaves when it is read."""
 
     def __init__(self, sentinel):
         self.sentinel = sentinel
@@ -179,7 +179,7 @@ def test_a_pickle_in_the_checkpoint(run, capsys, sentinel):
     torch.save(Runs(sentinel), run / "checkpoint.pt")
     both(run, capsys, "checkpoint.pt is damaged")
     refused([*command(run.parent / "images", run), "--resume"], capsys)
-    # Of the time before zip archives.
+    # A file from the time before zip archives.
     torch.save(Runs(sentinel), run / "checkpoint.pt", _use_new_zipfile_serialization=False)
     both(run, capsys, "checkpoint.pt is damaged")
 
@@ -250,7 +250,7 @@ def test_what_the_user_repeats_is_the_users_word(run, capsys):
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """A run over a small Llama in a folder of its own."""
+    """A run over a small Llama, in a new folder."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -35,7 +35,7 @@ def examples():
 
 
 def names(base, **more):
-    """What the guide's loops find: `base`, `config` and `loader` are the reader's."""
+    """The names that the guide's loops take from their reader: `base`, `config` and `loader`."""
     return {
         "torch": torch,
         "peft": peft,

@@ -1,4 +1,4 @@
-"""What ParticleTrainer refuses, and says so."""
+"""Settings that ParticleTrainer refuses, and its messages."""
 
 import pytest
 import torch

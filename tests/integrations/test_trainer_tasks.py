@@ -197,7 +197,7 @@ def assert_equal_runs(model, expected, before, **tolerance):
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 # transformers computes some losses and norms in float32, whatever the model's dtype.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-# What one step of plain descent changes, in these models.
+# The parameters that one step of plain descent changes in these models.
 SGD = {"optim": "sgd", "learning_rate": 0.3}
 
 

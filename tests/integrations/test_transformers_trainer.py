@@ -315,7 +315,7 @@ def test_a_tokenizers_answers(tmp_path, monkeypatch):
         "out", bf16=torch.cuda.is_available(), learning_rate=1e-3, num_train_epochs=3
     )"""
     assert shown in code
-    # As shown, but for what a random base needs and a test does not.
+    # The block as shown, except for settings that suit a random base and a test.
     code = code.replace(
         shown,
         'TrainingArguments("out", learning_rate=3e-2, num_train_epochs=3, use_cpu=True, '

@@ -19,7 +19,7 @@ def with_gradients(scales=(1.0, 100.0, 1e-3, 1.0)):
 
 
 def torchs_own(model, max_norm, norm_type=2.0):
-    """What torch makes of every particle's gradients, by itself."""
+    """The result of torch's clipping of each particle's gradients alone."""
     norms, grads = [], []
     for k in range(K):
         alone = [nn.Parameter(p.detach()[k].clone()) for p in model.particle_parameters()]

@@ -110,7 +110,7 @@ class TestEnsemble:
     @no_interaction
     def test_callable_loss(self, make):
         theta = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-        # What the closure returns is the loss's business alone: here, no logits and a number.
+        # Only the loss looks at what the closure returns: here no logits, and a number.
         method = make([theta], loss=lambda z, c: (c * z**2).sum(-1))
         assert_same(gradients_of(method, lambda: (theta, 0.5)), [theta])
         with pytest.raises(ValueError, match=r"\(3,\); got \(3, 4\)"):

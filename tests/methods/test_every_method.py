@@ -1,4 +1,4 @@
-"""What all training methods promise: scaling, accumulation, statistics, state, refusals."""
+"""Promises of all training methods: scaling, accumulation, statistics, state, refusals."""
 
 import io
 
@@ -19,7 +19,7 @@ METHODS = {
     "ibdr-ensemble": lambda m: ml.IBDR(m, alpha=0.5, loss="ensemble", ascent="step"),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-# Those that take targets (K, N): a loss of the mean prediction needs shared ones.
+# The methods that take targets (K, N): a loss of the mean prediction needs shared targets.
 independent = pytest.mark.parametrize(
     "make",
     [make for name, make in METHODS.items() if name != "ibdr-ensemble"],
@@ -214,7 +214,7 @@ def test_identical_particles(cls):
     alike = [torch.randn(1, n).repeat(3, 1).requires_grad_() for n in (4, 2)]
     with pytest.raises(ValueError, match="all 3 particles are identical"):
         cls(alike)
-    # Nothing to be said where they do not interact, or where something sets them apart.
+    # They are accepted where they do not interact, or where something sets them apart.
     if cls is ml.SVGD:
         cls(alike, gamma=0.0)
     else:

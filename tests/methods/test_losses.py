@@ -235,7 +235,7 @@ def test_a_divergence_of_no_classes_is_refused():
         with pytest.raises(ValueError, match="divergence_of="):
             ml.IBDR(particle_model(), loss=name, alpha=0.0, cost="output")
         ml.IBDR(particle_model(), loss=name, alpha=0.0)
-    # What a callable's targets are shows at the step.
+    # Only the step shows which targets a callable takes.
     model, x = particle_model(), torch.randn(N, 4).double()
     method = ml.IBDR(model, loss=lambda z, t: (z - t).square().mean((1, 2)))
     with pytest.raises(ValueError, match=r"float64 \(6, 5\).*divergence_of="):

@@ -51,7 +51,7 @@ def said(function):
     return "nothing", time.monotonic() - begin
 
 
-# What each of two processes is given, and what the error names.
+# The arguments of each of two processes, and the words that the error must contain.
 SETTINGS = {
     "rho": ("data", lambda r, m: ml.IBDR(make(m), rho=0.03 * (1 + r)), "rho (0.03 / 0.06)"),
     "noise seed": ("data", lambda r, m: ml.IBDR(make(m), sigma=0.1, seed=r), "seed (0 / 1)"),

@@ -47,7 +47,7 @@ def test_gradients_are_cleared_from_both_sides(set_to_none, of):
         cleared.zero_grad(set_to_none=set_to_none)
         for p in (*model.particle_parameters(), *leaves):
             assert p.grad is None if set_to_none else not p.grad.any()
-        # Nothing is left of what was cleared.
+        # Cleared gradients leave nothing behind.
         for _ in range(times):
             one_backward(model)
         for leaf, grad in zip(leaves, total):
@@ -114,7 +114,7 @@ def test_a_gradient_scaler(form):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        # A gradient that overflows is no step.
+        # A gradient that overflows makes no step.
         before = values(model)
         if scaled:
             one_backward(model)

@@ -24,7 +24,7 @@ from oracles import relative_error
 
 
 def features(tensors) -> list[Tensor]:
-    """What SVGD compares particles by: both layers' ΔW, and the head's weights."""
+    """The tensors by which SVGD compares particles: both layers' ΔW, and the head's weights."""
     A1, B1, A2, B2, head_weight, head_bias = tensors
     head = torch.cat([head_weight.flatten(), head_bias])
     return [(1.5 * B1 @ A1).flatten(), (1.5 * B2 @ A2).flatten(), head]

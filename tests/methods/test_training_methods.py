@@ -1,4 +1,4 @@
-"""What a method refuses, what it skips, and what it notices about its parameters and its chunks."""
+"""Refusals and skipped steps of a method, and its checks of parameters and chunks."""
 
 import copy
 import inspect
@@ -308,7 +308,7 @@ def test_inside_some_particles(name):
 def test_a_closure_that_reaches_no_parameter(name, chunk, how):
     kind, options = METHODS[name]
     model, other = make(), make()
-    # Of a model of its own, unless chunks ask for some of its particles.
+    # A copy runs all of its particles; a chunk takes the first ones.
     method, (x, y) = kind(model, **options, particle_chunk=chunk), batch()
     before = everything(model, method)
 
@@ -454,7 +454,7 @@ def test_a_chunk_that_cannot_be_replayed_is_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rounding_is_no_other_run(dtype):
-    # Of the size by which kernels with and without a graph may differ.
+    # A difference of this size is allowed between kernels with and without a graph.
     small = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     model = make(lambda n: 1 + small * torch.rand(n, generator=GENERATOR))
     model.to(dtype)

@@ -461,7 +461,7 @@ def test_windows_as_long_as_the_batch(tmp_path):
             torch.testing.assert_close(y[k], one)
 
 
-# What else is no number of particles, no axis, no place of a cut.
+# Other values that are not a number of particles, an axis or the place of a cut.
 NONSENSE = {
     "num_particles": [0, -1, 1.5, True, None, "x", 2**70],
     "head_init": ["x", True, 1],

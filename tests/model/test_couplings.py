@@ -79,7 +79,7 @@ def test_coupled_model_in_a_loop(name: str, tmp_path: Any) -> None:
     x = rows_of(6, torch.float64)
     model = particles(base, fold="loop")
     model.save_pretrained(tmp_path)
-    # Dropout's masks are no matter of the loop's.
+    # Dropout's masks differ between the loop and PEFT: this test is not about them.
     for module in [*base.modules(), *model.modules()]:
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -152,7 +152,7 @@ def test_what_a_graph_cannot_hold_is_refused(on_a_gpu, monkeypatch):
     with pytest.raises(RuntimeError, match="needs particle_chunk=None"):
         chunked.backward(lambda: (model(x), y))
     assert all(p.grad is None for p in model.particle_parameters())
-    # What a GPU's generator refuses then.
+    # A GPU's generator refuses this during a capture.
     noisy.generator = NotRead(noisy.generator)
     noisy.backward(lambda: (model(x), y))
 

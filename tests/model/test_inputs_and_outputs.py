@@ -1,4 +1,4 @@
-"""What goes into a particle model and comes out: structures, batches, particles' own inputs."""
+"""Inputs and outputs of a particle model: structures, batches, separate inputs per particle."""
 
 import collections
 import copy

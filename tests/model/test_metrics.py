@@ -103,7 +103,7 @@ def test_half_precision_logits(dtype, combine):
 
 
 def test_values_by_hand():
-    # Two particles, each sure of its own class: p̄ = ½, ½, 0; H[p̄] = log 2 and no member entropy.
+    # Two particles, each sure of another class: p̄ = ½, ½, 0; H[p̄] = log 2, no member entropy.
     logits = torch.tensor([[[50.0, 0, 0]], [[0, 50.0, 0]]], dtype=torch.float64)
     got = ml.metrics.evaluate(logits, torch.tensor([0]))
     assert got["entropy"] == pytest.approx(math.log(2))
@@ -409,7 +409,7 @@ def test_broken_rows_are_refused(junk, where):
 
 @both
 def test_masked_classes(combine):
-    # Minus infinity is no probability: as if the class did not exist.
+    # Minus infinity is log 0: as if the class did not exist.
     logits, targets = problem(C=6)
     masked = nn.functional.pad(logits, (0, 1), value=-math.inf)
     got = ml.metrics.evaluate(masked, targets, combine, masked.flip(1))
@@ -485,7 +485,7 @@ class TestPredictLoader:
 class TestReliabilityDiagram:
     @pytest.fixture
     def drawn(self, monkeypatch):
-        """What is drawn: confidence, accuracy and count of the bins."""
+        """The bins that are drawn: confidence, accuracy and count."""
         rows, original = [], plots._bins
         monkeypatch.setattr(plots, "_bins", lambda *a: rows.append(original(*a)) or rows[-1])
         return rows

@@ -41,7 +41,7 @@ def pair(stub, dtype=torch.float64, **changes) -> tuple[ml.ParticleModel, ml.Par
 
 
 def gradients(model, x: Tensor, weights: Tensor, forward=None) -> list[Tensor]:
-    """Those of x and of all trainable tensors, where something else than the model runs it too."""
+    """Gradients of x and all trainable tensors; `forward` runs the model where it is given."""
     leaves = [x, *model.particle_parameters()]
     output = model(x) if forward is None else forward(x)
     return list(torch.autograd.grad((output * weights).sum(), leaves))
@@ -266,7 +266,7 @@ def test_the_attention_that_reads_its_weight_is_no_target():
 
 
 def tensor_parallel(rank, folder):
-    """In a process of its own, as backward passes of DTensors start threads."""
+    """Run in a new process, because backward passes of DTensors start threads."""
     mesh, column = DeviceMesh("cpu", [0]), ColwiseParallel(output_layouts=Replicate())
     base, plain = Net(), Net()
     plain.load_state_dict(base.state_dict())

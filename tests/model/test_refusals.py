@@ -1,4 +1,4 @@
-"""What get_particle_model refuses; the base is then as it was."""
+"""Bases and arguments that get_particle_model refuses; it leaves the base unchanged."""
 
 import copy
 import dataclasses

@@ -13,7 +13,7 @@ CASES = {
     "products": ((8, 5, 10), "bfloat16", "logdet", 2.0),
     "fewer classes than particles": ((6, 5, 4), "float32", "logdet", 2.0),
     "float64": ((3, 7, 30), "float64", "logdet", 2.0),
-    # Of these the compiler makes nothing else on Ampere.
+    # These run on Hopper only: on Ampere they would execute nothing new.
     "wide range": ((4, 6, 100), "bfloat16", "logdet", 30.0),
     "many classes, in parts": ((4, 3, 3000), "bfloat16", "logdet", 2.0),
     "8 particles, in parts": ((8, 3, 600), "float32", "logdet", 2.0),

@@ -1,4 +1,4 @@
-"""What is particular to the CPU's kernels: threads, and any number of particles."""
+"""Properties of the CPU's kernels alone: threads, and any number of particles."""
 
 import pytest
 import torch

@@ -245,7 +245,7 @@ def test_fault_is_found(fault):
         changed.append(change(text) != text)
         return change(text)
 
-    # What the emulator does not allow, or wrong numbers; in a random order not at every attempt.
+    # The emulator raises, or numbers are wrong; in a random order not at every attempt.
     with (
         native.launches.running(mode=mode, change=planted),
         pytest.raises((RuntimeError, AssertionError), match=r"EmulationError|relative_error"),

@@ -65,7 +65,7 @@ def test_updates(dtype, full, mode, arch):
 
 
 def test_more_layers_than_fit_in_one_launch():
-    # What a launch knows of the layers has 4 KB, enough for 56 of them in the traces.
+    # A launch's description of the layers has 4 KB, enough for 56 of them in the traces.
     K, layers = 2, 58
     lora_A = [torch.randn(K, 1, 3 + layer % 3) for layer in range(layers)]
     lora_B = [torch.randn(K, 2, 1) for _ in range(layers)]

@@ -25,7 +25,7 @@ SIZES = {
     "12 particles": (12, 3, 70),
     "more particles than classes": (5, 4, 4),
 }
-# What the kernels do between their sums is in float64 for all dtypes: one of them shows both kinds.
+# Between their sums the kernels use float64 for every dtype, so one dtype shows both kinds.
 COVER = [
     (size, dtype, "logdet", "late") for size in SIZES.values() for dtype in (F32, F64, F16, BF16)
 ]
@@ -80,8 +80,8 @@ def test_cover(size, dtype, kind, mode):
         check(*of_loss(targets, kind), logits, torch.randn(K + 1), TOLERANCE[dtype])
 
 
-# Of rows that lie apart: pieces of four classes start at multiples of four numbers, or do not, and
-# the last piece is not a whole one.
+# Rows that are not contiguous: pieces of four classes start at multiples of four numbers, or not,
+# and the last piece is not whole.
 @pytest.mark.parametrize("classes, kind", [(slice(1, None), "logdet"), (slice(9), "det")])
 def test_volume_alone_of_views(classes, kind):
     logits = torch.randn(5, 2, 12).permute(1, 0, 2)[..., classes]

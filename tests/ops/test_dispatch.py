@@ -15,7 +15,7 @@ from multilora.ops import dispatch, lora_add
 
 
 def python(program: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a program in a process of its own, where no test has imported anything."""
+    """Run a program in a new process, where no test has imported anything."""
     return subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,
@@ -35,7 +35,7 @@ def test_expected_backends_are_here():
 
 
 def test_fresh_memory_is_poisoned(poison):
-    # What the operators' tests rely on.
+    # The operators' tests rely on this.
     x = torch.zeros(3)
     for fresh in (torch.empty(5), torch.empty_like(x), x.new_empty(2, 3), torch.empty(2, 2).half()):
         assert fresh.isnan().all()
@@ -88,7 +88,7 @@ def test_the_choice_holds_in_other_threads(fake_backend):
 
 
 def in_thread(function, *args):
-    """What the function returns in a thread of its own, or the error that it raises."""
+    """The function's result in a new thread, or the error that it raises."""
     results = []
 
     def run():
@@ -121,7 +121,7 @@ def test_overlapping_blocks_of_two_threads(fake_backend):
         seen["here"] = dispatch.current_backend("cpu")
         # Which of the two would be meant?
         third = in_thread(dispatch.current_backend)
-    # Of the one block that is still open, in a thread that chooses nothing.
+    # The one block that is still open decides, in a thread that chooses nothing.
     seen["after"] = in_thread(dispatch.current_backend)
     left.set()
     thread.join()
@@ -167,14 +167,14 @@ def test_the_backward_runs_on_the_backend_of_its_forward(fake_backend):
     with ml.use_backend("reference"):
         here.backward()
         assert dispatch.current_backend() == "reference"
-    # As on autograd's own threads.
+    # The same holds on autograd's own threads.
     in_thread(there.backward)
     assert fake_backend.calls == ["forward"] * 2 + ["backward"] * 2
     with ml.use_backend("reference"):
         value = ml.lora_gram(lora_A, lora_B).sum()
     with ml.use_backend("fake"):
         value.backward()
-    # What nobody asked about stays so.
+    # A forward without a request keeps its default in the backward.
     value = ml.lora_gram(lora_A, lora_B).sum()
     with ml.use_backend("fake"):
         value.backward()

@@ -211,7 +211,7 @@ def test_checks_are_kept_and_still_raise():
 
 
 class Kernel:
-    """As Triton's: kernel[grid](...) compiles and returns what can be launched again."""
+    """A stand-in for Triton's kernel[grid](...), which compiles and returns a launchable object."""
 
     __name__ = "kernel"
 

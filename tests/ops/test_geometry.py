@@ -101,7 +101,7 @@ def test_layers_of_any_shape(function, oracle):
 
 @both
 def test_more_layers_than_fit_in_one_launch(backend, function, oracle):
-    # What CUDA's launches know of the layers has 4 KB, enough for 56 of them in the last stage.
+    # A CUDA launch's description of the layers has 4 KB, enough for 56 of them in the last stage.
     layers = 58 if backend == "cuda" else 8
     lora_A, lora_B = zip(*(factors(2, 3 + layer % 5, 4, 1) for layer in range(layers)))
     value = function(lora_A, lora_B, 0.5)
@@ -262,7 +262,7 @@ def test_opcheck_backward():
 
 
 def surrounded(lora_A, lora_B, head_A, head_B):
-    """What a kernel makes of distances, over two layers of different shapes."""
+    """A kernel function of distances, over two layers of different shapes."""
     D = ml.pairwise_frobenius([lora_A.tanh(), head_A], [lora_B, head_B], [0.5, 2.0])
     return (-D / 100).exp() + ml.lora_gram(lora_A, lora_B)
 

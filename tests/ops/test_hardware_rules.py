@@ -273,7 +273,7 @@ def _is_there(name: str) -> bool:
 
 
 def test_how_many_blocks_a_processor_holds():
-    # Registers come in eights of a thread and 256 of a warp; a block has 1 KB of its own.
+    # Registers are allotted by eight per thread and 256 per warp; a block reserves 1 KB.
     assert resident(H200, registers=128, shared=100 * 1024, warps=8) == 2
     assert resident(H200, registers=129, shared=100 * 1024, warps=8) == 1
     assert resident(H200, registers=32, shared=113 * 1024, warps=4) == 2

@@ -62,7 +62,7 @@ def test_values_and_gradients(shape, shared):
 
 
 def test_rows_of_all_particles_on_one_axis():
-    # What a base layer returns for (K·B, tokens, d_in).
+    # The output of a base layer for (K·B, tokens, d_in).
     y, x, lora_A, lora_B = problem(3, (2, 5))
     check_against_oracle((y.flatten(0, 1), x, lora_A, lora_B))
 
@@ -200,7 +200,7 @@ def test_only_wanted_gradients_are_computed(backend, wanted):
         value.backward(torch.ones_like(value))
     torch.testing.assert_close(tensors[wanted].grad, expected[wanted])
     assert all(t.grad is None for name, t in tensors.items() if name != wanted)
-    if backend in ("reference", "cpu"):  # the GPU's kernels are no operators of PyTorch's
+    if backend in ("reference", "cpu"):  # the GPU's kernels are not PyTorch operators
         products = sum(name in ("mm", "bmm", "baddbmm") for name, *_ in inside.calls)
         assert products == {"y": 0, "x": 2, "A": 2, "B": 1}[wanted]
 
@@ -278,7 +278,7 @@ def test_float32_masters(dtype, shared):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_y_decides_the_dtype(autocast):
-    # Of a float32 input, a quantised layer may return half precision, and the other way round.
+    # For a float32 input, a quantised layer may return half precision, and the other way round.
     y, x, lora_A, lora_B = problem(4, (6,), 16, 8, 4)
     half = torch.bfloat16
     with torch.autocast(oracles.DEVICE, half, enabled=autocast):

@@ -66,7 +66,7 @@ COVER = [
 
 
 def running(**how):
-    """How the kernel's PTX is executed; a GPU has a way of its own."""
+    """The order in which the kernel's PTX is executed; a GPU chooses its own."""
     return native.launches.running(**how) if oracles.DEVICE == "cpu" else contextlib.nullcontext()
 
 
@@ -225,7 +225,7 @@ def operands(K, lead, d_in, d_out, rank, dtype, master):
 
 @pytest.fixture(params=["Triton", "PyTorch"])
 def thin_products(request, monkeypatch):
-    """Whose the thin products are: without Triton on the device they are PyTorch's."""
+    """Who computes the thin products: without Triton on the device, PyTorch does."""
     if request.param == "PyTorch":
         monkeypatch.setattr(hopper, "passes_of", lambda _: None)
     return request.param

@@ -86,7 +86,7 @@ def test_non_contiguous_views(shared):
 
 
 def test_the_result_may_be_changed_in_place():
-    # As models do with what a layer returns.
+    # Models do this with a layer's output.
     x, weight, lora_A, lora_B, bias = problem()
     upstream = torch.randn(3, 5, 11)
 

@@ -1,4 +1,4 @@
-"""The native modules in processes of their own: what is built, is missing, runs on this CPU."""
+"""The native modules, in new processes: which are built, are missing, run on this CPU."""
 
 import json
 import os

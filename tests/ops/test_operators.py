@@ -1,4 +1,4 @@
-"""What the operators are given in the wild: particles that hardly differ, many for few classes,
+"""Operators on inputs as they occur: particles that hardly differ, many for few classes,
 no memory, other kinds of derivatives, frozen tensors that somebody wants to train.
 
 Every answer is right, or an error that names the operator.
@@ -112,7 +112,7 @@ def test_identical_particles_have_no_gradient(K, C, name, dtype):
     expected[3] = 0
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(divergence.detach(), expected[targets >= 0].mean())
-    # Of the norms, saved in float32.
+    # This is the error of the norms, which are saved in float32.
     assert gradient.abs().max() < 2e-7 and of_loss.abs().max() < 2e-7
 
 
@@ -148,7 +148,7 @@ def test_det_of_nearly_equal_particles(backend, K, C, gap):
 @pytest.mark.parametrize("shape", [(3, 7), (8, 129), (32, 40)], ids=str)
 @on_each_backend
 def test_det_without_a_volume(backend, shape, gap, dtype):
-    # What no float32 holds: less than 1e-10, and it must not grow.
+    # The determinant is below what float32 resolves, and rounding must not make it larger.
     logits, targets = alike(shape[0], 3, shape[1], gap, dtype)
     targets[1] = -100
     value, gradient = run(logits, targets, kind="det")
@@ -283,7 +283,7 @@ def test_a_frozen_tensor_that_requires_a_gradient_is_refused(name):
     shape = str(tuple(frozen[name].shape)).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=rf"lora_linear.* {name} {shape}.*{name}\.detach\(\)"):
         linear(frozen)
-    # A function of a trained tensor is no better.
+    # A function of a trained tensor is refused too.
     with pytest.raises(ValueError, match=rf"{name}\.detach\(\)"):
         linear({**frozen, name: 2 * frozen[name]})
     expected = ml.lora_linear(rows, weight, lora_A, lora_B, bias)

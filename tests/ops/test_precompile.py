@@ -94,7 +94,7 @@ def test_a_launch_compiles_nothing_that_was_precompiled(tmp_path):
 
 
 def launches(run):
-    """What Triton tells apart of all launches."""
+    """The specialisations of all launches, as Triton sees them."""
     seen = set()
 
     def record(kernel, grid, args, meta):

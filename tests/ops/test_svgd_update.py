@@ -29,7 +29,7 @@ def problem(K, sizes, dtype=torch.float32, full=False):
     grad_B = [torch.randn(B.shape).to(dtype) for B in lora_B]
     layers = len(sizes)
     mix = torch.randn(layers, K, K) if full else torch.randn(layers, K)
-    # Of the size of 1/K r d: both terms count, and half precision does not overflow.
+    # The size is 1/K r d: both terms count, and half precision does not overflow.
     upstream = 0.01 * torch.randn(layers, K, K, dtype=torch.float64)
     scaling = [0.5 + layer for layer in range(layers)]
     return [grad_A, grad_B, mix, upstream, lora_A, lora_B, scaling]

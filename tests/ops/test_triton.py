@@ -233,7 +233,7 @@ def test_there_is_a_configuration_for_everything(chip):
                     assert not (shared and config.path == "accumulate")
                     m, n, k = config.block_m, config.block_n, config.block_k
                     tiles = config.stages * (m + n) * k + m * n
-                    # Of a thread block; consumer chips have 99 KB.
+                    # The limit of a thread block; consumer chips have 99 KB.
                     limit = {75: 64, 80: 163}.get(chip.capability, 227)
                     limit = 99 if chip.capability in (89, 121) else limit
                     assert tiles * dtype.itemsize <= limit * 1024
@@ -448,7 +448,7 @@ _MAIN = "import sys; from multilora.app.cli import main; sys.exit(main())"
 
 
 def compile_kernels(*args, **environment):
-    """multilora kernels in a process of its own."""
+    """`multilora kernels` in a new process."""
     return subprocess.run(
         [sys.executable, "-c", _MAIN, "kernels", *args],
         env={**os.environ, "TRITON_INTERPRET": "0", **environment},

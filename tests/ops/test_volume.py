@@ -127,7 +127,7 @@ def test_identical_particles_have_no_gradient(kind, K):
 
 
 def test_nearly_equal_particles():
-    # What eps = 1e-4 is for: the float32 error of the value stays near 1e-4 absolute.
+    # This is why eps = 1e-4: the float32 error of the value stays near 1e-4 absolute.
     logits, targets = problem(1, 31, 10)
     for gap in (1e-1, 1e-2, 1e-3, 1e-4):
         close = logits + gap * torch.randn(5, 31, 10)
@@ -229,7 +229,7 @@ def test_two_classes(name, kind, monkeypatch):
 
 
 def mean_cross_entropy(logits, targets):
-    """What F.cross_entropy says of each particle, (K,)."""
+    """F.cross_entropy of each particle, (K,)."""
     return torch.stack([F.cross_entropy(z.to(torch.float32), targets) for z in logits])
 
 
@@ -286,7 +286,7 @@ def test_particle_loss_of_extreme_logits(gap, dtype):
 
 @pytest.mark.parametrize("output", [0, 1], ids=["nll", "divergence"])
 def test_one_output_of_particle_loss_alone(output):
-    # The other output then has no gradient of its own.
+    # The other output then receives no gradient.
     logits, targets = problem()
     apart = (
         lambda z: mean_cross_entropy(z, targets).sum(),

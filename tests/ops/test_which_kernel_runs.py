@@ -62,7 +62,7 @@ def volume(function, particles=K):
     with_gradients(outputs, torch.randn(particles, N, C))
 
 
-# What runs the operator, and its backward.
+# Calls that run the operator and its backward.
 RUNS = {
     ("lora_linear", "lora_linear_backward"): linear,
     ("lora_add_",): add,

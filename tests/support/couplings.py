@@ -18,13 +18,13 @@ MODES = {"evaluation": False, "training": True}
 
 
 class Mix(nn.Module):
-    """What a test plants between two layers: function(module, h) of hidden states h (B, d)."""
+    """A fault between two layers: function(module, h) of hidden states h (B, d)."""
 
     def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]):
         super().__init__()
         self.function = function
         self.drop = nn.Dropout(0.3)
-        # As large as the hidden states, and not zero: state that is read before it is written.
+        # The state is as large as the hidden states, and not zero: it is read before it is written.
         self.register_buffer("state", 0.5 * torch.ones(12))
         self.last: Tensor | None = None
         self.queue: list[Tensor] = []

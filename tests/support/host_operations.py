@@ -1,4 +1,4 @@
-"""What the host does in a step, seen without a GPU: the CPU's tensors play a GPU's.
+"""The host's work in a step, seen without a GPU: the CPU's tensors stand in for a GPU's.
 
 Everything that a step does to a tensor is recorded, from Python and from C++. Noted as faults are
 operations that make the host wait for the device and data that comes from the host: what a CUDA
@@ -46,7 +46,7 @@ class HostOperations(TorchDispatchMode):
         self.operations: list[str] = []
         self.faults: Counter[str] = Counter()
         self._learns = known is None
-        # By address, and kept, so that no address comes twice.
+        # The key is the address; tensors are kept, so that no address comes twice.
         self._storages: dict[int, Any] = {} if known is None else dict(known._storages)
         self._python = _FromPython(self.faults)
 
@@ -68,7 +68,7 @@ class HostOperations(TorchDispatchMode):
         if not self._learns:
             self._look(func, name, args, inputs)
         if func.namespace == "multilora":
-            # What the operator does is looked at too.
+            # The calls inside the operator are recorded too.
             with self:
                 out = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args)
         else:

@@ -1,4 +1,4 @@
-"""What the tests of durability run in processes of their own, most of which do not survive it."""
+"""Functions that the durability tests run in new processes, most of which are killed in them."""
 
 import contextlib
 import io
@@ -63,7 +63,7 @@ def train(
 ) -> None:
     """A run that is started or resumed.
 
-    die: where, and at the how manieth time; pause: seconds after every step.
+    die: the place, and at which visit of it the process dies. pause: seconds after every step.
     """
     torch.set_num_threads(1)
     training.make_task = small_task
@@ -89,7 +89,7 @@ def train(
 
 
 def save(path: Path, seed: int, die_at: int | None = None) -> None:
-    """Save `particles(seed)`; die_at: before the how manieth change of the file system."""
+    """Save `particles(seed)`; die_at: which change of the file system it does not survive."""
     if die_at is not None:
         die_before_change(path, die_at)
     particles(seed).save_pretrained(path)

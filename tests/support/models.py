@@ -31,7 +31,7 @@ class Family(NamedTuple):
     create: Callable[[], nn.Module]
     make_inputs: Callable[[int, torch.Generator], dict[str, Tensor]]
     lora: dict[str, Any]
-    # What double precision agrees to. GEMMs of other batch sizes sum in another order, some
+    # The agreement in double precision. GEMMs of other batch sizes sum in another order, some
     # hundred roundings of 1e-16; Llama's norms and rotary angles compute in float32 whatever the
     # model's dtype: a difference of 1e-16 can flip roundings of 6e-8, which then sum up.
     tolerance: float = 1e-11
@@ -48,7 +48,7 @@ class Family(NamedTuple):
         return {k: t.to(dtype) if t.is_floating_point() else t for k, t in made.items()}
 
     def particle_inputs(self, particles: int, **kwargs: Any) -> dict[str, Tensor]:
-        """A mini-batch of its own for every particle: (K, B, ...)."""
+        """A separate mini-batch for each particle: (K, B, ...)."""
         each = [self.inputs(seed=100 + k, **kwargs) for k in range(particles)]
         return {key: torch.stack([inputs[key] for inputs in each]) for key in each[0]}
 

@@ -51,7 +51,7 @@ def stack(per_particle) -> list[Tensor]:
 
 
 def gradients_of(method, closure, scale=1.0) -> list[Tensor]:
-    """What one backward adds to .grad."""
+    """The change of .grad by one backward."""
     for p in method.params:
         p.grad = None
     method.backward(closure, scale)

@@ -35,7 +35,7 @@ def start(family="mlp", only_matrices=False):
 
 
 def alone(family="mlp", only_matrices=False):
-    """The same particles, each a PEFT model of its own."""
+    """The same particles, each as a separate PEFT model."""
     return copy.deepcopy(made(family, only_matrices)[1])
 
 
@@ -61,7 +61,7 @@ def train(model, step, steps=None):
 
 
 def train_alone(models, make, clip=None, steps=None):
-    """PEFT models, each in a run of its own -> their tensors, stacked."""
+    """PEFT models, each trained in a separate run -> their tensors, stacked."""
     each = []
     for model in models:
         optimizer = make(list(peft_tensors(model).values()))

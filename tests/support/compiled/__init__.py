@@ -1,1 +1,1 @@
-"""Triton kernels compiled as for a GPU and executed from their PTX, in a process of its own."""
+"""Triton kernels compiled as for a GPU and executed from their PTX, in a separate process."""

@@ -23,7 +23,7 @@ from multilora.tools.kernels.compile import TARGETS, AbsentGPU
 # With two processors, so that small problems run persistent loops more than once.
 _PROCESSORS = 2
 _SHARED_LIMITS = {chip.capability: limit for chip, limit in TARGETS.values()}
-# What the compiler's record of a descriptor means: CUtensorMapSwizzle.
+# The meaning of the compiler's record of a descriptor: CUtensorMapSwizzle.
 _SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}
 
 #: Kernel -> constant argument -> the values that it was executed with.

@@ -49,7 +49,7 @@ def kernels_of(module: str) -> set[str]:
 
 
 def executed_with() -> dict[str, dict[str, set]]:
-    """What this process has executed: kernel -> constant argument -> values."""
+    """Everything that this process has executed: kernel -> constant argument -> values."""
     return {kernel: dict(meta) for kernel, meta in executed.items()}
 
 

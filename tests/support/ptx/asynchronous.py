@@ -1,4 +1,4 @@
-"""What runs beside the threads: groups of asynchronous work, mbarriers, and copies under way."""
+"""Work beside the threads: groups of asynchronous work, mbarriers, and copies under way."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Block:
         self.kernel, self.mode, self.memory = kernel, mode, memory
         self.threads = n = int(np.prod(shape))
         if n % 32:
-            raise EmulationError(f"{n} threads are no whole warps")
+            raise EmulationError(f"{n} threads are not whole warps")
         self.warps = n // 32
         self.lane = np.arange(n) % 32
         self.warp = np.arange(n) // 32
@@ -196,7 +196,7 @@ class Block:
         self._parameter_bytes.append(data)
 
     def parameter_bytes(self, address: int, size: int) -> bytes:
-        """Of the parameters' memory."""
+        """A load from the parameters' memory."""
         number, offset = divmod(address - PARAMETER_BASE, PARAMETER_STRIDE)
         data = self._parameter_bytes[number][offset : offset + size]
         if len(data) != size:
@@ -397,7 +397,7 @@ class Block:
             if not ready.any():
                 if self.exited.all():
                     break
-                # What nobody can run for must be a copy that has not arrived.
+                # If no thread can run, they must be waiting for a copy that has not arrived.
                 if self.copies.land_all():
                     continue
                 raise EmulationError(self._deadlock())
@@ -444,7 +444,7 @@ class Block:
                 ) from None
             if step.moves:
                 return
-            # What a warp did together is where its threads may part.
+            # The threads of a warp may part after an instruction that they do together.
             if counter == stop or (step.together and self.mode == "threads"):
                 break
         self.counters[mask] = counter

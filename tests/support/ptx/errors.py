@@ -1,4 +1,4 @@
-"""What the emulator raises."""
+"""The emulator's errors."""
 
 
 class EmulationError(Exception):

@@ -168,7 +168,7 @@ class GlobalMemory:
 
     def _found(self, address: int) -> bool:
         for tensor in self._alive:
-            # functorch's wrappers are of no type of their own, and have no memory.
+            # functorch's wrappers share torch.Tensor's type, and have no memory.
             with contextlib.suppress(RuntimeError):
                 storage = tensor.untyped_storage()
                 start = storage.data_ptr()
@@ -252,7 +252,7 @@ class SharedMemory:
         self._unfenced = True
 
     def write_async(self, at: np.ndarray, data: np.ndarray) -> None:
-        """Bytes that no proxy has to be told of, because a copy engine writes them."""
+        """Bytes that need no proxy fence, because a copy engine writes them."""
         self.bytes[at] = data
         self._writer[at] = -1
 

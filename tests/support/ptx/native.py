@@ -30,12 +30,12 @@ from ptx import EmulationError, Kernel, Struct, TensorMap, entries, execute
 CSRC = Path(__file__).parents[3] / "csrc"
 RUNTIME = Path(__file__).parent / "runtime.cpp"
 NVCC, CXX = os.environ.get("NVCC", "nvcc"), os.environ.get("CXX", "c++")
-# As in setup.py.
+# The same as in setup.py.
 OLDEST_NVCC = (12, 5)
 ARCHS = ("compute_90a", "compute_80")
 FLAGS = "-O3 -std=c++17 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 FLAGS += "".join(f" -gencode=arch={arch},code={arch}" for arch in ARCHS)
-# What a block may have of shared memory.
+# The shared memory that a block may have.
 SHARED = {"compute_90a": 227 * 1024, "compute_80": 163 * 1024}
 
 _ENTRY = re.compile(r"^(?=(?:\.(?:visible|weak) )?\.entry )", re.M)
@@ -112,7 +112,7 @@ def _compile(folder: Path) -> None:
 
 
 class Launches:
-    """What becomes of the module's launches.
+    """The fate of the module's launches.
 
     Attributes:
         arch: whose PTX they execute, one of ARCHS.

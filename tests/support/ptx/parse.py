@@ -10,7 +10,7 @@ from ptx.errors import EmulationError
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*$", re.S | re.M)
 _ENTRY = r"\.entry\s+({name})\s*\((.*?)\)\s*((?:\.\w+[^\n{{]*\s*)*)\{{"
 _GLOBAL = re.compile(r"^\s*(?:\.\w+\s+)*\.global\b[^;=\[]*?([\w$]+)\s*(?:\[\d*\])?\s*[=;]", re.M)
-# What can stand where a statement begins.
+# The tokens that can begin a statement.
 _TOKEN = re.compile(r"\s*(?:(\{)|(\})|([A-Za-z_$%][\w$]*)\s*:(?!:)|([^;]*);)")
 _NAME = re.compile(r"[\w$%]+")
 _BITS = {"8": 1, "16": 2, "32": 4, "64": 8}

@@ -35,7 +35,7 @@ std::map<const void*, Function>& functions() {
 }
 
 Launcher launcher = nullptr;
-// Of the chip: what a block may have of shared memory at all, and without asking.
+// The chip's limits of a block's shared memory: at most, and without opting in.
 size_t most_shared = 0;
 constexpr int kShared = 48 * 1024;
 thread_local Configuration configuration;

@@ -65,7 +65,7 @@ add(
     "q v wi",
     tolerance=FLOAT32_PARTS,
 )
-# Its experts see the tokens that the router sends to them: how many is a matter of the tokens.
+# Its experts see the tokens that the router sends to them: their number depends on the tokens.
 add(
     "switch-transformers",
     from_config(

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 VOCABULARY = 64
 BATCH = 2
 TOKENS = 5
-# What float64 agrees to. Products of other batch sizes sum in another order, some hundred
+# The agreement in float64. Products of other batch sizes sum in another order, some hundred
 # roundings of 1e-16.
 EXACT = 1e-10
 # Norms, rotary angles and softmax that compute in float32 whatever the model's dtype: a difference
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     fold: str = "batch"
     why: str = ""
     tolerance: float = EXACT
-    # What get_particle_model is told about this model's axes.
+    # The arguments by which get_particle_model learns this model's axes.
     axes: Mapping[str, Any] = MappingProxyType({})
     # Outputs that all particles share, by their places; they have no particle axis.
     shared: frozenset[str] = frozenset()

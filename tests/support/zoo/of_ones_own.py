@@ -39,7 +39,7 @@ add(
     fold="loop",
     why="The edges number the nodes of one graph.",
 )
-# As many edges' rows as nodes, and told that the edges are the same for all particles.
+# As many edges as nodes, and a declaration that the edges are the same for all particles.
 add(
     "graph-network-named",
     GraphNetwork,
@@ -112,7 +112,7 @@ class TextTable(nn.Module):
         return self.image(x) @ self.text(self.table).T
 
 
-# As many texts as examples, as rows of K = 3 particles, as neither.
+# Numbers of texts: that of examples, that of the rows of K = 3 particles, neither.
 for _rows in (BATCH, 3 * BATCH, 7):
     add(
         f"text-table-{_rows}",
@@ -120,7 +120,7 @@ for _rows in (BATCH, 3 * BATCH, 7):
         lambda: (torch.randn(BATCH, 6),),
         "image text",
         fold="loop",
-        why="The table is no batch: its rows are the same for all, and its features are not.",
+        why="The table is not a batch: its rows are the same for all, and its features are not.",
     )
 
 

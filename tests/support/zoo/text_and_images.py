@@ -54,7 +54,7 @@ add(
     fold="loop",
     why="Every image is compared with every text.",
 )
-# As many prompts as K = 3 particles have rows.
+# The number of prompts is that of the rows of K = 3 particles.
 add(
     "clip-zero-shot",
     from_config("CLIPModel", "CLIPConfig", **_CLIP),

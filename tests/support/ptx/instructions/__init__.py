@@ -1,4 +1,4 @@
-"""What each PTX instruction does, by families."""
+"""The PTX instructions, by families."""
 
 from ptx.instructions import access, arithmetic, control, copies, products, warps  # noqa: F401
 from ptx.instructions.registry import decode

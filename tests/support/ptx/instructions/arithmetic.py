@@ -275,7 +275,7 @@ def rem(block: Block, text: Instruction) -> Run:
 
 
 def _divisor(b: np.ndarray) -> np.ndarray:
-    """What threads that are masked off divide by must not be 0."""
+    """A divisor that is 1 in the threads that are masked off, so that none divides by 0."""
     return np.where(b == 0, b.dtype.type(1), b)
 
 

@@ -136,12 +136,12 @@ class _Tensor:
 def _box(
     block: Block, tensor_map: TensorMap, start: list[int], shared: int, what: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every element of a box: where it lies in shared memory, where in global, whether inside.
+    """For every element of a box: its place in shared and global memory, and whether it is inside.
 
     Outside of the tensor a load gives zeros, and a store nothing.
     """
     if shared % 128:
-        raise EmulationError(f"{what}: {shared} in shared memory is no multiple of 128")
+        raise EmulationError(f"{what}: {shared} in shared memory is not a multiple of 128")
     size = tensor_map.element_bytes
     axes = np.meshgrid(*(np.arange(side) for side in reversed(tensor_map.box)), indexing="ij")
     # Innermost first again.
@@ -222,7 +222,7 @@ def _bulk_store(block: Block, text: Instruction) -> Run:
 
 
 def _done() -> None:
-    """What is left of work that was done at once."""
+    """The rest of work that was done at once."""
 
 
 _COPIES = {
@@ -255,7 +255,7 @@ def _init(block: Block, text: Instruction) -> Run:
         for thread in np.nonzero(mask)[0].tolist():
             at = int(address()[thread]) & _LOW
             if at % 8:
-                raise EmulationError(f"an mbarrier at {at}, which is no multiple of 8")
+                raise EmulationError(f"an mbarrier at {at}, which is not a multiple of 8")
             block.shared.check(at, at + 8, text.name)
             block.copies.init(at, int(count()[thread]))
 

@@ -1,4 +1,4 @@
-"""What the threads of a warp do together: shuffles, votes, moves of small matrices."""
+"""Instructions that the threads of a warp do together: shuffles, votes, moves of small matrices."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def stmatrix(block: Block, text: Instruction) -> Run:
     address = block.address(text.operands[0])
     if len(reads) != _matrices(text) or "b16" not in text.parts:
         raise EmulationError(f"no instruction {text.name}")
-    # Of the bytes of a matrix.
+    # The layout of a matrix's bytes.
     lane = 4 * np.arange(8)[:, None] + np.arange(8) // 2
     lane = np.repeat(lane.T if turned else lane, 2, axis=1)
 

@@ -180,7 +180,7 @@ def require_file(file: Path, missing: str) -> None:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise ValueError(f"{file} is {kind}, no file")
+        raise ValueError(f"{file} is {kind}, not a file")
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ def read_json(file: Path) -> dict[str, Any]:
     with reading(file):
         content = json.loads(file.read_bytes().decode(), object_pairs_hook=_once)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, no object")
+        raise ValueError(f"{file} is damaged: it holds a {type(content).__name__}, not an object")
     return content
 
 

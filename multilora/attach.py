@@ -65,7 +65,7 @@ def get_particle_model(
             not nn.Linear's (`layers.has_own_forward`) is a target too: it is quantised, or
             tensor-parallel and returns all features. Such a layer is called as it is, once for all
             particles.
-        config: the fields that count are r, lora_alpha, target_modules, exclude_modules,
+        config: these fields are used: r, lora_alpha, target_modules, exclude_modules,
             lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
             alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
             modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
@@ -79,12 +79,11 @@ def get_particle_model(
             weights were in no checkpoint that transformers read, or a timm classifier has another
             number of classes than its checkpoint, or the model is of neither library. Token
             embeddings and language-model heads are always copied.
-        share_trunk: a promise that what lies below the first adapted block is the same for all
-            particles (nothing random, no state, no hooks), so that it may run once for all of them
-            where they share their inputs. True: the cut lies before the first block with an
-            adapter, in the innermost nn.ModuleList or nn.Sequential that holds them all. A name:
-            the cut lies before that module. It is also an attribute of the model, and it does not
-            work under torch.compile.
+        share_trunk: your promise that nothing below the first adapted block is random, keeps state
+            or has hooks; it then runs once for all particles that share their inputs. True: the cut
+            lies before the first block with an adapter, in the innermost nn.ModuleList or
+            nn.Sequential that holds them all. A name: the cut lies before that module. It is also
+            an attribute of the model, and it does not work under torch.compile.
         mesh: the processes that share the work, a DeviceMesh with the axes "data", "particle" or
             both. Along "particle", each process holds K/P particles, which is then
             `model.num_particles`; they are the particles that a single process would have. Methods
@@ -93,7 +92,7 @@ def get_particle_model(
             which is right for any model, at the speed of a loop.
         batch_axes: the axis of the batch in the arguments of the base's forward, by name, or None
             for an argument that all rows share, as `in_dims` of torch.func.vmap. It is needed where
-            names and lengths do not tell: an argument whose axis is ambiguous raises.
+            it cannot be inferred from names and lengths: an ambiguous axis raises.
         output_axes: the same for the outputs, by field (or index of a tuple), or one number for
             all, where the isolation check does not find it.
         check_isolation: compare the first forward of each mode and form of inputs with that of one

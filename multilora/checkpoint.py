@@ -30,18 +30,18 @@ def load_particle_model(
 ) -> ParticleModel:
     """The particle model that `save_pretrained` wrote to `path`, over the plain model `base`.
 
-    Adapters may differ in how they began, in their dropout, and in whatever else does not change
-    their outputs: the first one's configuration is kept, and a warning says so. Weights may be in
-    adapter_model.bin. Token embeddings and language-model heads of the base that PEFT saved beside
-    the adapters are put into `base`, which is given as many tokens; all K files must then hold the
-    same. Nothing is allocated whose size the files only declare.
+    Adapters may differ in their initialisation, in their dropout, and in whatever else does not
+    change their outputs: the first one's configuration is kept, and a warning says so. Weights may
+    be in adapter_model.bin. Token embeddings and language-model heads of the base that PEFT saved
+    beside the adapters are put into `base`, which is given as many tokens; all K files must then
+    hold the same. A small file cannot make the loader allocate much memory.
 
     Args:
         base: the plain model. It is left unchanged where loading fails.
         path: that folder, or a sequence of K PEFT LoRA adapter folders of one configuration,
             trained by anything, which become the K particles. The files of a folder must be those
-            that its multilora.json lists; a sequence of its particle folders is read whatever is in
-            them. A folder to which another process saves is read as it was before or after that.
+            that its multilora.json lists; a sequence of its particle folders is read without that
+            check. A folder to which another process saves is read as it was before or after that.
         mesh: as in `get_particle_model`.
         **options: other arguments of `get_particle_model`; they need not be those that the
             particles were trained with.

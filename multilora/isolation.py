@@ -22,7 +22,10 @@ _SEVERAL = 4
 
 
 class ParticleIsolationError(ValueError):
-    """A model computes something else for K particles in one batch than for each alone."""
+    """The model's outputs for K particles in one batch differ from those for each particle alone.
+
+    The cure is fold="loop", or axes that are given with batch_axes.
+    """
 
 
 class _Run(NamedTuple):

@@ -40,8 +40,8 @@ def clip_grad_norm_(
 
     This is torch.nn.utils.clip_grad_norm_ for K runs in one: the norm is over all tensors of a
     particle, and the spike of one particle leaves the steps of the others alone. A particle whose
-    norm is infinite or NaN gets what torch would make of it there. Over several processes, each
-    clips the particles that it holds. On a GPU nothing waits for the device, unless
+    norm is infinite or NaN is scaled as torch's function would scale it. Over several processes,
+    each clips the particles that it holds. On a GPU nothing waits for the device, unless
     error_if_nonfinite is set.
 
     Args:
@@ -114,7 +114,9 @@ class EachParticle(torch.optim.Optimizer):
         leaves = [leaf for group in groups for leaf in group["params"]]
         if not leaves or not all(isinstance(leaf, SeparateParameter) for leaf in leaves):
             kinds = sorted({type(leaf).__name__ for leaf in leaves})
-            raise TypeError(f"EachParticle needs separate parameters, and some; got {kinds}")
+            raise TypeError(
+                f"EachParticle needs a non-empty list of separate parameters; got {kinds}"
+            )
         self.optimizers: list[torch.optim.Optimizer] = []
         for k in sorted({leaf.particle for leaf in leaves}):
             of_k = [[p for p in group["params"] if p.particle == k] for group in groups]

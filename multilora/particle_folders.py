@@ -153,7 +153,7 @@ def _read_folder(folder: Path) -> _Adapter:
 
 
 def _require(file: Path) -> None:
-    atomic.require_file(file, f"{file.parent} is no PEFT adapter folder")
+    atomic.require_file(file, f"{file.parent} is not a PEFT adapter folder")
 
 
 def _read_adapter(config: Path, weights: Path) -> _Adapter:

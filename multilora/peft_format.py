@@ -238,7 +238,7 @@ def _unpickle(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"it holds a {type(tensors).__name__}, not tensors by name")
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"it holds {key!r}, a {type(tensor).__name__}, no tensor by name")
+            raise ValueError(f"it holds {key!r}, a {type(tensor).__name__}, not a tensor by name")
     # A tensor of any size can be a view of one number. A tied tensor occurs a few times.
     size = file.stat().st_size
     declared = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -32,13 +32,13 @@ def predict(
             one of these and labels, which are ignored. (An input that is itself iterable goes into
             a mapping.) Batches are moved to the model's device; their results are joined on the
             CPU.
-        particle_chunk: run that many particles at a time, with the memory of so many.
+        particle_chunk: run this many particles at a time, to save memory.
         log: return log-probabilities, which `evaluate` takes as they are. They keep the NLL of
             every confident mistake, where a probability below 1e-308 would be zero.
         class_axis: the axis of the classes in the output of one particle. It is needed where that
             has more axes than (B, C): −1 for the (B, T, V) of a language model, 1 for the
             (B, C, H, W) of segmentation.
-        output: which of the model's outputs to use, by name or place. By default that is `.logits`
+        output: which of the model's outputs to use, by name or index. By default that is `.logits`
             or "logits", else the first of a tuple, or the only tensor of a mapping.
 
     Returns:
@@ -46,7 +46,7 @@ def predict(
         better, and float64 where float32 would round one of them to zero.
 
     Raises:
-        ValueError: the outputs are no classification: they lack a batch or a class axis, or have a
+        ValueError: the outputs are not class logits: they lack a batch or a class axis, or have a
             single unit, whose softmax is always one.
     """
     checks.flag("log", log)
@@ -82,9 +82,9 @@ def predict_loader(
     Args:
         model: as in `predict`.
         loader: batches of an input and its labels, as pairs, or as mappings with the key "labels",
-            which the model is then not given. Labels (B,), or one for each position of a dense
-            output (B, T) or (B, H, W), are those of the model's output at the same place: those of
-            a causal language model are shifted first, by `causal_targets`.
+            which is removed before the model is called. Labels (B,), or one for each position of a
+            dense output (B, T) or (B, H, W), are those of the model's output at the same place:
+            those of a causal language model are shifted first, by `causal_targets`.
         particle_chunk: as in `predict`.
         class_axis: as in `predict`.
         output: as in `predict`.

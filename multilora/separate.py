@@ -26,11 +26,10 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
     (the clipping inside timm's Lamb, D-adaptation, L-BFGS) is needed once for each particle:
     `optim.EachParticle`.
 
-    A leaf follows its tensor. After model.to(...) and load_state_dict(assign=True) it becomes part
-    of what the model then holds, from the next look at its gradient on, with which every step
-    begins. It can be deep-copied together with the model, copy.deepcopy((model, optimizer)), but
-    not alone, and it cannot be pickled: save optimizer.state_dict(). The gradient of a loss of the
-    leaves themselves is added to that of the model's outputs.
+    A leaf stays valid after model.to(...) and load_state_dict(assign=True). It can be deep-copied
+    together with the model, copy.deepcopy((model, optimizer)), but not alone, and it cannot be
+    pickled: save optimizer.state_dict(). The gradient of a loss of the leaves themselves is added
+    to that of the model's outputs.
 
     Args:
         model: a ParticleModel or an iterable of stacked tensors.

@@ -30,7 +30,7 @@ class TrunkOutput:
 
 
 class Reached(Exception):
-    """The forward that computes TrunkRows has come to the cut."""
+    """The forward that computes TrunkOutput has come to the cut."""
 
 
 class Cut:
@@ -58,7 +58,7 @@ class Cut:
 
 
 class _Below:
-    """The forward of a block below the cut, which TrunkRows can stand in for."""
+    """The forward of a block below the cut, for which a TrunkOutput can stand in."""
 
     def __init__(self, block: nn.Module):
         self.block, self.override = block, vars(block).get("forward")

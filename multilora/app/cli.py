@@ -32,9 +32,9 @@ from multilora.tools.kernels import command as kernels
 
 _METHODS = """\
 Methods, by what a step costs: `single` is one adapter, the baseline. `ensemble` trains K adapters
-that do not interact; start with it, it is hard to beat in accuracy. `svgd` and `ibdr` push the
-particles apart, for more diverse predictions; a step of ibdr takes twice the time, as it runs the
-model twice.
+that do not interact; start with it, it is hard to beat in accuracy. `svgd` pushes the
+particles' weights apart, `ibdr` (the default) their predictions; a step of ibdr runs the model
+twice and takes about twice the time.
 """
 _DEFAULTS = """\
 Defaults are in brackets. For vtab and the commonsense tasks, a recipe replaces some of them
@@ -66,13 +66,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="multilora", description="K interacting LoRA particles over one frozen model."
+        prog="multilora", description="Train K LoRA adapters (particles) over one frozen model."
     )
     parser.add_argument("--version", action="version", version=f"multilora {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
 
-    evaluate = commands.add_parser("evaluate", help="measure a trained run again")
+    text = "measure a trained run again"
+    evaluate = commands.add_parser("evaluate", help=text, description=_sentence(text))
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("dir", metavar="DIR", help="folder of the run")
     evaluate.add_argument(
@@ -83,9 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print all measures as JSON")
     _add_own(evaluate)
 
-    export = commands.add_parser(
-        "export", help="average a run's particles into one PEFT adapter (a soup)"
-    )
+    text = "average a run's particles into one PEFT adapter (a soup)"
+    export = commands.add_parser("export", help=text, description=_sentence(text))
     export.set_defaults(run=_export)
     export.add_argument("dir", metavar="DIR", help="folder of the run")
     export.add_argument("out", metavar="OUT", help="a new folder, or one of an earlier export")
@@ -99,9 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_own(export)
 
     kernels.add_parser(commands)
-    about = commands.add_parser("info", help="versions, devices and backends")
+    text = "show versions, devices and backends"
+    about = commands.add_parser("info", help=text, description=_sentence(text))
     about.set_defaults(run=_info)
     return parser
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _add_train(commands: Any) -> None:
@@ -128,7 +133,10 @@ def _add_train(commands: Any) -> None:
 
     place = train.add_argument_group("where and how it runs")
     place.add_argument(
-        "--out", metavar="DIR", help="a new folder [runs/TASK-METHOD-SEED, numbered if it exists]"
+        "--out",
+        metavar="DIR",
+        help="folder of the run: new, empty, or with --resume that of the run to continue "
+        "[runs/TASK-METHOD-SEED, numbered if it exists]",
     )
     place.add_argument("--resume", action="store_true", help="continue the run in --out")
     place.add_argument(
@@ -145,7 +153,9 @@ def _add_train(commands: Any) -> None:
         action="store_true",
         help=f"train {', '.join(reversed(METHODS))} on the same splits, at equal settings",
     )
-    compare.add_argument("--seeds", type=int, default=5, help="number of seeds [%(default)s]")
+    compare.add_argument(
+        "--seeds", type=int, default=5, help="with --compare: number of seeds [%(default)s]"
+    )
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -166,7 +176,7 @@ def _task_options() -> dict[tuple[str, ...], dict[str, dict[str, Field[Any]]]]:
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
     """Add what a run's folder, which may be anybody's, must not ask for, but the user may."""
-    group = parser.add_argument_group("in place of what the run's folder says")
+    group = parser.add_argument_group("options that override the settings in the run's folder")
     every = {name: field for part in _task_options().values() for name, field in part.items()}
     for name in _OWN:
         add_argument(group, name, every[name])

@@ -37,7 +37,10 @@ def show() -> None:
     _print_kernels()
     _print_operators(dispatch.left_to_reference())
     print("CUDA C++ kernels: experimental, never run on a GPU; none is a default")
-    print("backend cuda: lora_linear's thin products are Triton's passes, without Triton PyTorch's")
+    print(
+        "backend cuda: lora_linear's thin products are Triton's passes, or PyTorch's "
+        "where Triton is missing"
+    )
 
 
 def _print_operators(table: dict[str, dict[str, str | None]]) -> None:
@@ -46,7 +49,7 @@ def _print_operators(table: dict[str, dict[str, str | None]]) -> None:
     print("".join((f"{'operator':{width}}", *(f"{name:>11}" for name in names))))
     left: dict[tuple[str, str], list[str]] = {}
     for op, reasons in table.items():
-        cells = ("its own" if reason is None else "reference" for reason in reasons.values())
+        cells = ("own kernel" if reason is None else "reference" for reason in reasons.values())
         print("".join((f"{op:{width}}", *(f"{cell:>11}" for cell in cells))))
         for name, reason in reasons.items():
             if reason is not None:

@@ -108,7 +108,7 @@ def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     good = (p >= 0).all(-1) & ((p.sum(-1) - 1).abs() < 2e-2)
     if not good.all():
         raise ValueError(
-            f"{int((~good).any(0).sum())} of {len(targets)} rows are no probabilities, which are "
+            f"{int((~good).any(0).sum())} of {len(targets)} rows are not probabilities, which are "
             f">= 0 and sum to one: take the softmax of logits; got {shapes}"
         )
     return p, targets

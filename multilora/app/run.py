@@ -54,19 +54,25 @@ def make_method(
     name: str, model: ParticleModel, seed: int, method_args: dict[str, Any] | None = None
 ) -> Method:
     """The method by its name, with `method_args` as keywords of its class."""
-    kind: type[Method] = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
     keywords = dict(method_args or {})
-    known = [p for p in inspect.signature(kind).parameters if p not in ("model", "seed")]
-    unknown = sorted(keywords.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{name} has the arguments {known}; got {unknown}")
+    kind = _method_class(name, keywords)
     if kind is IBDR:
         keywords["seed"] = seed
-    for key, value in keywords.items():
-        default = inspect.signature(kind).parameters[key].default
-        if isinstance(value, str) and isinstance(default, (int, float)):
-            raise ValueError(f"{key} of {name} is a number or true or false; got {value!r}")
     return kind(model, **keywords)
+
+
+def _method_class(name: str, method_args: dict[str, Any]) -> type[Method]:
+    """The class of the method. Raises ValueError if it does not take these keywords."""
+    kind: type[Method] = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
+    parameters = inspect.signature(kind).parameters
+    known = [p for p in parameters if p not in ("model", "seed")]
+    unknown = sorted(method_args.keys() - set(known))
+    if unknown:
+        raise ValueError(f"{name} has the arguments {known}; got {unknown}")
+    for key, value in method_args.items():
+        if isinstance(value, str) and isinstance(parameters[key].default, (int, float)):
+            raise ValueError(f"{key} of {name} is a number or true or false; got {value!r}")
+    return kind
 
 
 def train(
@@ -101,6 +107,7 @@ def train(
         FloatingPointError: The loss is not finite.
     """
     checks.integer("save_every", save_every, 1, MAX_STEPS)
+    _method_class(settings.method, dict(settings.method_args))
     out = Path(out)
     make_run_folder(out, settings, resume)
     task = make_task(settings, report)

@@ -40,13 +40,13 @@ class ParticleTrainer(Trainer):
     Labels are classes (B,), or classes of tokens (B, T), with −100 where there is none. Those of a
     causal model are its token ids, not shifted. Only labelled positions reach the method.
 
-    K particles step as K Trainers would step them. A step of M micro-batches is the mean over all
-    their labels, where Trainer counts them for this model (`num_items_in_batch`, here always over
-    all processes). It is the sum of their means, where the model ignores that count, as many
-    classifiers of transformers do; or else the mean of their means. A micro-batch without labels
-    takes no part. max_grad_norm clips each particle by itself. An optimizer that is not known to
-    treat all elements of a tensor alike (Adafactor, ...) is made once for every particle,
-    `EachParticle`; one that is given must be so or be over
+    K particles step as K Trainers would step them. If Trainer counts labels for this model
+    (`num_items_in_batch`, here always over all processes), a step is the mean over all labels of
+    its M micro-batches. If the model ignores that count, as many classifiers of transformers do, it
+    is the sum of the micro-batches' means; otherwise the mean of their means. A micro-batch without
+    labels takes no part. max_grad_norm clips each particle by itself. An optimizer that is not
+    known to treat all elements of a tensor alike (Adafactor, ...) is made once per particle, with
+    `EachParticle`. An optimizer that you pass must treat them alike, or be over
     model.particle_parameters(separate=True).
 
     Log lines also hold nll_particle_k, router_loss and what `method.backward` returns (divergence,
@@ -55,8 +55,8 @@ class ParticleTrainer(Trainer):
 
     Evaluation is of the averaged predictive. Predictions are log((1/K) Σ_k p_k), (N, C) for a
     classifier. For tokens they are (N, L, V), with predictions[n, i] for the token label_ids[n, i]:
-    nothing is left to shift, and columns of a causal model before a batch's first label are cut off
-    both. eval_loss is the mean NLL over all labels of the set. For classifiers of examples, the
+    outputs of a causal model are already shifted, and columns before the batch's first label are
+    cut off. eval_loss is the mean NLL over all labels of the set. For classifiers of examples, the
     measures of `metrics.evaluate` over the whole set, and those of each particle, come with it,
     unless args.prediction_loss_only. As many particles run at a time as in the method
     (particle_chunk).
@@ -525,7 +525,7 @@ def _load_method(method: Method, file: Path) -> None:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["method"] != name:
-            raise ValueError(f"it is of the method {saved['method']}")
+            raise ValueError(f"it belongs to the method {saved['method']}")
         method.load_state_dict(saved["state"])
     except FileNotFoundError:
         raise

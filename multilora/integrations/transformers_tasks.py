@@ -100,7 +100,7 @@ class Task:
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
             raise ValueError(
-                f"{type(self.base).__name__} returns no logits but a {type(output).__name__}"
+                f"{type(self.base).__name__} returns a {type(output).__name__} instead of logits"
             )
         if self.shifts and targets is not None:
             logits = logits[:, :, -targets.shape[1] :]

@@ -35,7 +35,7 @@ class Method:
     the values of any other callable count the same in every process.
 
     A deep copy or a pickle of a method holds a copy of its model. copy.deepcopy((model, method))
-    gives a model and its method; both go on with the noise that the original would draw.
+    gives a model and its method; both continue with the same sequence of noise.
 
     A subclass sets its settings as attributes before it calls this constructor, which compares
     them among the processes, and implements `_backward`.
@@ -43,16 +43,15 @@ class Method:
     Args:
         model: a ParticleModel, also inside DistributedDataParallel, or any iterable of stacked
             tensors (K, ...) that require gradients.
-        particle_chunk: c, to run c particles at a time: the memory of c, the gradients of all.
+        particle_chunk: c, to run c particles at a time, in the memory of c.
             Methods whose particles interact through their predictions run each chunk once more
             for it, from the same states of PyTorch's, NumPy's and Python's random numbers.
         nonfinite: what to do about a particle whose loss or gradient is not finite. "raise": a
-            FloatingPointError names it, and nothing is changed. "skip": it gets no gradient, the
-            others step as if it did not exist, and a warning says so; if that is so of all
-            particles at once, the batch is skipped: nothing is changed but `step`, and the scalars
-            of the step are NaN. "ignore": nothing is looked at (the other two wait for the device
-            once a call). With a GradScaler, whose steps may overflow by design, only losses are
-            looked at.
+            FloatingPointError names it, and nothing is changed. "skip": it gets no gradient, with
+            a warning, and the others step as if it did not exist. If all particles are broken, the
+            batch is skipped: only `step` changes, and the returned scalars are NaN. "ignore": there
+            is no check, which saves one wait for the device per call. With a GradScaler, whose
+            steps may overflow by design, only losses are checked.
 
     Raises:
         TypeError, ValueError: if the model has no stacked tensors of one K that require gradients,

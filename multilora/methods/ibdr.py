@@ -46,8 +46,9 @@ class IBDR(Method):
 
     If every particle has its own mini-batch (targets (K, N)), the predictions are of different
     examples and the divergence has no meaning: it contributes zero, and a warning says so once.
-    Over accumulation steps each micro-batch has its own ascent. `state_dict` holds the state of
-    this process's particles.
+    Over accumulation steps each micro-batch has its own ascent. `backward` returns the loss, nll
+    and divergence at θ', the new "lambda", and c̄ as "cost". `state_dict` holds the state of this
+    process's particles.
 
     Source: Pham et al. 2025 (IBDR), Algorithm 1.
 

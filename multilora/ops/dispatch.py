@@ -217,7 +217,7 @@ def use_backend(name: str, otherwise: str | None = None) -> Iterator[None]:
     Args:
         name: "reference", "cpu", "triton" or "cuda".
         otherwise: a backend that computes what the first one refuses, such as shapes and dtypes
-            that its kernels do not take: "reference" takes everything.
+            that its kernels do not take: "reference" takes everything. Both must run here.
 
     Raises:
         BackendUnavailableError: with the reason, where a backend cannot run here. An operator

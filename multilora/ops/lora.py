@@ -364,7 +364,7 @@ def _check_add(y, x, lora_A, lora_B) -> None:
     if not fits:
         raise ValueError(
             "lora_add needs y (K, *, d_out) or (K·B, *, d_out), x (K, *, d_in) or (1, *, d_in) of "
-            "as many rows a particle, lora_A (K, r, d_in), lora_B (K, d_out, r), with K, r >= 1; "
+            "as many rows per particle, lora_A (K, r, d_in), lora_B (K, d_out, r), with K, r >= 1; "
             f"got {shapes}"
         )
     if not y.device == x.device == lora_A.device == lora_B.device:

@@ -107,7 +107,7 @@ def test_a_record_of_kernels_replaces_an_older_one_alone(tmp_path, capsys, monke
     file = tmp_path / "record.json"
     for text in ("of the user", "[]", '{"target": "sm_90"}'):
         file.write_text(text)
-        refused(["kernels", "--out", file, "--only", "nothing"], capsys, str(file), "no record")
+        refused(["kernels", "--out", file, "--only", "nothing"], capsys, str(file), "not a record")
         assert file.read_text() == text
     # An older record is not an obstacle: only the next check refuses.
     file.write_text(json.dumps(dict.fromkeys("target triton ptxas nvcc kernels".split())))

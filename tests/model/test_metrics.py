@@ -508,7 +508,7 @@ class TestReliabilityDiagram:
             (lambda p, y: (p, y.double()), "torch.float64"),
             (lambda p, y: (p, y + 7), r"targets in \[0, 7\)"),
             (lambda p, y: (p, y * 0 - 100), "at least one valid target"),
-            (lambda p, y: (p.log(), y), "211 of 211 rows are no probabilities"),
+            (lambda p, y: (p.log(), y), "211 of 211 rows are not probabilities"),
             (lambda p, y: (p.index_fill(1, torch.tensor([3]), math.nan), y), "1 of 211 rows"),
         ],
     )

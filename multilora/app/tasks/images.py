@@ -334,7 +334,8 @@ class Options(ModelOptions):
     model: str = option(TEXT, "a timm model")
     data: str = option(
         TEXT,
-        "a folder of images, train/CLASS/ and val/CLASS/, or CLASS/ of which a fifth is tested",
+        "a folder of images, train/CLASS/ and val/CLASS/, or only CLASS/, of which a fifth is held "
+        "out",
     )
     targets: tuple[str, ...] | None = option(TEXTS, "layers to adapt", None, shown="qkv")
     model_args: tuple[tuple[str, Any], ...] = option(

@@ -29,10 +29,12 @@ def add_parser(commands: Any) -> None:
     default = " [%(default)s]"
     parser = commands.add_parser(
         "kernels",
-        help="what the machine code of every GPU kernel needs, without a GPU; or --precompile it",
+        help="compile every GPU kernel without a GPU and report registers and spills",
     )
     parser.add_argument(
-        "--target", choices=("sm_80", "sm_90"), help="the chip [sm_90; --precompile: that at hand]"
+        "--target",
+        choices=("sm_80", "sm_90"),
+        help="GPU architecture [sm_90; with --precompile, that of this machine]",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write a JSON record; an older one is replaced"
@@ -41,15 +43,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--precompile",
         action="store_true",
-        help="only fill Triton's cache (TRITON_CACHE_DIR) with the Triton kernels, so that no step "
-        "has to wait for its compiler: those of the same sizes, or of the --model below",
+        help="only fill Triton's cache (TRITON_CACHE_DIR) with the Triton kernels for the built-in "
+        "sizes, or for --model, so that no step has to wait for the compiler",
     )
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes that compile [one per core, at most 16]"
     )
     parser.add_argument("--model", metavar="NAME", help="a timm model, for the sizes of its steps")
     parser.add_argument(
-        "--targets", nargs="+", default=["qkv"], metavar="NAME", help="its adapted layers [qkv]"
+        "--targets",
+        nargs="+",
+        default=["qkv"],
+        metavar="NAME",
+        help="adapted layers of --model [qkv]",
     )
     parser.add_argument(
         "--particles", type=int, default=4, metavar="K", help="number of particles" + default
@@ -183,4 +189,6 @@ def _check_record(out: Path) -> None:
     except (OSError, ValueError, AttributeError):
         ours = False
     if not ours:
-        raise ValueError(f"{out} is there already and no record of kernels; choose another --out")
+        raise ValueError(
+            f"{out} exists already and is not a record of kernels; choose another --out"
+        )

@@ -96,7 +96,7 @@ add(
     "q wi wo",
     tolerance=FLOAT32_PARTS,
     fold="loop",
-    why="Experts see the tokens that are sent to them, another number for each particle.",
+    why="Each expert receives a different number of tokens per particle.",
 )
 add(
     "whisper",

@@ -37,7 +37,7 @@ add(
     lambda: (torch.randn(7, 5), torch.randint(0, 7, (2, 20))),
     _GRAPH_LORA,
     fold="loop",
-    why="The edges number the nodes of one graph.",
+    why="Edge indices refer to the nodes of a single graph.",
 )
 # As many edges as nodes, and a declaration that the edges are the same for all particles.
 add(
@@ -47,7 +47,7 @@ add(
     _GRAPH_LORA,
     axes={"batch_axes": {"x": 0, "edges": None}},
     fold="loop",
-    why="The edges number the nodes of one graph.",
+    why="Edge indices refer to the nodes of a single graph.",
 )
 
 
@@ -120,7 +120,7 @@ for _rows in (BATCH, 3 * BATCH, 7):
         lambda: (torch.randn(BATCH, 6),),
         "image text",
         fold="loop",
-        why="The table is not a batch: its rows are the same for all, and its features are not.",
+        why="The table has no batch axis: rows are shared, features differ per particle.",
     )
 
 
@@ -174,7 +174,7 @@ add(
     lambda: (torch.randn(BATCH, TOKENS, 6),),
     {"target_modules": r"body|experts\.\d"},
     fold="loop",
-    why="Experts see the tokens that are sent to them, another number for each particle.",
+    why="Each expert receives a different number of tokens per particle.",
 )
 add(
     "routed-experts-router",

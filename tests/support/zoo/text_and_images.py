@@ -132,7 +132,7 @@ add(
     {"target_modules": r".*language_model.*\.(q_proj|v_proj)"},
     tolerance=FLOAT32_PARTS,
     fold="loop",
-    why="Images are twice as many as rows.",
+    why="There are twice as many images as rows.",
 )
 add(
     "llava-one-image",

@@ -286,6 +286,13 @@ def test_a_run_that_never_began_leaves_its_folder_free(tmp_path, capsys):
     assert cli.main(command) == 0
 
 
+def test_a_wrong_method_argument_is_found_before_anything_is_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "make_task", None)  # it would pretrain the base
+    out = tmp_path / "run"
+    assert cli.main(["train", *SHORT, "--out", str(out), "--method-args", "alfa=1"]) == 1
+    assert "ibdr has the arguments" in capsys.readouterr().err and not out.exists()
+
+
 def test_particles_are_evaluated_in_the_chunks_of_training(image_folder, tmp_path, monkeypatch):
     command = ["train", "--data", str(image_folder), *MODEL, "--steps", "2", "--particles", "3"]
     numbers_of, chunks = {}, []

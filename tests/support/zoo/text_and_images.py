@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
 from zoo.entry import BATCH, FLOAT32_PARTS, TOKENS, Models
 from zoo.of_transformers import (
@@ -144,8 +145,8 @@ add(
     },
     "q_proj v_proj linear_1",
     tolerance=FLOAT32_PARTS,
-    # Before transformers 5 they are one tensor, and the fold is right.
-    fold="loop" if transformers.__version__ >= "5" else "batch",
+    # Older transformers return them as one tensor, and the fold is right.
+    fold="loop" if hasattr(LlavaModelOutputWithPast, "image_outputs") else "batch",
     why="The image features are a list with an entry for every row.",
 )
 

@@ -96,20 +96,25 @@ def steps_of(rank, folder, shape, family, wrap):
 @pytest.mark.parametrize(
     ("family", "shape", "wrap"),
     [
-        ("vit", (2, 1), "mesh"),
-        ("vit", (1, 2), "mesh"),
-        ("vit", (4, 1), "mesh"),
         ("vit", (2, 2), "mesh"),
-        ("vit", (1, 4), "mesh"),
         ("llama", (2, 1), "mesh"),
         ("llama", (1, 2), "mesh"),
-        ("llama", (4, 1), "mesh"),
-        ("llama", (2, 2), "mesh"),
-        ("llama", (1, 4), "mesh"),
         ("vit", (2, 1), "ddp"),
-        ("vit", (2, 1), "fsdp"),
         ("vit", (2, 1), "fsdp inside a block"),
-        ("vit", (2, 2), "fsdp"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("vit", (2, 1), "mesh"),
+                ("vit", (1, 2), "mesh"),
+                ("vit", (4, 1), "mesh"),
+                ("vit", (1, 4), "mesh"),
+                ("llama", (4, 1), "mesh"),
+                ("llama", (2, 2), "mesh"),
+                ("llama", (1, 4), "mesh"),
+                ("vit", (2, 1), "fsdp"),
+                ("vit", (2, 2), "fsdp"),
+            ]
+        ),
     ],
 )
 def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
@@ -272,6 +277,7 @@ def test_particles_are_saved_and_predict_together(tmp_path):
         torch.testing.assert_close(tensor, soups[1][name])
 
 
+@pytest.mark.slow
 def test_the_script_that_the_guide_shows(tmp_path):
     script = tmp_path / "train.py"
     code = block("docs/guides/distributed.md", "## On many devices", "python")

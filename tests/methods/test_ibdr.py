@@ -109,6 +109,7 @@ class NaiveIBDR:
 
 
 class TestIBDR:
+    @pytest.mark.cover
     @pytest.mark.parametrize("kind", ["logdet", "det"])
     @pytest.mark.parametrize("divergence", ["joint", "cross"])
     @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from models import load_peft, perturb
 from zoo import CANNOT_SEE
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", COUPLINGS)
 def test_coupling_is_found(name: str, dtype: torch.dtype) -> None:

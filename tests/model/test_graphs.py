@@ -66,6 +66,7 @@ def step(model, method, x, y):
     ml.clip_grad_norm_(model, 1.0)
 
 
+@pytest.mark.cover
 @pytest.mark.filterwarnings("ignore:.*start from weights drawn anew")
 @pytest.mark.parametrize("name", METHODS)
 def test_no_step_but_the_first_waits_or_copies(name, backend, on_a_gpu):

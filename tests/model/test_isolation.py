@@ -154,6 +154,7 @@ SOUND: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", SOUND)
 def test_sound_model_passes(name: str, dtype: torch.dtype) -> None:

@@ -58,6 +58,7 @@ def assert_same(got, expected, tolerance):
     torch.testing.assert_close(got[1], expected[1], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("family", ["vit", "llama", "cnn"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunk", [1, 2, 4])
@@ -306,6 +307,7 @@ def test_trainable_numbers_of_bellas_clip():
     assert sum(p[0].numel() for p in model.particle_parameters()) == 368_640
 
 
+@pytest.mark.slow
 def test_the_loop_that_the_guide_shows():
     family = FAMILIES["mlp"]
     x = torch.randn(64, 6)

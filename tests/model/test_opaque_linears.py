@@ -108,6 +108,7 @@ def test_autocast(stub):
     assert_same_gradients(got, expected, 0.05)
 
 
+@pytest.mark.slow
 @stubs
 def test_compiled(stub):
     foreign, _ = pair(stub)

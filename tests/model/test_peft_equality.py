@@ -267,6 +267,7 @@ def test_dropout_is_unbiased(dropped):
     assert (y.std(0) > 0.01).all()
 
 
+@pytest.mark.slow
 def test_dropout_has_peft_variance(dropped, tmp_path):
     base, model, x = dropped
     model.save_pretrained(tmp_path)

@@ -180,6 +180,7 @@ class TinyVit(VisionTransformer):
         self.head = self.head if head is None else head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "backend", "sizes"),
     [

@@ -246,6 +246,7 @@ def test_known_backends_are_available_or_say_why():
             assert reason in str(error.value)
 
 
+@pytest.mark.slow
 def test_environment_names_a_backend_and_imports_stay_few():
     # Each of these takes seconds to import; they are imported where they are used.
     program = """

@@ -36,8 +36,8 @@ SHAPES = [
     (3, 13, 17, 2),
     (5, 8, 64, 4),
     (7, 23, 5, 7),
-    (8, 37, 29, 16),
-    (3, 700, 300, 2),
+    pytest.param((8, 37, 29, 16), marks=pytest.mark.heavy),
+    pytest.param((3, 700, 300, 2), marks=pytest.mark.heavy),
 ]
 # Some layers are alike, in no order; the particles agree.
 RAGGED = [(4, 7, 11, 2), (4, 5, 3, 1), (4, 7, 11, 2), (4, 11, 7, 2), (4, 7, 11, 3), (4, 5, 3, 1)]
@@ -71,6 +71,7 @@ def test_values_and_gradients(function, oracle, shape, dtype, tolerance):
         assert relative_error(g, e) < tolerance
 
 
+@pytest.mark.heavy
 @both
 def test_layers_of_any_shape(function, oracle):
     lora_A, lora_B = ragged()
@@ -99,6 +100,7 @@ def test_layers_of_any_shape(function, oracle):
     torch.testing.assert_close(alike, function(lora_A, lora_B, [2.0] * layers), rtol=0, atol=0)
 
 
+@pytest.mark.heavy
 @both
 def test_more_layers_than_fit_in_one_launch(backend, function, oracle):
     # A CUDA launch's description of the layers has 4 KB, enough for 56 of them in the last stage.
@@ -171,6 +173,7 @@ def test_particles_of_unequal_norms(function, oracle):
             assert relative_error(g[particle], e[particle]) < FP32
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_distances_are_never_negative(size):
     for K, gap in ((2, 0.0), (5, 0.0), (8, 1e-8), (8, 1e-6)):
@@ -216,6 +219,7 @@ def test_half_precision_factors(function, oracle, dtype):
         assert relative_error(g, e) < torch.finfo(dtype).eps
 
 
+@pytest.mark.heavy
 @both
 def test_autocast_does_not_touch_it(function, oracle):
     lora_A, lora_B = factors(4, 13, 17, 3)
@@ -233,6 +237,7 @@ def test_autocast_does_not_touch_it(function, oracle):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.heavy
 @both
 def test_gradcheck(function, oracle, backend):
     factor = [t.requires_grad_() for t in factors(3, 3, 4, 2, torch.float64)]
@@ -241,11 +246,13 @@ def test_gradcheck(function, oracle, backend):
     assert torch.autograd.gradcheck(lambda A, B: function(A, B, 0.5), factor, fast_mode=fast)
 
 
+@pytest.mark.heavy
 @both
 def test_second_derivatives_are_right_or_refused(function, oracle):
     check_second_derivatives(function, factors(3, 3, 4, 2, torch.float64))
 
 
+@pytest.mark.heavy
 def test_opcheck():
     lora_A, lora_B = ragged()
     for t in (*lora_A, *lora_B):
@@ -254,6 +261,7 @@ def test_opcheck():
     check_operator(torch.ops.multilora.pairwise_frobenius.default, (lora_A, lora_B, SCALINGS))
 
 
+@pytest.mark.heavy
 def test_opcheck_backward():
     lora_A, lora_B = ragged()
     grad = torch.randn(len(RAGGED), 4, 4, dtype=torch.float64)
@@ -268,6 +276,7 @@ def surrounded(lora_A, lora_B, head_A, head_B):
 
 
 # inductor gets the functions alone: see test_lora_linear.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, compiler", [(surrounded, "aot_eager"), (ml.lora_gram, "inductor")]
 )

@@ -107,6 +107,7 @@ def test_nothing_to_add(sizes, shared):
         assert torch.equal(leaf.grad, torch.zeros_like(leaf))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_gradcheck(shared):
     leaves = problem(2, (2,), 2, 3, 1, torch.float64, shared)
@@ -205,6 +206,7 @@ def test_only_wanted_gradients_are_computed(backend, wanted):
         assert products == {"y": 0, "x": 2, "A": 2, "B": 1}[wanted]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype, shared", [(torch.float32, False), (torch.bfloat16, True)])
 def test_opcheck(dtype, shared):
     y, x, lora_A, lora_B = problem(shared=shared)
@@ -236,6 +238,7 @@ def under_autocast(y, x, lora_A, lora_B):
 
 
 # inductor gets the function alone: see test_lora_linear.
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "function, compiler, dynamic",
     [
@@ -276,6 +279,7 @@ def test_float32_masters(dtype, shared):
     check_against_oracle((y.to(dtype), x.to(dtype), lora_A, lora_B), tolerance=tolerance)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("autocast", [False, True])
 def test_y_decides_the_dtype(autocast):
     # For a float32 input, a quantised layer may return half precision, and the other way round.

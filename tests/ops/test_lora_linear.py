@@ -134,6 +134,7 @@ def test_no_input_features():
     assert torch.equal(lora_B.grad, torch.zeros_like(lora_B))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_gradcheck(shared):
     x, weight, lora_A, lora_B, bias = problem(2, (3,), 3, 2, 2, torch.float64, shared)
@@ -143,6 +144,7 @@ def test_gradcheck(shared):
     )
 
 
+@pytest.mark.heavy
 def test_second_derivatives_are_right_or_refused():
     x, weight, lora_A, lora_B, _ = problem(2, (3,), 3, 2, 2, torch.float64)
     check_second_derivatives(lambda x, A, B: ml.lora_linear(x, weight, A, B), [x, lora_A, lora_B])
@@ -165,6 +167,7 @@ def test_weight_and_bias_are_frozen():
     assert weight.grad is None and bias.grad is None
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(dtype, shared):
@@ -177,6 +180,7 @@ def test_opcheck(dtype, shared):
         check_operator(torch.ops.multilora.lora_linear.default, args, **tolerances)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False]], ids=["all", "A"])
 def test_opcheck_backward(needs, shared):
@@ -199,6 +203,7 @@ def under_autocast(x, weight, lora_A, lora_B, bias):
 
 # inductor checks the strides that the fake operators promise. It gets the function alone: code
 # for the operators around it would have to be compiled, which takes long and tests nothing of ours.
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "function, compiler",
     [(surrounded, "aot_eager"), (under_autocast, "aot_eager"), (ml.lora_linear, "inductor")],
@@ -209,6 +214,7 @@ def test_compile(function, compiler, dynamic):
     check_compiled(frozen(function), [problem(lead=(n,)) for n in sizes], compiler, dynamic)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["one", "expanded leaf"])
 def test_compile_a_shared_input(form):
     x, *others = problem(4, (6,), shared=True)

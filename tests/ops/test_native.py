@@ -56,6 +56,7 @@ def results(tmp_path: Path, name: str, *args: str, **environment: str) -> list[t
     return torch.load(file)
 
 
+@pytest.mark.slow
 def test_every_level_computes_the_same(tmp_path):
     from multilora import _C
 
@@ -72,6 +73,7 @@ def test_every_level_computes_the_same(tmp_path):
             assert any(not torch.equal(g, b) for g, b in zip(got, best))
 
 
+@pytest.mark.slow
 def test_one_thread_and_two_give_the_same_bits(tmp_path):
     for one, two in zip(results(tmp_path, "1", "1"), results(tmp_path, "2", "2")):
         assert torch.equal(one, two)
@@ -92,6 +94,7 @@ with ml.use_backend("reference"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["avx2", "avx1024"])
 def test_a_level_that_this_cpu_does_not_have(level):
     # It was requested, so that nothing falls back to another one.

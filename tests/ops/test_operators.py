@@ -77,6 +77,7 @@ def check_logdet(K, C, gap, eps, dtype):
         assert error < rounded + (4 + K**0.5) * FLOAT32 / eps
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("eps", [1e-6, 1e-4])
 @pytest.mark.parametrize("gap", [0.0, 1e-5, 1e-3])
@@ -143,6 +144,7 @@ def test_det_of_nearly_equal_particles(backend, K, C, gap):
     assert relative_error(gradient, slope) < 100 * FLOAT32 / gap
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-4, 1e-3])
 @pytest.mark.parametrize("shape", [(3, 7), (8, 129), (32, 40)], ids=str)
@@ -194,6 +196,7 @@ print(torch.equal(ml.gram_volume(*small), before))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_kernel_without_memory_raises(threads):

@@ -53,6 +53,7 @@ def flat(directions):
     return [*directions[0], *directions[1]]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("full", [False, True], ids=["own", "mix"])
 @pytest.mark.parametrize(
     "K, sizes",
@@ -66,6 +67,7 @@ def test_directions(K, sizes, full):
         assert relative_error(got, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("full", [False, True], ids=["own", "mix"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(dtype, full):
@@ -91,6 +93,7 @@ def test_one_scaling_and_views():
         assert relative_error(got, e) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.heavy
 def test_nearly_equal_particles():
     args = problem(4, ALIKE)
     # The force is a small difference of large sums.
@@ -101,6 +104,7 @@ def test_nearly_equal_particles():
         assert relative_error(got, expected) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.heavy
 def test_without_repulsion_it_mixes():
     args = problem(5, RAGGED)
     args[3] = torch.zeros_like(args[3])
@@ -109,6 +113,7 @@ def test_without_repulsion_it_mixes():
         torch.testing.assert_close(got, weight[:, None, None] * grad)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("full", [False, True], ids=["own", "mix"])
 def test_nan_stays_in_its_layer(full):
     args = problem(3, RAGGED, full=full)
@@ -125,6 +130,7 @@ def test_nan_stays_in_its_layer(full):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.heavy
 def test_nan_gradient_stays_in_its_particle():
     args = problem(4, RAGGED)
     clean = flat(svgd_update(*args))
@@ -137,6 +143,7 @@ def test_nan_gradient_stays_in_its_particle():
         assert torch.equal(got[others], expected[others])
 
 
+@pytest.mark.heavy
 def test_two_runs_are_bitwise_equal():
     args = problem(4, LONG + RAGGED, full=True)
     for first, second in zip(flat(svgd_update(*args)), flat(svgd_update(*args))):
@@ -148,6 +155,7 @@ def test_no_features():
         assert got.isfinite().all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("full", [False, True], ids=["own", "mix"])
 def test_opcheck(full):
     check_operator(torch.ops.multilora.svgd_update.default, tuple(problem(3, RAGGED, full=full)))

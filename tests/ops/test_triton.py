@@ -90,6 +90,7 @@ def test_odd_shapes(shape, shared):
     check_against_oracle(tensors, TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_gemm")
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -100,6 +101,7 @@ def test_ranks(rank, dtype, shared):
     check_against_oracle(problem(2, 133, d_in, d_out, rank, dtype, shared), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_gemm")
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -108,6 +110,7 @@ def test_particles(K, dtype, shared):
     check_against_oracle(problem(K, 37, 24, 40, 5, dtype, shared), TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["shrink inside", "shrink first", "accumulate"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_paths(path, dtype, monkeypatch):
@@ -165,6 +168,7 @@ def test_repeats_bit_for_bit(shared):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_gemm")
 @pytest.mark.parametrize("d_in, d_out", [(40, 72), (41, 67)])
 def test_a_broken_particle_does_not_spread(d_in, d_out):
@@ -458,6 +462,7 @@ def compile_kernels(*args, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_gemm_uses_tensor_cores_and_the_copy_engine(tmp_path):
     name = "lora_linear 768→768 K4 T12608 r16 bfloat16"
     done = compile_kernels("--target", "sm_90", "--only", name, "--out", str(tmp_path / "k.json"))
@@ -481,6 +486,7 @@ def test_bad_code_is_refused():
     assert "serialised" in dataclasses.replace(good, serialized=True).failure(10**6)
 
 
+@pytest.mark.slow
 def test_kernels_command_says_what_is_wrong():
     done = compile_kernels(TRITON_INTERPRET="1")
     assert done.returncode == 1 and "TRITON_INTERPRET" in done.stderr

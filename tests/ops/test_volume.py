@@ -114,6 +114,7 @@ def test_gradient_of_the_true_logit_is_zero(kind):
     assert torch.equal(ml.gram_volume(moved, targets, kind=kind), value)
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("K", [2, 4, 8])
 def test_identical_particles_have_no_gradient(kind, K):
@@ -126,6 +127,7 @@ def test_identical_particles_have_no_gradient(kind, K):
     assert exact.abs().max() < 1e-10
 
 
+@pytest.mark.heavy
 def test_nearly_equal_particles():
     # This is why eps = 1e-4: the float32 error of the value stays near 1e-4 absolute.
     logits, targets = problem(1, 31, 10)
@@ -163,6 +165,7 @@ def test_large_logits(dtype):
     assert logits.grad.isfinite().all()
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("K", [3, 8], ids=["K<C", "K>C"])
 @pytest.mark.parametrize("junk", [0.5, float("nan"), float("inf"), -float("inf")])
@@ -209,6 +212,7 @@ def test_without_valid_targets(kind, C, N):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("name", ["gram_volume", "particle_loss"])
 def test_two_classes(name, kind, monkeypatch):
@@ -233,6 +237,7 @@ def mean_cross_entropy(logits, targets):
     return torch.stack([F.cross_entropy(z.to(torch.float32), targets) for z in logits])
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -311,6 +316,7 @@ def test_non_contiguous_logits():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("shape", [(3, 4, 5), (6, 4, 4)], ids=["K<C", "K>C"])
 def test_gradcheck(shape, kind, backend):
@@ -325,6 +331,7 @@ def test_gradcheck(shape, kind, backend):
         assert torch.autograd.gradcheck(of_logits, (logits,), fast_mode=fast)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "shape, kind",
     [((3, 7, 5), "logdet"), ((6, 7, 4), "det"), ((4, 7, 4), "logdet"), ((3, 7, 2), "det")],
@@ -337,6 +344,7 @@ def test_opcheck(name, shape, kind):
     check_operator(op, (logits.requires_grad_(), targets, 1e-4, kind))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shape", [(3, 7, 5), (6, 7, 4)], ids=["K<C", "K>C"])
 def test_opcheck_backward(shape):
     logits, targets = problem(*shape)
@@ -355,6 +363,7 @@ def surrounded(logits, targets):
 
 
 # inductor gets the functions alone: see test_lora_linear.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, compiler",
     [(surrounded, "aot_eager"), (ml.gram_volume, "inductor"), (ml.particle_loss, "inductor")],
@@ -375,6 +384,7 @@ def test_autocast_does_not_touch_it():
     assert torch.equal(nll, expected[0]) and torch.equal(divergence, expected[1])
 
 
+@pytest.mark.heavy
 def test_second_derivatives_are_right_or_refused():
     logits, targets = problem(3, 4, 5, torch.float64)
     check_second_derivatives(of(ml.gram_volume, targets, eps=0.1), [logits])
@@ -394,6 +404,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_many_particles_and_classes(shape):
     logits, targets = problem(*shape)
@@ -418,6 +429,7 @@ def test_many_particles_and_classes(shape):
     assert relative_error(half, expected) < GRADIENT + torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shape", [(3, 7, 5), (8, 1, 4101), (17, 2, 70)], ids=str)
 def test_repeated_runs_are_equal_to_the_bit(shape):
     logits, targets = problem(*shape)
@@ -432,6 +444,7 @@ def test_repeated_runs_are_equal_to_the_bit(shape):
         assert torch.equal(first, second)
 
 
+@pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("junk", [float("nan"), float("inf")])
 @pytest.mark.parametrize("shape", [(4, 5, 7), (8, 2, 600), (6, 2, 4)], ids=str)

@@ -1,8 +1,9 @@
-"""Markers that follow from what a test asks for, and what -m "not slow" runs of the slow backends.
+"""Markers that follow from what a test asks for, and what -m "not slow" runs of many combinations.
 
 Triton's interpreter and the emulator of compiled code take a hundred times as long as kernels of a
-CPU. Of a test that runs there, -m "not slow" keeps a cover: as many combinations of its parameters
-as it takes for every value of each parameter to come up. The others are slow.
+CPU. Of a test that runs there, and of every test with the marker "cover", -m "not slow" keeps as
+many combinations of its parameters as it takes for every value of each parameter to come up. The
+others are slow, and so is a test with the marker "heavy" in the interpreter and in the emulator.
 """
 
 from collections import defaultdict
@@ -16,16 +17,19 @@ _EMULATED = {"executed_ptx", "compiling"}
 
 def mark(items: Iterable[pytest.Item]) -> None:
     """Add the markers interpreter, emulated and slow."""
-    combinations: dict[tuple[str, str], list[tuple[pytest.Item, set]]] = defaultdict(list)
+    combinations: dict[tuple[str | None, str], list[pytest.Item]] = defaultdict(list)
     for item in items:
         tier = _tier(item)
         if tier is not None:
             item.add_marker(tier)
-            values = {(name, repr(value)) for name, value in _parameters(item).items()}
-            combinations[tier, item.nodeid.split("[")[0]].append((item, values))
+        if tier is not None and item.get_closest_marker("heavy"):
+            item.add_marker(pytest.mark.slow)
+        elif tier is not None or item.get_closest_marker("cover"):
+            combinations[tier, item.nodeid.split("[")[0]].append(item)
     for tests in combinations.values():
         shown: set = set()
-        for item, values in tests:
+        for item in tests:
+            values = {(name, repr(value)) for name, value in _parameters(item).items()}
             if values and values <= shown:
                 item.add_marker(pytest.mark.slow)
             shown |= values

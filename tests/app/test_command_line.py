@@ -68,6 +68,7 @@ def test_train_replaces_no_files_of_the_users(tmp_path, capsys, name, more):
     assert {f for f in (tmp_path / "folder").rglob("*") if f.is_file()} == {file}
 
 
+@pytest.mark.slow
 def test_a_comparison_replaces_no_table_of_the_users(tmp_path, capsys):
     (tmp_path / "compare.json").write_text("of the user")
     compare = [*SHORT, "--compare", "--seeds", "1", "--out", tmp_path]
@@ -356,6 +357,7 @@ def test_a_distilled_model_trains_both_heads(images, tmp_path):
     assert cli.main(["evaluate", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_has_its_convolutions(images, tmp_path, capsys):
     out = tmp_path / "run"
     small = ["layers=[1,1,1,1]", "channels=[8,8,8,8]", "stem_width=8"]

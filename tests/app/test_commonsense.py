@@ -430,6 +430,7 @@ def test_a_particle_is_an_adapter_of_the_language_model(run, folder):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, classes", [("ibdr", "vocabulary"), ("svgd", "answers")])
 def test_a_stopped_run_resumes_to_the_same_numbers(folder, arc_data, tmp_path, method, classes):
     settings = recommended(

@@ -147,6 +147,7 @@ def test_augmentation_depends_on_seed_epoch_and_index(kitti):
     assert not torch.equal(other[2][0], first)
 
 
+@pytest.mark.slow
 def test_an_augmented_run_resumes_to_the_same_numbers(kitti, tmp_path):
     settings = recommended(
         "vtab",

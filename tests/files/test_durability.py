@@ -19,6 +19,7 @@ from adapter_files import contents
 from multilora import atomic, checkpoint, particle_folders
 from multilora.app import resume as run_state
 from multilora.app import run as training
+from tiers import sampled
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -69,7 +70,12 @@ KILLS += [("step", 1), ("step", SAVE_EVERY), ("step", STEPS)]
 # While the state is written (the first, a later, the last one), while the adapters are written, and
 # while they are moved into place.
 KILLS += [("state", 1), ("state", 3), ("state", 5), ("adapters", 2), ("moves", 1), ("moves", 9)]
-CASES = [(METHODS[i % 3], *kill) for i, kill in enumerate(KILLS)]
+# A moment in the middle, the end, and each kind of write are quick; the other moments are slow.
+QUICK = (2, 17, 19, 21, 22)
+CASES = [
+    pytest.param(METHODS[i % 3], *kill, marks=() if i in QUICK else pytest.mark.slow)
+    for i, kill in enumerate(KILLS)
+]
 
 
 @pytest.mark.parametrize(("method", "where", "count"), CASES)
@@ -98,7 +104,7 @@ def test_a_killed_run_ends_as_the_whole_one(method, where, count, whole, tmp_pat
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("method", ["ibdr", "svgd"])
+@pytest.mark.parametrize("method", sampled(["ibdr", "svgd"], 2))
 def test_a_run_killed_again_and_again_ends_as_the_whole_one(method, whole, tmp_path):
     out = tmp_path / "run"
     for kill in [("step", 5), ("state", 2), ("step", 8), ("step", 16), ("state", 1), ("step", 23)]:
@@ -133,6 +139,7 @@ def seeds_in(path):
     return {value for p in model.particle_parameters() for value in p.unique().tolist()}
 
 
+@pytest.mark.slow
 def test_a_save_killed_anywhere_leaves_one_whole_set(tmp_path):
     old = tmp_path / "old"
     killed.particles(1).save_pretrained(old)
@@ -188,6 +195,7 @@ def test_two_processes_that_save_to_one_folder_do_not_mix(tmp_path):
     assert seeds_in(tmp_path) in ({1}, {2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["particles", "in place", "folders", "soup"])
 def test_a_reader_beside_a_saver_finds_one_set_or_the_other(what, tmp_path):
     folders = [tmp_path] if what == "soup" else [tmp_path / f"particle_{k}" for k in range(3)]

@@ -322,6 +322,7 @@ def test_every_task_is_trained_as_trainer_trains_it(task, micro_batches):
         assert line["loss"] == pytest.approx(mean, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "method"),
     [

@@ -33,6 +33,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", NAMES)
 def test_training_lowers_every_particles_loss(name, method, tmp_path):
@@ -249,6 +250,7 @@ def train_in_two(rank, folder):
     return kinds, values(trainer.model), trainer.evaluate()["eval_loss"], train_lines(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes_train_as_one(tmp_path):
     results = run_in_processes(2, train_in_two, tmp_path)

@@ -9,6 +9,7 @@ from torch import nn
 from models import values
 from multilora.optim import EachParticle, clip_grad_norm_, is_elementwise, separate_parameters
 from separate_runs import STEPS, K, alone, assert_equal_runs, start, train, train_alone
+from tiers import sampled
 
 ELEMENTWISE = {
     "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
@@ -79,7 +80,7 @@ FORMS = [(name, "one") for name in (*PER_TENSOR, *OF_MATRICES, "sgd", "adamw fus
 FORMS += [(name, "each") for name in ("adafactor", "lamb", "muon", "adamw")]
 
 
-@pytest.mark.parametrize(("name", "form"), FORMS)
+@pytest.mark.parametrize(("name", "form"), sampled(FORMS, 3))
 def test_an_optimizer_on_separate_parameters(name, form):
     model, make = start(only_matrices=name in OF_MATRICES), ALL[name]
     before = values(model)

@@ -66,6 +66,7 @@ def step(model, method, x, y):
     ml.clip_grad_norm_(model, 1.0)
 
 
+@pytest.mark.heavy
 @pytest.mark.cover
 @pytest.mark.filterwarnings("ignore:.*start from weights drawn anew")
 @pytest.mark.parametrize("name", METHODS)

@@ -1,7 +1,7 @@
 """Every model of the zoo against PEFT: outputs, gradients, the fold that it runs in, the check."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import multilora as ml
 from models import load_peft, particle_tensors, peft_tensors, perturb
+from tiers import sampled
 from zoo import ZOO, Entry, call, table
 
 pytestmark = [
@@ -23,12 +24,6 @@ pytestmark = [
 PARTICLES = 3
 IN_BATCH = [name for name, entry in ZOO.items() if entry.fold == "batch"]
 IN_LOOP = [name for name, entry in ZOO.items() if entry.fold == "loop"]
-
-
-def sampled(names: Iterable[str]) -> list[Any]:
-    """All names; all but every eighth are slow."""
-    slow = pytest.mark.slow
-    return [n if i % 8 == 0 else pytest.param(n, marks=slow) for i, n in enumerate(names)]
 
 
 def particles(entry: Entry, base: nn.Module, fold: str, trained: bool = True) -> ml.ParticleModel:
@@ -131,7 +126,7 @@ def assert_equals_peft(
     assert spread > 1e-3
 
 
-@pytest.mark.parametrize("name", sampled(ZOO))
+@pytest.mark.parametrize("name", sampled(ZOO, 8))
 def test_equals_peft(name: str, tmp_path: Path) -> None:
     """In the fold that the table gives, in evaluation and in training mode, with the check on."""
     entry = ZOO[name]
@@ -152,7 +147,7 @@ def test_equals_peft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", sampled(IN_LOOP))
+@pytest.mark.parametrize("name", sampled(IN_LOOP, 8))
 def test_is_refused_in_a_batch(name: str, training: bool) -> None:
     """Fresh particles, whose adapters do nothing yet, and trained ones."""
     entry = ZOO[name]
@@ -164,7 +159,7 @@ def test_is_refused_in_a_batch(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", sampled(IN_BATCH))
+@pytest.mark.parametrize("name", sampled(IN_BATCH, 8))
 def test_check_lets_pass(name: str, dtype: torch.dtype) -> None:
     entry = ZOO[name]
     base, inputs = built(entry, dtype), entry.inputs(dtype)

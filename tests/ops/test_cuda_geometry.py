@@ -8,6 +8,7 @@ import multilora as ml
 import oracles
 from oracles import double_gradients, gradients, relative_error
 from ptx import native
+from tiers import sampled
 
 pytestmark = pytest.mark.usefixtures("executed_ptx")
 
@@ -39,7 +40,7 @@ archs = pytest.mark.parametrize("arch", native.ARCHS)
 
 
 @archs
-@pytest.mark.parametrize("functions, size, dtype, mode", TRACES)
+@pytest.mark.parametrize("functions, size, dtype, mode", sampled(TRACES, 3))
 def test_traces(functions, size, dtype, mode, arch):
     K, d_in, d_out, rank = size
     factors = [torch.randn(K, rank, d_in, dtype=dtype), torch.randn(K, d_out, rank, dtype=dtype)]
@@ -53,6 +54,7 @@ def test_traces(functions, size, dtype, mode, arch):
         assert relative_error(g, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @archs
 @pytest.mark.parametrize("dtype, full, mode", UPDATES, ids=str)
 def test_updates(dtype, full, mode, arch):
@@ -64,6 +66,7 @@ def test_updates(dtype, full, mode, arch):
         assert relative_error(g, expected) < svgd.TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 def test_more_layers_than_fit_in_one_launch():
     # A launch's description of the layers has 4 KB, enough for 56 of them in the traces.
     K, layers = 2, 58

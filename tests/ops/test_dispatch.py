@@ -267,6 +267,7 @@ print(took, dispatch.current_backend(), sorted(set(heavy.split()) & sys.modules.
     assert float(took) <= 0.2
 
 
+@pytest.mark.slow
 def test_environment_names_a_backend_that_is_missing():
     program = """
 import torch, multilora

@@ -252,7 +252,7 @@ def test_second_derivatives_are_right_or_refused(function, oracle):
     check_second_derivatives(function, factors(3, 3, 4, 2, torch.float64))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_opcheck():
     lora_A, lora_B = ragged()
     for t in (*lora_A, *lora_B):

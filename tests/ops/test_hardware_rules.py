@@ -65,6 +65,7 @@ FAR = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", ["shrink inside", "shrink first", "accumulate"])
 @pytest.mark.parametrize("axis", FAR)
 def test_factors_that_are_far_apart(axis, path, far, monkeypatch):
@@ -169,6 +170,7 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias", "grad", "shrunk"])
 def test_bases_off_their_alignment(which):
     t = {
@@ -226,6 +228,7 @@ print(dispatch.missing_reason("cuda"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "driver, reason", [(13000, "None"), (12080, "driver is one for CUDA 12.8")]
 )

@@ -135,6 +135,7 @@ def test_bias_in_both_orders(w_depth_first, with_bias):
     check(args, w_depth_first, run(*args, w_depth_first, 256, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w_depth_first", [False, True], ids=["rows", "columns"])
 def test_which_block_computes_a_tile_does_not_matter(w_depth_first):
     args = tensors(3, 136, 8, 136, 8, BF16, w_depth_first)
@@ -247,6 +248,7 @@ def passes(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rank, dtype, master",
     [(1, BF16, torch.float32), (5, F16, None), (8, BF16, None), (40, F16, torch.float32)],

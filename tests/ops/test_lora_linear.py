@@ -167,6 +167,7 @@ def test_weight_and_bias_are_frozen():
     assert weight.grad is None and bias.grad is None
 
 
+@pytest.mark.cover
 @pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -180,6 +181,7 @@ def test_opcheck(dtype, shared):
         check_operator(torch.ops.multilora.lora_linear.default, args, **tolerances)
 
 
+@pytest.mark.cover
 @pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("needs", [[True] * 3, [False, True, False]], ids=["all", "A"])
@@ -203,6 +205,7 @@ def under_autocast(x, weight, lora_A, lora_B, bias):
 
 # inductor checks the strides that the fake operators promise. It gets the function alone: code
 # for the operators around it would have to be compiled, which takes long and tests nothing of ours.
+@pytest.mark.cover
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "function, compiler",

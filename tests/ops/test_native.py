@@ -330,6 +330,7 @@ with_module = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @with_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which launches succeed")
 def test_a_launch_without_a_gpu_is_an_error():
@@ -346,6 +347,7 @@ except RuntimeError as error:
     assert "multilora: " in succeed(python(program)) and "CUDA" in succeed(python(program))
 
 
+@pytest.mark.slow
 @with_module
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_machine_code_of_the_cuda_kernels(target):

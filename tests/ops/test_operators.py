@@ -196,7 +196,7 @@ print(torch.equal(ml.gram_volume(*small), before))
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_kernel_without_memory_raises(threads):

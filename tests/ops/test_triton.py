@@ -81,6 +81,7 @@ def own_gemm(monkeypatch):
     monkeypatch.setattr(configs, "lora_gemm", forced)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_gemm")
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -160,6 +161,7 @@ def test_tf32_where_pytorch_takes_it(monkeypatch):
     assert precision(torch.bfloat16) == precision(torch.float64) == "ieee"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_repeats_bit_for_bit(shared):
     tensors = problem(3, 300, 40, 72, 5, torch.float16, shared)

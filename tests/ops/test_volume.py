@@ -34,11 +34,11 @@ SHAPES = [
     (2, 13, 3),
     (3, 11, 7),
     (4, 5, 5),
-    (5, 7, 5),
-    (5, 9, 10),
     (7, 3, 4),
-    (8, 9, 3),
-    (8, 3, 101),
+    *(
+        pytest.param(size, marks=pytest.mark.heavy)
+        for size in [(5, 7, 5), (5, 9, 10), (8, 9, 3), (8, 3, 101)]
+    ),
 ]
 
 
@@ -316,6 +316,7 @@ def test_non_contiguous_logits():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.cover
 @pytest.mark.heavy
 @kinds
 @pytest.mark.parametrize("shape", [(3, 4, 5), (6, 4, 4)], ids=["K<C", "K>C"])
@@ -331,6 +332,7 @@ def test_gradcheck(shape, kind, backend):
         assert torch.autograd.gradcheck(of_logits, (logits,), fast_mode=fast)
 
 
+@pytest.mark.cover
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "shape, kind",
@@ -344,6 +346,7 @@ def test_opcheck(name, shape, kind):
     check_operator(op, (logits.requires_grad_(), targets, 1e-4, kind))
 
 
+@pytest.mark.cover
 @pytest.mark.heavy
 @pytest.mark.parametrize("shape", [(3, 7, 5), (6, 7, 4)], ids=["K<C", "K>C"])
 def test_opcheck_backward(shape):

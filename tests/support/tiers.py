@@ -8,10 +8,12 @@ others are slow, and so is a test with the marker "heavy" in the interpreter and
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-#: Fixtures of tests that execute compiled code.
+#: Fixtures of tests that run Triton's kernels, and of those that execute compiled code.
+_INTERPRETED = {"triton", "far"}
 _EMULATED = {"executed_ptx", "compiling"}
 
 
@@ -24,7 +26,9 @@ def mark(items: Iterable[pytest.Item]) -> None:
             item.add_marker(tier)
         if tier is not None and item.get_closest_marker("heavy"):
             item.add_marker(pytest.mark.slow)
-        elif tier is not None or item.get_closest_marker("cover"):
+        if item.get_closest_marker("slow"):
+            continue
+        if tier is not None or item.get_closest_marker("cover"):
             combinations[tier, item.nodeid.split("[")[0]].append(item)
     for tests in combinations.values():
         shown: set = set()
@@ -35,10 +39,20 @@ def mark(items: Iterable[pytest.Item]) -> None:
             shown |= values
 
 
+def sampled(values: Iterable[Any], every: int) -> list[Any]:
+    """The values for parametrize; all but one in `every` are slow."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
+        for i, value in enumerate(values)
+        for marks in [() if i % every == 0 else pytest.mark.slow]
+    ]
+
+
 def _tier(item: pytest.Item) -> str | None:
-    if _parameters(item).get("backend") == "triton":
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if _parameters(item).get("backend") == "triton" or _INTERPRETED & fixtures:
         return "interpreter"
-    if item.get_closest_marker("emulated") or _EMULATED & set(getattr(item, "fixturenames", ())):
+    if item.get_closest_marker("emulated") or _EMULATED & fixtures:
         return "emulated"
     return None
 

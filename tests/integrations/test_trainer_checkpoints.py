@@ -140,5 +140,5 @@ class TestDamagedCheckpoints:
 def test_a_method_of_another_kind_is_refused(tmp_path):
     trainer_of("bert", "svgd", tmp_path, save_strategy="steps", save_steps=2).train()
     other = trainer_of("bert", "ensemble", tmp_path, max_steps=8)
-    with pytest.raises(ValueError, match=r"multilora_method\.pt .*of the method SVGD"):
+    with pytest.raises(ValueError, match=r"multilora_method\.pt .*to the method SVGD"):
         other.train(resume_from_checkpoint=True)

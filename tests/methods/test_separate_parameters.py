@@ -221,9 +221,9 @@ def test_copies_with_and_without_the_model(form):
 
 def test_one_optimizer_for_each_particle_refuses():
     model = start()
-    with pytest.raises(TypeError, match="needs separate parameters"):
+    with pytest.raises(TypeError, match="needs a non-empty list of separate parameters"):
         EachParticle(model.particle_parameters(), torch.optim.Adafactor)
-    with pytest.raises(TypeError, match="needs separate parameters"):
+    with pytest.raises(TypeError, match="needs a non-empty list of separate parameters"):
         EachParticle([], torch.optim.Adafactor)
     each = EachParticle(model, torch.optim.Adafactor)
     assert len(each.optimizers) == K == len(each.param_groups)

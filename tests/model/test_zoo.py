@@ -170,7 +170,9 @@ def test_check_lets_pass(name: str, dtype: torch.dtype) -> None:
                 call(model.train(training), inputs)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="of the newest versions")
+@pytest.mark.skipif(
+    ZOO["llava-one-image"].fold == "batch", reason="the page is about the newest transformers"
+)
 def test_documented_table() -> None:
     """docs/models.md is what `python -m zoo` writes."""
     document = Path(__file__).parents[2] / "docs" / "models.md"

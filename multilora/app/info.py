@@ -49,7 +49,7 @@ def _print_operators(table: dict[str, dict[str, str | None]]) -> None:
     print("".join((f"{'operator':{width}}", *(f"{name:>11}" for name in names))))
     left: dict[tuple[str, str], list[str]] = {}
     for op, reasons in table.items():
-        cells = ("own kernel" if reason is None else "reference" for reason in reasons.values())
+        cells = ("kernel" if reason is None else "reference" for reason in reasons.values())
         print("".join((f"{op:{width}}", *(f"{cell:>11}" for cell in cells))))
         for name, reason in reasons.items():
             if reason is not None:

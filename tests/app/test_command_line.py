@@ -80,11 +80,13 @@ def test_a_comparison_replaces_no_table_of_the_users(tmp_path, capsys):
     assert (tmp_path / "svgd-0" / "metrics.json").read_text() == "of the user"
 
 
+@pytest.mark.slow
 def test_an_empty_folder_and_what_a_kill_left_are_free(tmp_path):
     (tmp_path / ".run.json.0123.tmp").write_text("{")
     assert cli.main([*SHORT, "--out", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_export_replaces_its_own_files_and_no_others(run, tmp_path, capsys):
     out = tmp_path / "soup"
     assert cli.main(["export", str(run), str(out)]) == 0

@@ -145,6 +145,7 @@ def assert_extras_exist(arguments: list[str]) -> None:
                 assert re.search(rf"^{extra} = \[", known, re.MULTILINE), argument
 
 
+@pytest.mark.slow
 def test_commands_of_the_quickstart_run(tmp_path, monkeypatch, capsys):
     """With few steps: the numbers are looked at elsewhere."""
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,6 @@ from adapter_files import contents
 from multilora import atomic, checkpoint, particle_folders
 from multilora.app import resume as run_state
 from multilora.app import run as training
-from tiers import sampled
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -104,7 +103,8 @@ def test_a_killed_run_ends_as_the_whole_one(method, where, count, whole, tmp_pat
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("method", sampled(["ibdr", "svgd"], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ibdr", "svgd"])
 def test_a_run_killed_again_and_again_ends_as_the_whole_one(method, whole, tmp_path):
     out = tmp_path / "run"
     for kill in [("step", 5), ("state", 2), ("step", 8), ("step", 16), ("state", 1), ("step", 23)]:

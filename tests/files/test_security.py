@@ -167,6 +167,7 @@ def test_a_settings_file_of_another_kind(run, capsys, content):
     both(run, capsys, "run.json", "is damaged")
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_into_no_memory(run, capsys, monkeypatch):
     # Every number in its range, and the model made without storage.
     change(run, model_args=more(embed_dim=16384, depth=64))

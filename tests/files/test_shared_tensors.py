@@ -102,6 +102,7 @@ def test_a_grown_vocabulary_that_peft_saved(tied, options, tmp_path):
     torch.testing.assert_close(model(with_new_tokens()).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(

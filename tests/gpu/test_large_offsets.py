@@ -36,6 +36,7 @@ def spread(rows, count):
     return torch.linspace(0, rows - 1, count, dtype=torch.float64).long()
 
 
+@pytest.mark.slow
 @on_backends_of("lora_linear")
 @pytest.mark.parametrize("wide", ["in", "out"])
 def test_lora_linear(wide, backend, record_property):

@@ -306,6 +306,7 @@ def test_an_optimizer_that_is_given():
 # --- tasks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "causal"])
 def test_every_task_is_trained_as_trainer_trains_it(task, micro_batches):

@@ -97,9 +97,7 @@ def steps_of(rank, folder, shape, family, wrap):
     ("family", "shape", "wrap"),
     [
         ("vit", (2, 2), "mesh"),
-        ("llama", (2, 1), "mesh"),
         ("llama", (1, 2), "mesh"),
-        ("vit", (2, 1), "ddp"),
         ("vit", (2, 1), "fsdp inside a block"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -108,9 +106,11 @@ def steps_of(rank, folder, shape, family, wrap):
                 ("vit", (1, 2), "mesh"),
                 ("vit", (4, 1), "mesh"),
                 ("vit", (1, 4), "mesh"),
+                ("llama", (2, 1), "mesh"),
                 ("llama", (4, 1), "mesh"),
                 ("llama", (2, 2), "mesh"),
                 ("llama", (1, 4), "mesh"),
+                ("vit", (2, 1), "ddp"),
                 ("vit", (2, 1), "fsdp"),
                 ("vit", (2, 2), "fsdp"),
             ]
@@ -165,6 +165,7 @@ def test_a_broken_particle_is_named_in_all_processes(tmp_path):
             assert "particle 2 (losses [nan]); nothing was changed" in result[name]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*skipped, the others go on")
 def test_all_processes_go_on_without_it(tmp_path):
     model, closure = everything("vit", torch.arange(B), "mesh")

@@ -61,6 +61,7 @@ def test_every_optimizer_of_torch_is_known():
     assert not is_elementwise(type("Own", (torch.optim.AdamW,), {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_an_elementwise_optimizer_on_stacked_tensors(name):
     model, make = start(), ELEMENTWISE[name]

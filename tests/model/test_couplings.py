@@ -73,6 +73,7 @@ def test_mode_without_coupling_passes(name: str) -> None:
         model.train()(rows_of(6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(COUPLINGS.keys() - STATEFUL - DRAWN))
 def test_coupled_model_in_a_loop(name: str, tmp_path: Any) -> None:
     """Particles one after another are right, whatever the model does with its rows."""

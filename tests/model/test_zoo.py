@@ -126,7 +126,7 @@ def assert_equals_peft(
     assert spread > 1e-3
 
 
-@pytest.mark.parametrize("name", sampled(ZOO, 8))
+@pytest.mark.parametrize("name", sampled(ZOO, 12))
 def test_equals_peft(name: str, tmp_path: Path) -> None:
     """In the fold that the table gives, in evaluation and in training mode, with the check on."""
     entry = ZOO[name]
@@ -147,7 +147,7 @@ def test_equals_peft(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize("name", sampled(IN_LOOP, 8))
+@pytest.mark.parametrize("name", sampled(IN_LOOP, 12))
 def test_is_refused_in_a_batch(name: str, training: bool) -> None:
     """Fresh particles, whose adapters do nothing yet, and trained ones."""
     entry = ZOO[name]
@@ -159,7 +159,7 @@ def test_is_refused_in_a_batch(name: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", sampled(IN_BATCH, 8))
+@pytest.mark.parametrize("name", sampled(IN_BATCH, 12))
 def test_check_lets_pass(name: str, dtype: torch.dtype) -> None:
     entry = ZOO[name]
     base, inputs = built(entry, dtype), entry.inputs(dtype)

@@ -40,7 +40,7 @@ archs = pytest.mark.parametrize("arch", native.ARCHS)
 
 
 @archs
-@pytest.mark.parametrize("functions, size, dtype, mode", sampled(TRACES, 3))
+@pytest.mark.parametrize("functions, size, dtype, mode", sampled(TRACES, 9))
 def test_traces(functions, size, dtype, mode, arch):
     K, d_in, d_out, rank = size
     factors = [torch.randn(K, rank, d_in, dtype=dtype), torch.randn(K, d_out, rank, dtype=dtype)]

@@ -71,7 +71,7 @@ def check(run, oracle, logits, upstream, tolerance):
     assert relative_error(got, gradient) < tolerance
 
 
-@pytest.mark.parametrize("size, dtype, kind, mode", sampled(COVER, 10), ids=str)
+@pytest.mark.parametrize("size, dtype, kind, mode", sampled(COVER, 20), ids=str)
 def test_cover(size, dtype, kind, mode):
     K, N, C = size
     logits, targets = torch.randn(K, N, C).to(dtype), torch.randint(C, (N,))
@@ -83,6 +83,7 @@ def test_cover(size, dtype, kind, mode):
 
 # Rows that are not contiguous: pieces of four classes start at multiples of four numbers, or not,
 # and the last piece is not whole.
+@pytest.mark.slow
 @pytest.mark.parametrize("classes, kind", [(slice(1, None), "logdet"), (slice(9), "det")])
 def test_volume_alone_of_views(classes, kind):
     logits = torch.randn(5, 2, 12).permute(1, 0, 2)[..., classes]

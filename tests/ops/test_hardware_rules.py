@@ -170,6 +170,7 @@ def shifted(t: torch.Tensor) -> torch.Tensor:
     return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.heavy
 @pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias", "grad", "shrunk"])
 def test_bases_off_their_alignment(which):

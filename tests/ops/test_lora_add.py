@@ -114,6 +114,7 @@ def test_gradcheck(shared):
     assert torch.autograd.gradcheck(added, [t.requires_grad_() for t in leaves])
 
 
+@pytest.mark.heavy
 def test_second_derivatives_are_right_or_refused():
     check_second_derivatives(added, problem(2, (3,), 3, 2, 2, torch.float64))
 
@@ -238,7 +239,7 @@ def under_autocast(y, x, lora_A, lora_B):
 
 
 # inductor gets the function alone: see test_lora_linear.
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, compiler, dynamic",
     [

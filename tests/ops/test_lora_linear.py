@@ -205,8 +205,7 @@ def under_autocast(x, weight, lora_A, lora_B, bias):
 
 # inductor checks the strides that the fake operators promise. It gets the function alone: code
 # for the operators around it would have to be compiled, which takes long and tests nothing of ours.
-@pytest.mark.cover
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, compiler",
     [(surrounded, "aot_eager"), (under_autocast, "aot_eager"), (ml.lora_linear, "inductor")],
@@ -226,6 +225,7 @@ def test_compile_a_shared_input(form):
     check_compiled(frozen(ml.lora_linear), [[x, *others]], "aot_eager", dynamic=False)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_masters(dtype, shared):
@@ -235,6 +235,7 @@ def test_float32_masters(dtype, shared):
     check_against_oracle(x, weight, lora_A, lora_B, bias, 0.5, tolerance=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("master_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(master_dtype):
     x, weight, lora_A, lora_B, bias = problem(4, (6,), 16, 8, 4)

@@ -168,6 +168,7 @@ sys.exit(main(["info"]))
 """
 
 
+@pytest.mark.slow
 def test_without_the_modules_the_reference_runs():
     value, cpu, cuda, *info = succeed(python(MISSING)).splitlines()
     assert value == "9.0"

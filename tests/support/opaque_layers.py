@@ -1,7 +1,7 @@
 """Linears whose product is their own, and a net over them.
 
-The stubs are as odd as the real layers are: weights in other shapes and dtypes, backward formulas
-of their own, outputs that are views.
+The stubs are as odd as the real layers are: weights in other shapes and dtypes, separate
+backward formulas, outputs that are views.
 """
 
 import copy

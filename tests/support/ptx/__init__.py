@@ -4,8 +4,8 @@
     execute(kernel, grid=(4,), threads=128, shared_bytes=0, parameters=[x, y, 1000], mode="late")
 
 All threads of a block go through an instruction together, as arrays; blocks go one after another.
-Beside values it checks that global accesses stay inside tensors and shared ones inside what was
-asked for, that they are aligned, that what the asynchronous proxy reads was fenced, and that
+Beside values it checks that global accesses stay inside tensors and shared ones inside what the
+launch requested, that they are aligned, that what the asynchronous proxy reads was fenced, and that
 mbarriers are used as they were set up.
 
 It is not ptxas, not the memory model between SMs, and not a clock.

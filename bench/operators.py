@@ -210,7 +210,7 @@ def linear_case(size: LinearSize, passes: str, backends: Sequence[str]) -> Case:
     makers |= {name: wrap(partial(linear_stacked, function)) for name, function in stacked.items()}
     if passes != "backward":
         # PEFT can differentiate the active adapter only, so after a forward of all adapters there
-        # is not a backward.
+        # is no backward.
         for autocast in (True, False):
             name = f"PEFT autocast_adapter_dtype={autocast}"
             makers[name] = partial(linear_peft, passes, autocast)

@@ -43,7 +43,9 @@ kernels_digest() {
 # The machine code of every GPU kernel: no spills, no serialised products, shared memory. Its record
 # is kept in $MULTILORA_ARTEFACTS, if that is set.
 machine_code() {
-    local record="${MULTILORA_ARTEFACTS:-$work}/kernels-$(basename "$PWD")-$1"
+    local folder="${MULTILORA_ARTEFACTS:-$work}"
+    local record="$folder/kernels-$(basename "$PWD")-$1"
+    mkdir -p "$folder"
     .venv/bin/multilora kernels --target "$1" --out "$record.json" > "$record.txt" ||
         { tail -n 300 "$record.txt"; return 1; }
     tail -n 1 "$record.txt"

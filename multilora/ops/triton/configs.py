@@ -226,6 +226,11 @@ class Geometry:
     apply_warps: int
     stages: int
 
+    def apply_registers(self, rank: int) -> int | None:
+        """The limit per thread of the kernel that writes the gradients, for `Volume.registers`'
+        reason: it computes more addresses where the rank (then 0) is not known to the compiler."""
+        return None if rank else 255
+
 
 @in_table
 def geometry(

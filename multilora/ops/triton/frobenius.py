@@ -416,6 +416,7 @@ def factor_gradients(
         BLOCK_D=config.apply_block_d,
         num_warps=config.apply_warps,
         num_stages=config.stages,
+        maxnreg=config.apply_registers(plan.rank),
     )
     return outs
 

@@ -200,24 +200,85 @@ class ParticleModel(nn.Module):
                 f"particles needs integers 0 <= start < stop <= {self.num_particles}; got "
                 f"{start!r}, {stop!r}"
             )
+        parts: dict[Tensor, Tensor] = {p: p.detach()[start:stop] for _, _, p in self._slots()}
+        first = self.window.start
+        with self._swapped(parts, stop - start):
+            self.window = slice(first + start, first + stop)
+            yield
+
+    @contextlib.contextmanager
+    def mixtures(self, weights: Tensor) -> Iterator[None]:
+        """Inside, this is a model of M soups, without gradients: soup m has ΔW = Σ_k w_mk ΔW_k.
+
+        All M run in one pass, as particles do. A module to save is Σ_k w_mk head_k / Σ_k w_mk, or
+        the mean of all heads where the weights of a soup sum to zero. The factors of a soup are
+        those of all particles side by side, of rank K·r, so that nothing is approximated.
+
+        Args:
+            weights: (M, K) floating numbers; K counts the particles of all processes.
+
+        Raises:
+            ValueError: the weights have another shape or dtype, or are not finite.
+        """
+        weights = self._checked_weights(weights)
+        adapters = [layer for _, layer in self.lora_layers()]
+        stacked: list[Tensor] = [p for _, _, p in self._slots()]
+        whole = dict(zip(stacked, self.processes.gather_all(stacked)))
+        soups, particles = weights.shape
+        total = weights.sum(1, keepdim=True)
+        of_heads = torch.where(
+            total == 0, 1 / particles, weights / torch.where(total == 0, 1, total)
+        )
+        parts: dict[Tensor, Tensor] = {}
+        for layer in adapters:
+            A, B = whole[layer.lora_A], whole[layer.lora_B]
+            parts[layer.lora_A] = A.flatten(0, 1).expand(soups, -1, -1)
+            each = B * weights.to(B)[:, :, None, None]  # (M, K, d_out, r)
+            parts[layer.lora_B] = each.transpose(1, 2).flatten(2)
+        for p in stacked:
+            if p not in parts:
+                parts[p] = torch.tensordot(of_heads.to(p), whole[p], 1)
+        with self._swapped(parts, soups, trained=False):
+            # Every process has all soups.
+            self.every, self.window = soups, slice(0, soups)
+            self.processes = Processes(self.processes.data)
+            yield
+
+    def _checked_weights(self, weights: Tensor) -> Tensor:
+        particles = self.num_particles * self.processes.particle_size
+        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.ndim == 2
+        if not fits or not len(weights) or weights.shape[1] != particles:
+            raise ValueError(
+                f"mixtures needs floating weights (M, {particles}), M >= 1; got {shape}"
+            )
+        if not weights.isfinite().all():
+            raise ValueError(f"mixtures needs finite weights; got {weights.tolist()}")
+        return weights.detach()
+
+    def _slots(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """(module, name in it, tensor) for everything with a particle axis."""
         layers = [m for m in self.base.modules() if isinstance(m, ParticleLayer)]
-        stacked = [slot for layer in layers for slot in layer.stacked()]
-        parts = {
-            parameter: nn.Parameter(parameter.detach()[start:stop], parameter.requires_grad)
-            for _, _, parameter in stacked
-        }
-        before = self.num_particles, self.window, self.thread
+        return [slot for layer in layers for slot in layer.stacked()]
+
+    @contextlib.contextmanager
+    def _swapped(
+        self, parts: Mapping[Tensor, Tensor], count: int, trained: bool = True
+    ) -> Iterator[None]:
+        """Inside, each stacked tensor is `parts` of it, with `count` particles."""
+        slots = self._slots()
+        inside = {p: nn.Parameter(parts[p], trained and p.requires_grad) for _, _, p in slots}
+        before = self.num_particles, self.every, self.window, self.processes, self.thread
         self.thread = threading.get_ident()
         try:
-            for module, name, parameter in stacked:
-                module._parameters[name] = parts[parameter]
-            self.num_particles = stop - start
-            self.window = slice(self.window.start + start, self.window.start + stop)
+            for module, name, parameter in slots:
+                module._parameters[name] = inside[parameter]
+            self.num_particles = count
             yield
         finally:
-            for module, name, parameter in stacked:
+            for module, name, parameter in slots:
                 module._parameters[name] = parameter
-            self.num_particles, self.window, self.thread = before
+            self.num_particles, self.every, self.window, self.processes, self.thread = before
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
         """The result (K, ...) of run(), computed for `particle_chunk` particles at a time."""

@@ -44,9 +44,9 @@ def run(method: str, particles: int, seed: int) -> dict:
     make_method, evaluate = application.make_method, application.evaluate
     predictions: list = []
 
-    def remember(name, model, *more):
+    def remember(settings, model, *more):
         made.append(model)
-        return make_method(name, model, *more)
+        return make_method(settings, model, *more)
 
     def keep(*args, **options):
         result = evaluate(*args, **options)

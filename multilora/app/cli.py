@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import textwrap
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,23 @@ from multilora.app.folders import (
 from multilora.app.options import add_argument, described
 from multilora.app.report import Progress, averaged, print_table
 from multilora.app.run import evaluate, load_run, train
-from multilora.app.settings import METHODS, PARTICLES, SETTINGS, Settings, recommended
+from multilora.app.settings import DEFAULT_METHOD, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
+from multilora.methods import METHODS
 from multilora.tools.kernels import command as kernels
 
-_METHODS = """\
-Methods, by what a step costs: `single` is one adapter, the baseline. `ensemble` trains K adapters
-that do not interact; start with it, it is hard to beat in accuracy. `svgd` pushes the
-particles' weights apart, `ibdr` (the default) their predictions; a step of ibdr runs the model
-twice and takes about twice the time.
-"""
+_METHODS = "Methods:\n" + "".join(
+    textwrap.fill(entry.summary, 78, initial_indent=f"  {name:12}", subsequent_indent=" " * 14)
+    + "\n"
+    for name, entry in METHODS.items()
+)
 _DEFAULTS = """\
 Defaults are in brackets. For vtab and the commonsense tasks, a recipe replaces some of them
 (multilora/app/recipes/*.json).
 """
 #: The options that `evaluate` and `export` take from the user in place of a run's folder.
+#: The methods of `train --compare`.
+_COMPARED = ("single", "ensemble", "svgd", "ibdr")
 _OWN = ("model", "data", "model_args", "trust_remote_code")
 
 
@@ -151,7 +154,7 @@ def _add_train(commands: Any) -> None:
     compare.add_argument(
         "--compare",
         action="store_true",
-        help=f"train {', '.join(reversed(METHODS))} on the same splits, at equal settings",
+        help=f"train {', '.join(_COMPARED)} on the same splits, at equal settings",
     )
     compare.add_argument(
         "--seeds", type=int, default=5, help="with --compare: number of seeds [%(default)s]"
@@ -225,7 +228,7 @@ def _run(args: argparse.Namespace, settings: Settings, out: Path) -> dict[str, A
 def _compare(args: argparse.Namespace, task: str, given: dict[str, Any]) -> int:
     """Train all methods with the seeds; every multi-particle method has as many particles."""
     first = given.pop("seed", described(Settings)["seed"].default)
-    particles = given.pop("particles", PARTICLES[METHODS[0]])
+    particles = given.pop("particles", METHODS[DEFAULT_METHOD].particles)
     given.pop("method", None)
 
     def settings(method: str, seed: int) -> Settings:
@@ -233,16 +236,16 @@ def _compare(args: argparse.Namespace, task: str, given: dict[str, Any]) -> int:
         return recommended(task, method, seed=seed, particles=count, **given)
 
     seeds = range(first, first + args.seeds)
-    out = Path(args.out) if args.out else free_folder(settings(METHODS[0], first), "compare")
+    out = Path(args.out) if args.out else free_folder(settings(_COMPARED[0], first), "compare")
     table = out / "compare.json"
-    started = any((out / f"{m}-{s}" / SETTINGS).is_file() for m in METHODS for s in seeds)
+    started = any((out / f"{m}-{s}" / SETTINGS).is_file() for m in _COMPARED for s in seeds)
     if out.is_dir() and (table.exists() and not started if args.resume else any(out.iterdir())):
         raise ValueError(
             f"{out} holds files already; continue a comparison with --resume, or choose another "
             "--out"
         )
     columns = []
-    for method in reversed(METHODS):
+    for method in _COMPARED:
         results = [_run(args, settings(method, s), out / f"{method}-{s}") for s in seeds]
         columns.append((method, results))
     write_json(table, dict(columns))

@@ -131,9 +131,15 @@ class RunState:
         self._check_layout(state["parameters"], trained, "parameters")
         self._check_layout(state["method"], self.method.state_dict(), "method")
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        # AdamW has two means for each parameter; "step" is a number.
-        means = {i: {"step": None, "exp_avg": p, "exp_avg_sq": p} for i, p in enumerate(tensors)}
-        expected = {"state": means, "param_groups": None}
+        own = {id(p) for p in self.method.parameters()}
+        # AdamW has two means for each parameter that gets gradients; "step" is a number.
+        means = {
+            i: {"step": None, "exp_avg": p, "exp_avg_sq": p}
+            for i, p in enumerate(tensors)
+            if self.method.trains_particles or id(p) in own
+        }
+        keeps = isinstance(optimizer, torch.optim.AdamW)
+        expected = {"state": means if keeps else {}, "param_groups": None}
         self._check_layout(state["optimizer"], expected, "optimizer")
 
     def _check_layout(self, there: Any, here: Any, what: str) -> None:

@@ -38,7 +38,7 @@ from multilora.app.tasks import TASKS
 from multilora.app.tasks.task import ModelOptions, Report, Task
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
-from multilora.methods import IBDR, SVGD, Ensemble, Method
+from multilora.methods import METHODS, Method
 from multilora.model import ParticleModel
 from multilora.ops import pairwise_frobenius
 
@@ -50,29 +50,31 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     return TASKS[settings.task].make(settings.options, settings.seed, report)
 
 
-def make_method(
-    name: str, model: ParticleModel, seed: int, method_args: dict[str, Any] | None = None
-) -> Method:
-    """The method by its name, with `method_args` as keywords of its class."""
-    keywords = dict(method_args or {})
-    kind = _method_class(name, keywords)
-    if kind is IBDR:
-        keywords["seed"] = seed
-    return kind(model, **keywords)
+def make_method(settings: Settings, model: ParticleModel, num_data: int) -> Method:
+    """The method of the settings, with their `method_args` as keywords."""
+    given = dict(settings.method_args)
+    known = _check_method_args(settings.method, given)
+    ours = {
+        "seed": settings.seed,
+        "num_data": num_data,
+        "total_steps": settings.steps,
+        "lr": settings.lr,
+    }
+    keywords = {name: value for name, value in ours.items() if name in known} | given
+    return settings.entry.make(model, **keywords)
 
 
-def _method_class(name: str, method_args: dict[str, Any]) -> type[Method]:
-    """The class of the method. Raises ValueError if it does not take these keywords."""
-    kind: type[Method] = {"ibdr": IBDR, "svgd": SVGD}.get(name, Ensemble)
-    parameters = inspect.signature(kind).parameters
+def _check_method_args(method: str, given: dict[str, Any]) -> list[str]:
+    """The keywords of the method. Raises ValueError if it does not take those that are given."""
+    parameters = inspect.signature(METHODS[method].make).parameters
     known = [p for p in parameters if p not in ("model", "seed")]
-    unknown = sorted(method_args.keys() - set(known))
+    unknown = sorted(given.keys() - set(known))
     if unknown:
-        raise ValueError(f"{name} has the arguments {known}; got {unknown}")
-    for key, value in method_args.items():
+        raise ValueError(f"{method} has the arguments {known}; got {unknown}")
+    for key, value in given.items():
         if isinstance(value, str) and isinstance(parameters[key].default, (int, float)):
-            raise ValueError(f"{key} of {name} is a number or true or false; got {value!r}")
-    return kind
+            raise ValueError(f"{key} of {method} is a number or true or false; got {value!r}")
+    return [*parameters]
 
 
 def train(
@@ -107,7 +109,7 @@ def train(
         FloatingPointError: The loss is not finite.
     """
     checks.integer("save_every", save_every, 1, MAX_STEPS)
-    _method_class(settings.method, dict(settings.method_args))
+    _check_method_args(settings.method, dict(settings.method_args))
     out = Path(out)
     make_run_folder(out, settings, resume)
     task = make_task(settings, report)
@@ -115,12 +117,8 @@ def train(
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
-    method = make_method(settings.method, model, settings.seed, dict(settings.method_args))
-    optimizer = torch.optim.AdamW(
-        [*model.particle_parameters(), *method.parameters()],
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-    )
+    method = make_method(settings, model, len(task.train))  # type: ignore[arg-type]
+    optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
     if resume:
@@ -129,8 +127,19 @@ def train(
     write_json(out / SETTINGS, settings.flat())
     model.train()
     _take_steps(state, task, device, save_every, on_step)
+    method.sample()
     model.save_pretrained(out)
     return _write_results(out, state, task)
+
+
+def _optimizer(settings: Settings, model: ParticleModel, method: Method) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": model.particle_parameters()}]
+    if own := method.parameters():
+        lr = settings.lr if settings.method_lr is None else settings.method_lr
+        groups.append({"params": own, "weight_decay": 0.0, "lr": lr})
+    if settings.entry.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def _warm_up_and_cosine(
@@ -261,12 +270,17 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=task.targets,
         modules_to_save=heads and list(heads),
     )
     # A task's heads are new.
     return get_particle_model(
-        task.base, config, settings.particles, seed=settings.seed, head_init="reset"
+        task.base,
+        config,
+        settings.entry.trained(settings.particles),
+        seed=settings.seed,
+        head_init="reset",
     )
 
 

@@ -20,10 +20,9 @@ from multilora.app.options import (
 )
 from multilora.app.tasks import TASKS, digits
 from multilora.app.tasks.task import TaskOptions
+from multilora.methods import METHODS, Entry
 
-#: The methods, and how many particles each has by default.
-PARTICLES = {"ibdr": 4, "svgd": 5, "ensemble": 4, "single": 1}
-METHODS = tuple(PARTICLES)
+DEFAULT_METHOD = "ibdr"
 MAX_STEPS = 10**9
 #: The file of a run's folder that holds its settings.
 SETTINGS = "run.json"
@@ -37,12 +36,12 @@ _MAX_SETTINGS = 2**20
 class Settings(Checked):
     """Everything that decides a run's numbers."""
 
-    method: str = option(choice(*METHODS), "how the particles train", METHODS[0])
+    method: str = option(choice(*METHODS), "how the particles train", DEFAULT_METHOD)
     particles: int = option(
         integer(1, 2**16, "K"),
         "number of particles",
-        PARTICLES[METHODS[0]],
-        shown=", ".join(f"{k} for {method}" for method, k in PARTICLES.items()),
+        METHODS[DEFAULT_METHOD].particles,
+        shown="that of the method",
     )
     rank: int = option(integer(1, 2**16), "rank of the adapters", 8)
     lora_alpha: float | None = option(
@@ -54,8 +53,17 @@ class Settings(Checked):
     seed: int = option(integer(0, 2**32 - 1), "seed of the data, the particles and the noise", 0)
     steps: int = option(integer(1, MAX_STEPS), "number of optimizer steps", 200)
     batch_size: int = option(integer(1, 2**20), "batch size; all particles see the same batch", 16)
-    lr: float = option(number(1e3, positive=True), "learning rate of AdamW", 3e-3)
+    lr: float = option(number(1e3, positive=True), "learning rate of the optimizer", 3e-3)
+    method_lr: float | None = option(
+        number(1e3, positive=True),
+        "learning rate of the method's own parameters, such as log σ",
+        None,
+        shown="that of the particles",
+    )
     weight_decay: float = option(number(1e3), "weight decay of AdamW", 0.01)
+    lora_dropout: float = option(
+        number(0.99), "dropout before the adapters", 0.0, shown="0; 0.1 for mc_dropout"
+    )
     method_args: tuple[tuple[str, Any], ...] = option(
         PAIRS, "hyper-parameters of the method, e.g. alpha=0.05 rho=0.1", ()
     )
@@ -66,8 +74,12 @@ class Settings(Checked):
         super().__post_init__()
         if not isinstance(self.options, TaskOptions):
             raise TypeError(f"options must be those of a task; got {self.options!r}")
-        if self.method == "single" and self.particles != 1:
-            raise ValueError(f"a single model has 1 particle; got {self.particles}")
+        if self.particles > (self.entry.most_particles or self.particles):
+            raise ValueError(f"{self.method} has 1 particle; got {self.particles}")
+
+    @property
+    def entry(self) -> Entry:
+        return METHODS[self.method]
 
     @property
     def task(self) -> str:
@@ -139,7 +151,7 @@ def check_foreign(name: str, value: Any, task: str) -> None:
 
 
 def recommended(
-    task: str = "digits", method: str = METHODS[0], data: str | None = None, **given: Any
+    task: str = "digits", method: str = DEFAULT_METHOD, data: str | None = None, **given: Any
 ) -> Settings:
     """The settings of the task's recipe (recipes/*.json), where `given` does not replace them.
 
@@ -148,7 +160,10 @@ def recommended(
     """
     if data is not None:
         given["data"] = data
-    recipe: dict[str, Any] = {"particles": PARTICLES.get(method, 1)}
+    recipe: dict[str, Any] = {}
+    if method in METHODS:
+        entry = METHODS[method]
+        recipe = {"particles": entry.particles, "lora_dropout": entry.lora_dropout}
     if task in TASKS:
         recipe |= TASKS[task].Options.recipe(task, method, given)
     method_args = recipe.pop("method_args", {}) | dict(given.pop("method_args", ()))

@@ -16,7 +16,7 @@ from torch import Tensor
 from multilora import checks
 from multilora.losses import Loss
 from multilora.methods.parameters import require_current
-from multilora.methods.passes import Closure, Passes
+from multilora.methods.passes import Closure, Passes, Taps
 
 _Seen = TypeVar("_Seen")
 
@@ -61,6 +61,9 @@ class Method:
 
     #: Whether the particles' predictions interact; a step then calls the closure more than once.
     interacts = False
+    #: Whether the particles get gradients. Otherwise `parameters()` is the whole posterior, and the
+    #: particles are draws of it.
+    trains_particles = True
     #: Processes along the particles compare their batches in every so many calls, by a digest of
     #: the targets and, where predictions interact, of the model's inputs. All need the same number.
     compare_batches = 1
@@ -86,9 +89,10 @@ class Method:
     def backward(self, closure: Closure, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
         """Add scale · (the method's direction) to every parameter's `.grad`.
 
-        The parameters are left as they were, also when the closure raises. Logits and targets must
-        fit: a causal language model's logits at t are of the token t + 1, so its targets are
-        shifted (`multilora.causal_targets`).
+        The parameters are left as they were, also when the closure raises; in methods that draw the
+        particles from a posterior (see `sample`), they are the draw of this call. Logits and
+        targets must fit: a causal language model's logits at t are of the token t + 1, so its
+        targets are shifted (`multilora.causal_targets`).
 
         Args:
             closure: () -> (logits (K, ..., C), targets). It may be called several times, with other
@@ -157,23 +161,27 @@ class Method:
         self,
         closure: Closure,
         loss: Loss,
-        objective: Callable[[Tensor, Any], tuple[Tensor, Tensor, _Seen]],
+        objective: Callable[..., tuple[Tensor, Tensor, _Seen]],
         scale: float | Tensor,
         *,
+        taps: Taps = tuple,
         again: bool = False,
     ) -> tuple[list[Tensor], _Seen]:
         """The gradients of scale · an objective of the predictions of all particles.
 
         Args:
             loss: says how the targets are cut into chunks.
-            objective: (logits (total, ..., C), targets) -> the scalar; the detached loss of each
-                particle that takes part; and what else this function returns.
+            objective: (logits (total, ..., C), targets, *taps (total, ...)) -> the scalar; the
+                detached loss of each particle that takes part; and what else this function returns.
+            taps: what else of the particles the objective depends on, see `passes.Taps`.
             again: whether the particles have moved by a gradient of this step.
         """
-        logits, targets = self.passes.predict(closure, loss)
-        total, losses, seen = objective(logits, targets)
-        (grad,) = torch.autograd.grad(total * scale, logits)
-        grads = self.passes.pull_back(closure, grad)
+        leaves, targets = self.passes.predict(closure, loss, taps)
+        total, losses, seen = objective(leaves[0], targets, *leaves[1:])
+        along = torch.autograd.grad(
+            total * scale, leaves, allow_unused=len(leaves) > 1, materialize_grads=len(leaves) > 1
+        )
+        grads = self.passes.pull_back(closure, along, taps)
         losses = self.passes.data_mean(self.passes.put(losses, torch.nan))
         self.particle_nll = losses
         # A GradScaler's gradient may have overflown, and have led the particles anywhere.
@@ -234,8 +242,24 @@ class Method:
         """The scalars of a batch that was skipped."""
         return dict.fromkeys(("loss", "nll"), self.params[0].new_full((), torch.nan).float())
 
+    def sample(self) -> None:
+        """Put new draws of the posterior into the model's particles, for methods that learn its
+        parameters; elsewhere the particles are the posterior, and this does nothing.
+
+        Call it before an evaluation and before saving. It does not change how training goes on.
+        """
+
     def parameters(self) -> list[Tensor]:
-        """The method's own trainable tensors, to be given to the optimizer too; mostly none."""
+        """The method's own trainable tensors, to be given to the optimizer too; mostly none.
+
+        Give them a parameter group without weight decay. Where they are the whole posterior, the
+        particles get no gradient, and the optimizer leaves those alone:
+
+            AdamW([
+                {"params": model.particle_parameters()},
+                {"params": method.parameters(), "weight_decay": 0.0},
+            ])
+        """
         return []
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from multilora.parallel import Processes
 from multilora.randomness import RandomState
 
 Closure = Callable[[], tuple[Tensor, Any]]
+#: () -> tensors (k, ...) of the particles that ran in the last call of the closure, such as
+#: features that a hook of the model saw.
+Taps = Callable[[], Sequence[Tensor]]
 
 # How far a chunk's logits may be from those of its first run, relative to their norm: far above
 # the rounding of kernels that run with a graph, far below the effect of other random numbers.
@@ -56,8 +59,8 @@ class Passes:
         """Keep nothing from one step to the next."""
         self.participants: Tensor | None = None
         self._loss: Loss = NAMES["particle"]
-        self._graph: Tensor | None = None
-        self._predicted: Tensor | None = None
+        self._graph: list[Tensor] = []
+        self._predicted: list[Tensor] = []
         self._states: list[RandomState] = []
         self._compare = False
         self._inputs: list[tuple[tuple, dict[str, Any]]] = []
@@ -118,50 +121,64 @@ class Passes:
             losses.append(values.detach())
         return self.data_mean(torch.cat(losses)), self._data_means(grads)
 
-    def predict(self, closure: Closure, loss: Loss = NAMES["particle"]) -> tuple[Tensor, Any]:
-        """The logits of the particles of all processes (total, ..., C), as a leaf, and the targets.
+    def predict(
+        self, closure: Closure, loss: Loss = NAMES["particle"], taps: Taps = tuple
+    ) -> tuple[list[Tensor], Any]:
+        """The logits of the particles of all processes (total, ..., C) and then their taps
+        (total, ...), as leaves; and the targets.
 
         This keeps what `pull_back` needs: the graph, or for chunks the random states."""
         self._loss, self._states, parts = loss, [], []
         if len(self._parts) == 1:
-            parts.append(self._call(closure, loss, self._parts[0]))
+            parts.append(self._call_with_taps(closure, taps, self._parts[0]))
             self._graph = parts[0][0]
         else:
             for part in self._parts:
                 self._states.append(RandomState({p.device for p in self._all_parameters()}))
                 with torch.no_grad(), self._only(part):
-                    parts.append(self._call(closure, loss, part))
-        for part, (logits, _, _) in zip(self._parts, parts):
-            if not _fits(logits, part):
-                raise ValueError(_no_logits(logits, part))
-        logits, targets, own = parts[-1]
+                    parts.append(self._call_with_taps(closure, taps, part))
+        outputs, targets, own = parts[-1]
         if len(parts) > 1:
-            logits = torch.cat([logits for logits, _, _ in parts])
+            outputs = [torch.cat(each) for each in zip(*(outputs for outputs, _, _ in parts))]
             targets = torch.cat([targets for _, targets, _ in parts]) if own else targets
         targets = self.processes.gather(targets) if own else targets
-        self._predicted = self.processes.gather(logits).detach().requires_grad_()
+        self._predicted = [self.processes.gather(t).detach().requires_grad_() for t in outputs]
         return self._predicted, targets
 
-    def pull_back(self, closure: Closure, grad: Tensor) -> list[Tensor]:
-        """The gradients in the parameters, from that in `predict`'s logits (total, ..., C)."""
-        own = self.processes.own(grad)
-        if self._graph is not None:
-            logits, self._graph = self._graph, None
-            return self._data_means(gradients(logits, self.params, own))
-        assert self._predicted is not None, "pull_back follows predict"
-        grads, before = self._buffers(), self.processes.own(self._predicted.detach())
+    def pull_back(
+        self, closure: Closure, grads: Sequence[Tensor], taps: Taps = tuple
+    ) -> list[Tensor]:
+        """The gradients in the parameters, from those in `predict`'s leaves (total, ...)."""
+        own = [self.processes.own(grad) for grad in grads]
+        if self._graph:
+            outputs, self._graph = self._graph, []
+            return self._data_means(gradients(outputs, self.params, own))
+        assert self._predicted, "pull_back follows predict"
+        buffers = self._buffers()
+        before = [self.processes.own(t.detach()) for t in self._predicted]
         for part, state in zip(self._parts, self._states):
             state.restore()
             with self._only(part) as params:
-                logits, _, _ = self._call(closure, self._loss, part)
-                if logits.shape != own[part].shape:
-                    raise ValueError(
-                        "the closure must return the same batch at each of its calls; got logits "
-                        f"{tuple(logits.shape)} after {tuple(own[part].shape)}"
-                    )
-                self._require_replay(logits.detach(), before[part])
-                grads = _filled(grads, part, gradients(logits, params, own[part]))
-        return self._data_means(grads)
+                outputs, _, _ = self._call_with_taps(closure, taps, part)
+                for output, first in zip(outputs, before):
+                    if output.shape != first[part].shape:
+                        raise ValueError(
+                            "the closure must return the same batch at each of its calls; got "
+                            f"logits {tuple(output.shape)} after {tuple(first[part].shape)}"
+                        )
+                    self._require_replay(output.detach(), first[part])
+                along = [grad[part] for grad in own]
+                buffers = _filled(buffers, part, gradients(outputs, params, along))
+        return self._data_means(buffers)
+
+    def _call_with_taps(
+        self, closure: Closure, taps: Taps, part: slice
+    ) -> tuple[list[Tensor], Any, bool]:
+        """As `_call`, with the taps after the logits."""
+        logits, targets, own = self._call(closure, self._loss, part)
+        if not _fits(logits, part):
+            raise ValueError(_no_logits(logits, part))
+        return [logits, *taps()], targets, own
 
     def _require_replay(self, logits: Tensor, before: Tensor) -> None:
         half = {p.dtype for p in self._all_parameters()} & {torch.float16, torch.bfloat16}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,12 +55,14 @@ def zero_if_finite(tensors: list[Tensor]) -> Tensor:
 
 
 def gradients(
-    output: Tensor, params: list[Tensor], grad_output: Tensor | None = None
+    output: Tensor | Sequence[Tensor],
+    params: list[Tensor],
+    grad_output: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """∂output/∂p, or ∂⟨output, grad_output⟩/∂p, for every parameter p; contiguous.
+    """∂output/∂p, or ∂Σ⟨output, grad_output⟩/∂p, for every parameter p; contiguous.
 
     Args:
-        output: a scalar, or of any shape with a `grad_output` of that shape.
+        output: a scalar, or tensors of any shapes with a `grad_output` of each.
 
     Returns:
         One tensor per parameter, zeros where the output does not depend on it.
@@ -67,10 +71,14 @@ def gradients(
         RuntimeError: if the output depends on no parameter, or if reentrant activation
             checkpointing hides some.
     """
+    outputs = [output] if isinstance(output, Tensor) else output
+    along = [None] * len(outputs) if grad_output is None else grad_output
+    depending = [(o, g) for o, g in zip(outputs, along) if o.requires_grad]
     grads: tuple[Tensor | None, ...] = (None,) * len(params)
-    if output.requires_grad:
-        grads = torch.autograd.grad(output, params, grad_output, allow_unused=True)
-    if any(g is None for g in grads) and _has_node(output, "CheckpointFunctionBackward"):
+    if depending:
+        of, by = zip(*depending)
+        grads = torch.autograd.grad(of, params, by, allow_unused=True)
+    if any(g is None for g in grads) and _has_node(outputs, "CheckpointFunctionBackward"):
         raise RuntimeError(
             "reentrant activation checkpointing hides parameters from torch.autograd.grad, and "
             "their gradients would be zero; checkpoint with use_reentrant=False"
@@ -84,9 +92,9 @@ def gradients(
     return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
 
 
-def _has_node(output: Tensor, name: str) -> bool:
-    """Whether the graph of `output` holds a node of that name."""
-    found, stack = set(), [output.grad_fn]
+def _has_node(outputs: Sequence[Tensor], name: str) -> bool:
+    """Whether the graph of some output holds a node of that name."""
+    found, stack = set(), [output.grad_fn for output in outputs]
     while stack:
         node = stack.pop()
         if node is not None and node not in found:

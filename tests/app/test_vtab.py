@@ -296,5 +296,5 @@ def test_given_settings_win_over_the_recipe(kitti):
     )
     task = vtab_task.make(options, seed=0)
     model = training.particle_model(task, settings)
-    assert training.make_method("ibdr", model, 0, dict(settings.method_args)).alpha == 0.1
+    assert training.make_method(settings, model, 1000).alpha == 0.1
     assert [a.scaling for a in model.adapters()] == [1.0, 1.0]

@@ -89,7 +89,7 @@ class Objective:
                 raise ValueError('loss="ensemble" needs targets (N,) shared by all particles')
             mean = self.passes.take(logits).mean(0, keepdim=True)
             nll = self.passes.losses(self.each, mean, targets, 1) * particles
-        mean_nll = each.sum() / particles
+        mean_nll = nll.detach().sum() / particles
         stats = {"loss": mean_nll, "nll": mean_nll}
         if alpha != 0:
             mean_divergence = divergence.detach() / volumes

@@ -429,8 +429,8 @@ DAMAGE = {
     "no-lambda": (_drop("method", "lambda"), [STATE, "method has", "lambda"]),
     "method-of-nothing": (_set("method", value={}), [STATE, "method has []"]),
     "sigma-of-two": (
-        _set("method", "sigma", value=torch.zeros(2)),
-        [STATE, "method.sigma", "(2,)", "(3,)"],
+        _set("method", "log_sigma", value=torch.zeros(2)),
+        [STATE, "method.log_sigma", "(2,)", "(3,)"],
     ),
     "optimizer-list": (_set("optimizer", value=[]), [STATE, "optimizer has list"]),
     "fresh-optimizer": (_set("optimizer", "state", value={}), [STATE, "optimizer.state has []"]),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import multilora as ml
 import oracles
-from multilora.methods import ibdr
+from multilora.methods import divergence
 from one_by_one import (
     FP64,
     assert_same,
@@ -31,8 +31,8 @@ class NaiveIBDR:
         defaults = {
             "alpha": 0.02, "ascent": "prox", "clip": 0.15, "step_size": 0.05, "rho": 0.03,
             "lambda_init": 3.0, "lambda_bounds": (0.5, 5.0), "lambda_lr": 1e-2,
-            "cost": "parameter", "sigma": 0.0, "noise": "all", "learn_sigma": False, "beta": 0.0,
-            "divergence": "joint", "loss": "particle", "kind": "logdet", "eps": 1e-4, "seed": 0,
+            "cost": "output", "sigma": 0.0, "noise": "all", "learn_sigma": False, "beta": 0.0,
+            "prior_std": 1.0, "divergence": "joint", "loss": "particle", "kind": "logdet", "eps": 1e-4, "seed": 0,
         }  # fmt: skip
         assert options.keys() <= defaults.keys()
         self.__dict__.update(defaults | options)
@@ -89,14 +89,17 @@ class NaiveIBDR:
             others = z_higher if self.divergence == "joint" else z
             g, volume = self.own_gradient(i, higher[i], z_higher, others, x, y)
             along = sum((a * e[i]).sum() for a, e in zip(g, epsilon))
-            pull = 2 * self.beta * noisy * (self.sigma - 1 / self.sigma) if self.sigma else 0.0
-            grads.append([a + 2 * self.beta * p[i] for a, p in zip(g, params)])
-            sigma_grads.append(along + pull)
+            variance = (self.sigma / self.prior_std) ** 2
+            # d/d log σ of 2β·KL, of the noisy numbers only.
+            pull = 2 * self.beta * noisy * (variance - 1)
+            decay = 2 * self.beta / self.prior_std**2
+            grads.append([a + decay * p[i] for a, p in zip(g, params)])
+            sigma_grads.append(self.sigma * along + pull)
             volumes.append(volume)
 
         cost = sum(c.square().sum() for climb in climbs for c in climb) / K
         if self.cost == "output":
-            change = [(a.softmax(-1) - b.softmax(-1)).square().sum(-1) for a, b in zip(z, z_higher)]
+            change = [(a.softmax(-1) - b.softmax(-1)).norm(dim=-1) for a, b in zip(z, z_higher)]
             cost = torch.stack(change)[:, y != -100].mean()
         low, high = self.lambda_bounds
         moved = self.lambda_ - self.lambda_lr * (self.rho - cost.item())
@@ -104,7 +107,9 @@ class NaiveIBDR:
         # ℓ_i; the loss of the mean prediction is one number, shared by all.
         losses = [self.own_loss(i, z_higher[i], z_higher, y) for i in range(K)]
         nll = torch.stack(losses).mean() / (K if self.loss == "ensemble" else 1)
-        stats = {"nll": nll, "divergence": torch.stack(volumes).mean(), "cost": cost}
+        stats = {"nll": nll, "divergence": torch.stack(volumes).mean()}
+        if self.ascent == "prox":
+            stats["cost"] = cost
         return stack(grads), torch.stack(sigma_grads), stats
 
 
@@ -119,12 +124,12 @@ class TestIBDR:
             {"ascent": "prox", "clip": 1e9, "lambda_init": 0.5},
             {"ascent": "step", "step_size": 0.3},
             {"ascent": "sam", "rho": 0.2},
-            {"cost": "output", "lambda_lr": 1.0},
+            {"cost": "parameter", "lambda_lr": 1.0, "rho": 0.001},
             {"loss": "ensemble"},
             {"beta": 0.01},
             {"sigma": 2**-4, "seed": 3},
             {"sigma": 2**-4, "noise": "A", "beta": 0.01},
-            {"sigma": 2**-4, "learn_sigma": True, "beta": 0.01},
+            {"sigma": 2**-4, "learn_sigma": True, "beta": 0.01, "prior_std": 0.25},
             {"sigma": 2**-4, "learn_sigma": True, "noise": "A", "beta": 0.01, "ascent": "sam"},
             {"eps": 1e-2, "lambda_bounds": (2.9, 3.1), "lambda_lr": 10.0},
         ],
@@ -146,10 +151,15 @@ class TestIBDR:
                 assert relative_error(stats[name], value) < FP64, name
             loss = expected_stats["nll"] + 0.7 * expected_stats["divergence"]
             assert relative_error(stats["loss"], loss) < FP64
-            assert stats["lambda"].item() == pytest.approx(naive.lambda_, rel=1e-12)
+            if method.ascent == "prox":
+                assert stats["lambda"].item() == pytest.approx(naive.lambda_, rel=1e-12)
+            else:
+                # λ has no part in these ascents.
+                assert stats.keys().isdisjoint({"lambda", "cost"}) and method.lambda_ == 3.0
             if "learn_sigma" in options:
-                # σ and its gradient are float32.
-                assert relative_error(method.sigma.grad, sigma_grad) < 1e-6
+                # log σ and its gradient are float32.
+                assert relative_error(method.log_sigma.grad, sigma_grad) < 1e-6
+                assert stats["sigma"].item() == pytest.approx(2**-4)
             with torch.no_grad():
                 for p in method.params:
                     p -= 0.1 * p.grad
@@ -174,8 +184,7 @@ class TestIBDR:
         x, y = batch()
         # ρ above the distance lowers λ, ρ below it raises λ.
         for rho, bound in ((1e9, 0.5), (0.0, 5.0)):
-            options = {"rho": rho, "lambda_lr": 1.0 if rho else 1e9}
-            method = ml.IBDR(model, **options)
+            method = ml.IBDR(model, rho=rho, lambda_lr=1.0 if rho else 1e9)
             stats = method.backward(lambda: (model(x), y))
             assert stats["lambda"].item() == method.lambda_.item() == bound
 
@@ -243,7 +252,7 @@ class TestIBDR:
             return logits, y
 
         stats = method.backward(closure)
-        assert stats["lambda"].item() == method.lambda_.item() == 3.0
+        assert method.lambda_.item() == 3.0 and stats.get("lambda", 3.0) == 3.0
         assert torch.equal(theta, before)
         # And the next step is as if nothing had been.
         got = gradients_of(method, lambda: (theta, y))
@@ -251,7 +260,7 @@ class TestIBDR:
         assert_same(got, gradients_of(fresh, lambda: (theta, y)))
 
     def test_own_mini_batches_have_no_divergence(self, monkeypatch):
-        monkeypatch.setattr(ibdr, "_warned_own_batches", False)
+        monkeypatch.setattr(divergence, "_warned_own_batches", False)
         model = particle_model()
         x, y = torch.randn(3, 6, 5, dtype=torch.float64), torch.randint(4, (3, 6))
 
@@ -286,8 +295,10 @@ class TestIBDR:
     def test_learnt_sigma_is_offered_to_the_optimizer(self):
         model = particle_model()
         assert ml.IBDR(model, sigma=0.1).parameters() == []
-        (sigma,) = ml.IBDR(model, sigma=0.1, learn_sigma=True).parameters()
-        assert torch.equal(sigma, torch.full((3,), 0.1)) and sigma.requires_grad
+        method = ml.IBDR(model, sigma=0.1, learn_sigma=True)
+        (log_sigma,) = method.parameters()
+        assert torch.equal(log_sigma, torch.full((3,), math.log(0.1))) and log_sigma.requires_grad
+        torch.testing.assert_close(method.sigma, torch.full((3,), 0.1))
 
     def test_noise_is_drawn_anew_and_repeats_with_the_seed(self):
         model = particle_model()

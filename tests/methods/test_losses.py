@@ -94,7 +94,7 @@ every_loss = pytest.mark.parametrize("name", LOSSES)
 METHODS = {
     "ensemble": ml.Ensemble,
     "svgd": lambda m, **o: ml.SVGD(m, gamma=0.0, bandwidth=1e9, **o),
-    "ibdr": lambda m, **o: ml.IBDR(m, alpha=0.0, clip=0.0, **o),
+    "ibdr": lambda m, **o: ml.IBDR(m, alpha=0.0, clip=0.0, rho=0.0, cost="parameter", **o),
 }
 
 
@@ -233,8 +233,8 @@ def test_a_divergence_of_no_classes_is_refused():
         with pytest.raises(ValueError, match="divergence_of="):
             ml.IBDR(particle_model(), loss=name)
         with pytest.raises(ValueError, match="divergence_of="):
-            ml.IBDR(particle_model(), loss=name, alpha=0.0, cost="output")
-        ml.IBDR(particle_model(), loss=name, alpha=0.0)
+            ml.IBDR(particle_model(), loss=name, alpha=0.0)
+        ml.IBDR(particle_model(), loss=name, alpha=0.0, cost="parameter", rho=1e-3)
     # Only the step shows which targets a callable takes.
     model, x = particle_model(), torch.randn(N, 4).double()
     method = ml.IBDR(model, loss=lambda z, t: (z - t).square().mean((1, 2)))

@@ -196,12 +196,15 @@ def targets_of(name):
     return {"soft": z.softmax(-1), "bce": (z > 0).double(), "gaussian": z}.get(name, y)
 
 
+NO_CLASSES = {"alpha": 0.0, "cost": "parameter", "rho": 1e-3}
+
+
 def step_of(name, mesh, rows):
     x, t = batch()[0], targets_of(name)
     results = []
     for kind, options in (
         (ml.Ensemble, {}),
-        (ml.IBDR, {} if name in ("particle", "weights", "smoothing", "soft") else {"alpha": 0.0}),
+        (ml.IBDR, {} if name in ("particle", "weights", "smoothing", "soft") else NO_CLASSES),
     ):
         model = make(mesh)
         method = kind(model, loss=LOSSES[name], **options)

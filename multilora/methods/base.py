@@ -157,6 +157,15 @@ class Method:
         self._leave_out_broken(losses, grads, scale)
         return self.passes.particle_mean(losses), self.passes.zero_skipped(grads)
 
+    def _with_prior(
+        self, grads: list[Tensor], precision: float, scale: float | Tensor
+    ) -> list[Tensor]:
+        """grads (K, ...) + scale · precision · θ_i, of the particles that take part."""
+        if precision == 0:
+            return grads
+        grads = [g + (scale * precision) * p.detach() for g, p in zip(grads, self.params)]
+        return self.passes.zero_skipped(grads)
+
     def _together(
         self,
         closure: Closure,

@@ -51,7 +51,8 @@ class IBDR(Method):
         rho: ρ >= 0, the radius, in the unit of `cost`; of "sam", in that of the parameters.
         lambda_init: λ₀, inside `lambda_bounds`.
         lambda_bounds: the bounds of λ.
-        lambda_lr: α_λ >= 0; λ ← clamp(λ − α_λ (ρ − c̄)) once per call.
+        lambda_lr: α_λ >= 0; λ ← clamp(λ − α_λ (ρ − c̄)) once per call, so that its unit is one over
+            that of `cost`.
         cost: what c̄ is, a mean over particles: "output", the mean over valid targets of the
             distance ‖p(θ'_i) − p(θ_i)‖₂ of the predicted probabilities, in [0, √2]; "parameter",
             ‖θ'_i − θ_i‖².
@@ -99,8 +100,8 @@ class IBDR(Method):
         step_size: float = 0.05,
         rho: float = 0.03,
         lambda_init: float = 3.0,
-        lambda_bounds: tuple[float, float] = (0.5, 5.0),
-        lambda_lr: float = 1e-2,
+        lambda_bounds: tuple[float, float] = (0.05, 5.0),
+        lambda_lr: float = 2.0,
         cost: str = "output",
         sigma: float = 0.0,
         noise: str = "all",

@@ -30,9 +30,10 @@ class NaiveIBDR:
     def __init__(self, model, **options):
         defaults = {
             "alpha": 0.02, "ascent": "prox", "clip": 0.15, "step_size": 0.05, "rho": 0.03,
-            "lambda_init": 3.0, "lambda_bounds": (0.5, 5.0), "lambda_lr": 1e-2,
+            "lambda_init": 3.0, "lambda_bounds": (0.05, 5.0), "lambda_lr": 2.0,
             "cost": "output", "sigma": 0.0, "noise": "all", "learn_sigma": False, "beta": 0.0,
-            "prior_std": 1.0, "divergence": "joint", "loss": "particle", "kind": "logdet", "eps": 1e-4, "seed": 0,
+            "prior_std": 1.0, "divergence": "joint", "loss": "particle", "kind": "logdet",
+            "eps": 1e-4, "seed": 0,
         }  # fmt: skip
         assert options.keys() <= defaults.keys()
         self.__dict__.update(defaults | options)
@@ -183,8 +184,8 @@ class TestIBDR:
         model = particle_model()
         x, y = batch()
         # ρ above the distance lowers λ, ρ below it raises λ.
-        for rho, bound in ((1e9, 0.5), (0.0, 5.0)):
-            method = ml.IBDR(model, rho=rho, lambda_lr=1.0 if rho else 1e9)
+        for rho, bound in ((1e9, 0.05), (0.0, 5.0)):
+            method = ml.IBDR(model, rho=rho, lambda_lr=2.0 if rho else 1e9)
             stats = method.backward(lambda: (model(x), y))
             assert stats["lambda"].item() == method.lambda_.item() == bound
 

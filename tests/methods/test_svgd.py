@@ -30,26 +30,38 @@ def features(tensors) -> list[Tensor]:
     return [(1.5 * B1 @ A1).flatten(), (1.5 * B2 @ A2).flatten(), head]
 
 
-def naive_svgd(model, x, y, gamma, scope, bandwidth, drive, repulse) -> list[Tensor]:
+def naive_svgd(
+    model, x, y, gamma, scope="layer", bandwidth="median", drive="own", repulse="own",
+    normalise="particles", floor=1e-3, prior_precision=0.0,
+) -> list[Tensor]:  # fmt: skip
     """SVGD's direction, one pair of particles at a time."""
     particles = split(model.particle_parameters())
     K = len(particles)
-    drives = [
-        torch.autograd.grad(F.cross_entropy(forward_one(model, t, x), y), t) for t in particles
-    ]
+    drives = []
+    for t in particles:
+        prior = prior_precision / 2 * sum(p.square().sum() for p in t)
+        loss = F.cross_entropy(forward_one(model, t, x), y) + prior
+        drives.append(torch.autograd.grad(loss, t))
 
     def distances(i_tensors, j_tensors) -> Tensor:
         pairs = zip(features(i_tensors), features(j_tensors))
-        D = torch.stack([(f - g).square().sum() for f, g in pairs])
-        return D if scope == "layer" else D.sum().expand(3)
+        return torch.stack([(f - g).square().sum() for f, g in pairs])
 
     D = torch.stack([torch.stack([distances(a, b) for b in particles]) for a in particles]).detach()
     if bandwidth == "median":
         apart = [D[i, j] for i, j in itertools.combinations(range(K), 2)]
         width = torch.stack(apart).quantile(0.5, dim=0) / math.log(K + 1)
+        for layer in (0, 1):
+            norms = [(1.5 * t[2 * layer]).square().sum() for t in particles]
+            width[layer] = max(width[layer], floor * torch.stack(norms).mean().item())
     else:
         width = torch.full((3,), 2.0 * bandwidth**2, dtype=torch.float64)
-    kernel = torch.exp(-D / width)  # (K, K, 3 groups)
+
+    def kernel_of(D) -> Tensor:
+        u = D / width
+        return torch.exp(-u) if scope == "layer" else torch.exp(-u.mean(-1, True)).expand_as(u)
+
+    kernel = kernel_of(D)  # (K, K, 3 groups)
 
     result = []
     for i in range(K):
@@ -57,14 +69,13 @@ def naive_svgd(model, x, y, gamma, scope, bandwidth, drive, repulse) -> list[Ten
         for j in range(K):
             frozen = [t.detach() for t in particles[j if repulse == "own" else i]]
             moving = particles[i if repulse == "own" else j]
-            k = torch.exp(-distances(moving, frozen) / width)
-            # One kernel for the whole model is a single number, whatever its copies are for.
-            k = k.sum() if scope == "layer" else k[0]
-            pull = torch.autograd.grad(k, moving)
+            # The sum over groups: of one kernel for all, three times its gradient.
+            pull = torch.autograd.grad(kernel_of(distances(moving, frozen)).sum(), moving)
             sign = 1 if repulse == "own" else -1
             for p in range(6):
                 driven = drives[i if drive == "own" else j][p]
-                total[p] += (kernel[i, j, p // 2] * driven + sign * gamma * pull[p]) / K
+                terms = kernel[:, :, p // 2].sum(1)[i] if normalise == "density" else K
+                total[p] += (kernel[i, j, p // 2] * driven + sign * gamma * pull[p]) / terms
         result.append(total)
     return stack(result)
 
@@ -80,6 +91,75 @@ class TestSVGD:
         options = {"scope": scope, "bandwidth": bandwidth, "drive": drive, "repulse": repulse}
         got = gradients_of(ml.SVGD(model, gamma=3.0, **options), lambda: (model(x), y))
         assert_same(got, naive_svgd(model, x, y, 3.0, **options))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"normalise": "density"},
+            {"normalise": "density", "drive": "mix", "repulse": "stein", "scope": "global"},
+            {"floor": 100.0},
+            {"floor": 100.0, "scope": "global"},
+            {"prior_precision": 0.3},
+            {"prior_precision": 0.3, "drive": "mix", "normalise": "density"},
+        ],
+        ids=str,
+    )
+    def test_options_are_those_of_the_naive_loop(self, options):
+        model = particle_model(4)
+        x, y = batch()
+        plain = gradients_of(ml.SVGD(model, gamma=3.0), lambda: (model(x), y))
+        got = gradients_of(ml.SVGD(model, gamma=3.0, **options), lambda: (model(x), y), scale=0.5)
+        assert_same(got, [g / 2 for g in naive_svgd(model, x, y, 3.0, **options)])
+        assert all(relative_error(2 * g, p) > 1e-3 for g, p in zip(got[:4], plain))
+
+    def test_density_without_repulsion_is_an_ensemble(self):
+        # The drive is the plain gradient, whatever K is; "particles" shrinks it.
+        model = particle_model(8)
+        x, y = batch()
+        ensemble = gradients_of(ml.Ensemble(model), lambda: (model(x), y))
+        options = {"gamma": 0.0, "bandwidth": 0.05}
+        got = gradients_of(ml.SVGD(model, normalise="density", **options), lambda: (model(x), y))
+        assert_same(got, ensemble)
+        shrunk = gradients_of(ml.SVGD(model, **options), lambda: (model(x), y))
+        assert all(s.norm() < 0.2 * e.norm() for s, e in zip(shrunk, ensemble))
+
+    @pytest.mark.parametrize("scope", ["layer", "global"])
+    def test_no_burst_of_repulsion_near_the_start(self, scope):
+        # One step away from B = 0, the median alone would make the repulsion explode.
+        model = particle_model(5)
+        x, y = batch()
+        with torch.no_grad():
+            for adapter in model.adapters():
+                adapter.lora_B.mul_(1e-5)
+
+        def ratio(**options):
+            both, drive = (
+                gradients_of(ml.SVGD(model, gamma=g, scope=scope, **options), lambda: (model(x), y))
+                for g in (0.01, 0.0)
+            )
+            repulsion = torch.cat([(a - b).flatten() for a, b in zip(both[:4], drive)])
+            return (repulsion.norm() / torch.cat([d.flatten() for d in drive[:4]]).norm()).item()
+
+        assert ratio(floor=0.0) > 100
+        assert ratio() < 0.1
+
+    def test_a_global_kernel_repels_adapters_as_their_own_do(self):
+        # Heads that are far apart do not swamp adapters that are close together.
+        model = particle_model(5)
+        x, y = batch()
+        with torch.no_grad():
+            for adapter in model.adapters():
+                adapter.lora_B.mul_(0.1)
+
+        def repulsion(scope):
+            method = ml.SVGD(model, scope=scope, floor=0.0)
+            got = gradients_of(method, lambda: (0 * model(x), y))
+            return torch.cat([g.flatten() for g in got[:4]]).norm()
+
+        D = [oracles.pairwise_frobenius(a.lora_A, a.lora_B, 1.5).mean() for a in model.adapters()]
+        head = torch.cat([t.flatten(1) for t in model.particle_parameters()[4:]], 1)
+        assert torch.cdist(head, head).square().mean() > 10 * max(D)
+        assert 0.5 < repulsion("global") / repulsion("layer") < 1.5
 
     @pytest.mark.parametrize("bandwidth", [1.5, "median"])
     def test_own_repulsion_is_the_gradient_of_half_the_kernel_sum(self, bandwidth):
@@ -171,7 +251,13 @@ class TestSVGD:
         model = particle_model(3)
         x, y = batch()
         stats = ml.SVGD(model, scope="global", bandwidth=2.0).backward(lambda: (model(x), y))
-        particles = [torch.cat(features(t)).detach() for t in split(model.particle_parameters())]
-        D = torch.stack([(a - b).square().sum() for a, b in itertools.combinations(particles, 2)])
+        particles = [features(t) for t in split(model.particle_parameters())]
+        D = torch.tensor(
+            [
+                [(f - g).square().sum() for f, g in zip(a, b)]
+                for a, b in itertools.combinations(particles, 2)
+            ],
+            dtype=torch.float64,
+        )
         assert relative_error(stats["distance"], D.mean()) < FP64
-        assert relative_error(stats["kernel"], torch.exp(-D / 8).mean()) < FP64
+        assert relative_error(stats["kernel"], torch.exp(-D.mean(1) / 8).mean()) < FP64

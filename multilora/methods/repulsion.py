@@ -1,0 +1,218 @@
+"""Kernels between particles, and the forces that they make, for every group of tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multilora.methods.passes import Passes
+from multilora.methods.tensors import flatten, unflatten
+from multilora.ops import pairwise_frobenius, svgd_update
+from multilora.ops.common import accumulator
+
+# The smallest 2h².
+_FLOOR = 1e-12
+
+
+class Groups:
+    """The tensors of a model by what is compared as one: an adapted layer, a head, a tensor.
+
+    G counts the adapters and then the groups of dense tensors. `theta` and the other dictionaries
+    hold the tensors (k, ...) of the particles that take part, by the stacked ones.
+    """
+
+    def __init__(self, model: Any, params: list[Tensor]):
+        adapters = model.adapters() if hasattr(model, "adapters") else []
+        self.lora_A = [a.lora_A for a in adapters]
+        self.lora_B = [a.lora_B for a in adapters]
+        self.scaling = [a.scaling for a in adapters]
+        # A head's weight and bias belong together.
+        self.dense = [[p] for p in params]
+        if hasattr(model, "heads"):
+            self.dense = [list(head.values()) for _, head in model.heads()]
+        self.params = params
+
+    def gather(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """theta, of all processes."""
+        tensors = [*self.lora_A, *self.lora_B, *(t for group in self.dense for t in group)]
+        return dict(zip(tensors, passes.gather(tensors)))
+
+    def distances(self, theta: dict[Tensor, Tensor]) -> Tensor:
+        """D_ij (G, k, k), squared: of ΔW for an adapter, of the numbers for a dense group."""
+        distances = []
+        if self.lora_A:
+            lora_A, lora_B = ([theta[t] for t in factor] for factor in (self.lora_A, self.lora_B))
+            distances.append(pairwise_frobenius(lora_A, lora_B, self.scaling))
+        dense = (_squared_distances(self._flat(theta, group))[None] for group in self.dense)
+        return torch.cat([*distances, *dense])
+
+    def kernels(
+        self,
+        theta: dict[Tensor, Tensor],
+        D: Tensor,
+        scope: str,
+        bandwidth: str | float,
+        floor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """k_ij (G, k, k) and 2h² (G, 1, 1); see `SVGD` for the options."""
+        if isinstance(bandwidth, str):
+            width = _median(D) / math.log(D.shape[-1] + 1)
+            width = torch.maximum(width, self._floors(theta, D, floor))[:, None, None]
+        else:
+            width = D.new_full((len(D), 1, 1), 2 * bandwidth**2)
+        exponent = -D / width
+        if scope == "global":
+            exponent = exponent.mean(0, keepdim=True).expand_as(D)
+        return exponent.exp(), width
+
+    def directions(
+        self,
+        theta: dict[Tensor, Tensor],
+        grad: dict[Tensor, Tensor],
+        kernels: tuple[Tensor, Tensor],
+        mix: Tensor,
+        weight: float | Tensor,
+        repulse: str,
+    ) -> dict[Tensor, Tensor]:
+        """Σ_j mix_ij ∇_j ℓ_j + weight · Σ_j ∇k of every parameter.
+
+        Args:
+            mix: (G, k, k), or (G, k) where each particle moves by its own gradient only.
+            repulse: which gradient of k, "own" or "stein"; see `SVGD`.
+        """
+        k, width = kernels
+        layers = len(self.lora_A)
+        phi: dict[Tensor, Tensor] = {}
+        force = self._dense_forces(theta, k[layers:], width[layers:])
+        if layers and repulse == "own":
+            # ½ Σ_ij k_ij has ∂/∂D_ij = −k_ij / 4h² and the gradient Σ_j ∇_i k_ij.
+            upstream = -k[:layers].double() / (2 * width[:layers]) * weight
+            phi = self._adapter_directions(theta, grad, mix[:layers], upstream)
+        elif layers:
+            force |= self._stein_forces(theta, k, width)
+        for p, g in self.of_parameters().items():
+            if p not in phi:
+                phi[p] = _mixed(mix[g].to(p.dtype), grad[p]) + force[p] * weight
+        return phi
+
+    def of_parameters(self) -> dict[Tensor, int]:
+        """The place in G of every parameter that is trained."""
+        group_of = {t: g for g, t in enumerate(self.lora_A)}
+        group_of |= {t: g for g, t in enumerate(self.lora_B)}
+        first = len(self.lora_A)
+        group_of |= {t: first + g for g, group in enumerate(self.dense) for t in group}
+        return {p: group_of[p] for p in self.params}
+
+    def _floors(self, theta: dict[Tensor, Tensor], D: Tensor, floor: float) -> Tensor:
+        """The smallest 2h² (G,): of an adapter, floor · s² mean_i ‖A_i‖²."""
+        floors = D.new_full((len(D),), _FLOOR)
+        if self.lora_A:
+            norms = torch.stack(torch._foreach_norm([theta[A] for A in self.lora_A])).to(D)
+            s = D.new_tensor(self.scaling)
+            floors[: len(norms)] += floor * (s * norms).square() / D.shape[-1]
+        return floors
+
+    def _adapter_directions(
+        self,
+        theta: dict[Tensor, Tensor],
+        grad: dict[Tensor, Tensor],
+        mix: Tensor,
+        upstream: Tensor,
+    ) -> dict[Tensor, Tensor]:
+        """Σ_j mix_ij ∇_j ℓ_j of the factors, and the gradient with `upstream` = ∂/∂D."""
+        factors = (*self.lora_A, *self.lora_B)
+        # Frozen factors have no gradient; their direction is dropped.
+        grads = [grad[t] if t in grad else torch.zeros_like(theta[t]) for t in factors]
+        values = [theta[t] for t in factors]
+        n = len(self.lora_A)
+        phi_A, phi_B = svgd_update(
+            grads[:n], grads[n:], mix, upstream, values[:n], values[n:], self.scaling
+        )
+        return dict(zip(factors, (*phi_A, *phi_B)))
+
+    def _stein_forces(
+        self, theta: dict[Tensor, Tensor], k: Tensor, width: Tensor
+    ) -> dict[Tensor, Tensor]:
+        """−Σ_j ∇_j k_ji of the factors."""
+        force: dict[Tensor, Tensor] = {}
+        for layer, (A, B, s) in enumerate(zip(self.lora_A, self.lora_B, self.scaling)):
+            pull = k[layer] * (2 * s * s / width[layer])
+            force |= zip((A, B), _stein_force(theta[A], theta[B], pull))
+        return force
+
+    def _dense_forces(
+        self, theta: dict[Tensor, Tensor], k: Tensor, width: Tensor
+    ) -> dict[Tensor, Tensor]:
+        """Σ_j ∇_i k_ij = −Σ_j ∇_j k_ji of the dense tensors: of a plain distance they are equal."""
+        force: dict[Tensor, Tensor] = {}
+        for group, kernel, w in zip(self.dense, k, width):
+            x = self._flat(theta, group)
+            pull = (2 / w) * (kernel.to(x.dtype) @ x - kernel.sum(1, keepdim=True) * x)
+            force |= zip(group, unflatten(pull.to(x.dtype), group))
+        return force
+
+    def _flat(self, theta: dict[Tensor, Tensor], group: list[Tensor]) -> Tensor:
+        """A dense group (k, P) relative to the first particle: equal ones are then exactly zero,
+        and so is their force."""
+        x = flatten([theta[t] for t in group])
+        return x - x[:1]
+
+
+def pair_means(k: Tensor, D: Tensor) -> dict[str, Tensor]:
+    """The means of k_ij and D_ij over i ≠ j and all groups, for logging."""
+    particles = D.shape[-1]
+    off = ~torch.eye(particles, dtype=torch.bool, device=k.device)
+    # Zero where one particle is left, which has no pair.
+    pairs = max(1, len(D) * particles * (particles - 1))
+    return {
+        "kernel": torch.where(off, k, 0).sum() / pairs,
+        "distance": torch.where(off, D, 0).sum() / pairs,
+    }
+
+
+def _median(D: Tensor) -> Tensor:
+    """The median of D_ij over i ≠ j (groups,); one for a single particle, which has no pairs."""
+    particles = D.shape[-1]
+    if particles == 1:
+        return D.new_ones(len(D))
+    i, j = torch.triu_indices(particles, particles, 1, device=D.device)
+    pairs = D[:, i, j].sort(dim=-1).values
+    # Tensor.median would take the lower of the two in the middle of an even number.
+    return pairs[:, (pairs.shape[-1] - 1) // 2 : pairs.shape[-1] // 2 + 1].mean(dim=-1)
+
+
+def _mixed(mix: Tensor, grad: Tensor) -> Tensor:
+    """Σ_j mix_ij grad_j for grad (K, ...); mix (K,) is a diagonal."""
+    if mix.ndim == 1:
+        return grad * mix.view(-1, *[1] * (grad.ndim - 1))
+    return (mix @ grad.flatten(1)).view(grad.shape)
+
+
+def _squared_distances(x: Tensor) -> Tensor:
+    """‖x_i − x_j‖² (K, K) of the rows of x (K, P), in float64 as pairwise_frobenius does it."""
+    x64 = x.double()
+    gram = x64 @ x64.T
+    norms = gram.diagonal()
+    D = (norms[:, None] + norms[None] - 2 * gram).clamp_min(0)
+    D.fill_diagonal_(0)
+    return D.to(accumulator(x.dtype))
+
+
+def _stein_force(A: Tensor, B: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_j pull_ij · (∇_{θ_j} ½‖B_jA_j − B_iA_i‖²) for A (K, r, d_in) and B (K, d_out, r).
+
+    ∇_{B_j} = B_j (A_j A_jᵀ) − B_i (A_i A_jᵀ) and ∇_{A_j} = (B_jᵀB_j) A_j − (B_jᵀB_i) A_i.
+    """
+    pull = pull.to(A.dtype)
+    gram_A = torch.einsum("ird,jsd->ijrs", A, A)  # A_i A_jᵀ
+    gram_B = torch.einsum("idr,jds->ijrs", B, B)  # B_iᵀ B_j
+    own_B = torch.einsum("jdr,jjrs->jds", B, gram_A)
+    own_A = torch.einsum("jjrs,jsd->jrd", gram_B, A)
+    force_B = torch.einsum("ij,jds->ids", pull, own_B)
+    force_B = force_B - torch.einsum("idr,ij,ijrs->ids", B, pull, gram_A)
+    force_A = torch.einsum("ij,jrd->ird", pull, own_A)
+    force_A = force_A - torch.einsum("ij,jirs,isd->ird", pull, gram_B, A)
+    return force_A, force_B

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from multilora import checks
-from multilora.calibration import BINS, Bins, equal_width
+from multilora.calibration import BINS, equal_width
 from multilora.log_probabilities import require_targets
 
 
@@ -202,7 +202,7 @@ def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return p, targets
 
 
-def _bins(p: Tensor, targets: Tensor, bins: int) -> Bins:
-    """The bins that the ECE is computed from."""
+def _bins(p: Tensor, targets: Tensor, bins: int) -> list[list[float]]:
+    """Confidence, accuracy and count of the bins that the ECE is computed from."""
     confidence, predicted = p.max(-1)
-    return equal_width(confidence, predicted == targets, bins)
+    return [t.tolist() for t in equal_width(confidence, predicted == targets, bins)]

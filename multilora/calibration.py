@@ -24,7 +24,7 @@ class Bins(NamedTuple):
 
     confidence: Tensor  # mean
     accuracy: Tensor  # share of right ones
-    count: Tensor
+    examples: Tensor  # their number
 
     def gaps(self) -> Tensor:
         """|confidence − accuracy| of every bin."""
@@ -32,7 +32,7 @@ class Bins(NamedTuple):
 
     def error(self) -> float:
         """Σ_b n_b/N |confidence_b − accuracy_b|: the expected calibration error."""
-        return ((self.count / self.count.sum()) @ self.gaps()).item()
+        return ((self.examples / self.examples.sum()) @ self.gaps()).item()
 
 
 def equal_width(confidence: Tensor, right: Tensor, bins: int = BINS) -> Bins:
@@ -57,8 +57,8 @@ def equal_mass(confidence: Tensor, right: Tensor, bins: int = BINS) -> Bins:
 def _binned(index: Tensor, confidence: Tensor, right: Tensor, bins: int) -> Bins:
     rows = torch.stack([confidence.double(), right.double(), torch.ones_like(index).double()])
     sums = torch.zeros(3, bins, dtype=torch.float64, device=rows.device).index_add_(1, index, rows)
-    confidences, accuracies, count = sums[:, sums[2] > 0]
-    return Bins(confidences / count, accuracies / count, count)
+    confidences, accuracies, examples = sums[:, sums[2] > 0]
+    return Bins(confidences / examples, accuracies / examples, examples)
 
 
 def classwise_error(p: Tensor, targets: Tensor) -> float:

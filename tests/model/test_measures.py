@@ -108,7 +108,7 @@ def test_a_confidence_of_one_is_in_the_last_bin():
 def test_bins_are_open_below_and_closed_above():
     confidence = float64(0, 1 / 15, 1.0001 / 15, 0.2, 0.4, 1)
     bins = calibration.equal_width(confidence, torch.tensor([1, 0, 1, 1, 0, 1]))
-    assert bins.count.tolist() == [2, 1, 1, 1, 1]
+    assert bins.examples.tolist() == [2, 1, 1, 1, 1]
     assert bins.accuracy.tolist() == [0.5, 1, 1, 0, 1]
     expected = float64(1 / 30, 1.0001 / 15, 0.2, 0.4, 1)
     torch.testing.assert_close(bins.confidence, expected, rtol=1e-15, atol=0)
@@ -130,12 +130,12 @@ def test_bins_of_equal_mass_by_hand():
     confidence, right = float64(0.9, 0.5, 0.7, 0.6, 0.7), torch.tensor([1, 0, 1, 1, 0])
     for order in (slice(None), [4, 3, 2, 1, 0]):
         bins = calibration.equal_mass(confidence[order], right[order], 2)
-        assert bins.count.tolist() == [3, 2]
+        assert bins.examples.tolist() == [3, 2]
         assert bins.confidence.tolist() == pytest.approx([0.6, 0.8])
         assert bins.accuracy.tolist() == pytest.approx([0.5, 0.75])
         assert bins.error() == pytest.approx(0.6 * 0.1 + 0.4 * 0.05)
-    counts = calibration.equal_mass(torch.rand(47), torch.ones(47)).count
-    assert sorted(counts.tolist()) == [3] * 13 + [4] * 2
+    examples = calibration.equal_mass(torch.rand(47), torch.ones(47)).examples
+    assert sorted(examples.tolist()) == [3] * 13 + [4] * 2
 
 
 def test_the_classwise_error_by_hand():

@@ -110,12 +110,11 @@ def disagreement(members: Tensor) -> float:
         members: log p_k (K, N, C).
     """
     particles, examples, classes = members.shape
-    if particles == 1:
-        return math.nan
     votes = torch.zeros(examples, classes, dtype=torch.float64, device=members.device)
     choices = members.argmax(-1).mT
     votes.scatter_add_(1, choices, torch.ones_like(choices, dtype=torch.float64))
-    # Among the K² ordered pairs, Σ_c votes² agree, and K of them are a particle with itself.
+    # Among the K² ordered pairs, Σ_c votes² agree, and K of them are a particle with itself. One
+    # particle has no pair, and 0/0 is NaN.
     agreeing = (votes.square().sum(-1) - particles) / (particles * (particles - 1))
     return 1 - agreeing.mean().item()
 

@@ -96,7 +96,7 @@ def labelled(name: str, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
         ValueError: as `evaluate` says.
     """
     shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-    if logits.ndim != 3 or targets.shape != logits.shape[1:2]:
+    if logits.ndim != 3 or not len(logits) or targets.shape != logits.shape[1:2]:
         raise ValueError(f"{name} needs logits (K, N, C) and targets (N,); got {shapes}")
     if targets.dtype != torch.int64:
         raise ValueError(f"{name} needs int64 targets; got {targets.dtype}, {shapes}")

@@ -115,13 +115,13 @@ def test_bins_are_open_below_and_closed_above():
 
 
 def test_calibration_errors_by_hand():
-    # Three bins of equal width are occupied, with gaps .05, .4 and .9 of 2, 1 and 1 examples.
-    logits, targets = binary([0.94, 0.96, 0.6, 0.9], [1, 1, 1, 0])
+    # Three bins of equal width are occupied, with gaps .45, .4 and .9 of 2, 1 and 1 examples.
+    logits, targets = binary([0.94, 0.96, 0.6, 0.9], [1, 0, 1, 0])
     got = ml.metrics.evaluate(logits, targets)
-    assert got["ece"] == pytest.approx((2 * 0.05 + 0.4 + 0.9) / 4)
+    assert got["ece"] == pytest.approx((2 * 0.45 + 0.4 + 0.9) / 4)
     assert got["mce"] == pytest.approx(0.9)
     # Fewer examples than bins: one each.
-    assert got["ece_adaptive"] == pytest.approx((0.06 + 0.04 + 0.4 + 0.9) / 4)
+    assert got["ece_adaptive"] == pytest.approx((0.06 + 0.96 + 0.4 + 0.9) / 4)
 
 
 def test_bins_of_equal_mass_by_hand():

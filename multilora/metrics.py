@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multilora.ops.common import IGNORE_INDEX, accumulator
+from multilora.calibration import (
+    calibrated_nll,
+    classwise_error,
+    equal_mass,
+    equal_width,
+    fit_temperature,
+)
+from multilora.diversity import ambiguity, disagreement, kl_pairwise, similarity, vendi
+from multilora.log_probabilities import (
+    Predictive,
+    combined,
+    labelled,
+    log_mean,
+    mean_kl,
+    negative,
+    predictive,
+    require_rows,
+)
 from multilora.prediction import predict, predict_loader
+from multilora.ranking import aurc, detection
 
-__all__ = ["evaluate", "log_mean", "predict", "predict_loader", "require_targets"]
+__all__ = [
+    "calibrated_nll",
+    "evaluate",
+    "fit_temperature",
+    "log_mean",
+    "predict",
+    "predict_loader",
+    "predictive",
+    "similarity",
+    "vendi",
+]
 
 
 @torch.no_grad()
@@ -21,8 +47,11 @@ def evaluate(
     targets: Tensor,
     combine: str = "prob",
     ood_logits: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    full: bool = False,
 ) -> dict[str, Any]:
-    """The predictive measures of K particles over a whole data set.
+    """The predictive measures of K particles over a whole data set; docs/measures.md defines each.
 
     Args:
         logits: (K, N, C), with −∞ for a class that is masked. Log-probabilities do as well, as
@@ -31,174 +60,110 @@ def evaluate(
         combine: the predictive p̄ is the mean of the probabilities ("prob"), or the softmax of the
             mean logits ("logit").
         ood_logits: (K, M, C), the same particles on inputs from another distribution.
+        temperature: T > 0; p̄ becomes softmax(log p̄ / T). `fit_temperature` finds one. Measures of
+            the particles and of their diversity do not change.
+        full: add the measures that cost C or K² passes over the data.
 
     Returns:
-        A dict of floats, with entropies in nats:
+        A dict of floats, with entropies and divergences in nats:
 
-        - accuracy, nll (−log p̄_y), brier (summed over classes), ece (15 equal-width bins over the
-          whole set, 0 to 1), entropy H[p̄];
-        - mutual_information H[p̄] − mean_k H[p_k] = mean_k KL(p_k‖p̄), and diversity
-          mean_k KL(p̄‖p_k) (Bella's), both of the mean probabilities whatever `combine` is;
+        - of p̄: accuracy, nll (−log p̄_y), brier (summed over classes), entropy H[p̄];
+        - calibration of p̄: ece (15 equal-width bins over the whole set, 0 to 1), mce (the largest
+          gap of a bin) and ece_adaptive (15 bins of equal mass);
+        - uncertainty against errors: entropy_correct, entropy_incorrect, mi_correct and
+          mi_incorrect, means over the right and the wrong predictions, NaN where there is none;
+          auroc_misclassification, fpr95_misclassification and aupr_misclassification, how well
+          H[p̄] finds the errors, NaN where all or none is right; aurc, the area under the
+          risk–coverage curve by confidence max p̄;
+        - diversity, of the mean probabilities whatever `combine` is: mutual_information
+          H[p̄] − mean_k H[p_k] = mean_k KL(p_k‖p̄), diversity mean_k KL(p̄‖p_k) (Bella's),
+          jensen_gap mean_k NLL_k − NLL(p̄) >= 0, ambiguity mean_k ‖p_k − p̄‖², disagreement (the
+          share of examples that two particles classify differently, NaN for K = 1) and
+          vendi_prediction (the effective number of different predictions, 1 to K);
         - member_accuracy and member_nll, lists of K;
-        - auroc_misclassification: how well H[p̄] ranks errors above hits, NaN where all or none is
-          right;
-        - with ood_logits: ood_entropy, ood_mutual_information, and auroc_ood and auroc_ood_mi, the
-          quality of H[p̄] and of the mutual information as scores of the other distribution;
+        - with ood_logits: ood_entropy and ood_mutual_information; auroc_ood, fpr95_ood and
+          aupr_ood, how well H[p̄] finds the other distribution, and the same three with _mi at the
+          end by mutual information;
+        - with full: ece_classwise, and kl_pairwise, K lists of K, mean KL(p_i‖p_j);
         - combine and num_examples.
 
     Raises:
         ValueError: shapes do not fit, a target is outside [0, C) or has no probability, no target
-            is valid, or a row of logits holds NaN or +∞, or nothing but −∞.
+            is valid, a row of logits holds NaN or +∞, or nothing but −∞, or temperature <= 0.
     """
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-    )
-
-    _check(logits, targets, combine, ood_logits)
-    valid = targets != IGNORE_INDEX
-    predictive, targets = _predictive(logits[:, valid], combine), targets[valid]
-    members, log_p, entropy = predictive.members, predictive.log_p, predictive.entropy
-    particles, examples, classes = members.shape
-    p = log_p.exp()
-    nll = -log_p.gather(-1, targets[:, None]).squeeze(-1)
-    wrong = p.argmax(-1) != targets
-    one_hot = nn.functional.one_hot(targets, classes)
-    member_nll = -members.gather(-1, targets.expand(particles, -1)[..., None]).squeeze(-1)
-    result = {
-        "accuracy": multiclass_accuracy(p, targets, classes, average="micro").item(),
-        "nll": nll.mean().item(),
-        "ece": multiclass_calibration_error(p.float(), targets, classes, n_bins=15).item(),
-        "brier": (p - one_hot).square().sum(-1).mean().item(),
-        "entropy": entropy.mean().item(),
-        "mutual_information": predictive.mutual_information.mean().item(),
-        "diversity": _kl(predictive.mean, members).mean().item(),
-        "member_accuracy": (members.argmax(-1) == targets).double().mean(-1).tolist(),
-        "member_nll": member_nll.mean(-1).tolist(),
-        "auroc_misclassification": math.nan,
-        "combine": combine,
-        "num_examples": examples,
-    }
-    if wrong.any() and not wrong.all():
-        result["auroc_misclassification"] = _auroc(entropy, wrong)
+    _check_ood(logits, targets, ood_logits)
+    rows, targets = labelled("evaluate", logits, targets)
+    own = combined(rows, combine, temperature)
+    result = _quality(own, targets) | _diversity(own, targets)
     if ood_logits is not None:
-        result |= _ood_measures(predictive, _predictive(ood_logits, combine))
-    return result
+        require_rows("ood_logits", ood_logits)
+        result |= _ood_measures(own, combined(ood_logits, combine, temperature))
+    if full:
+        result["ece_classwise"] = classwise_error(own.log_p.exp(), targets)
+        result["kl_pairwise"] = kl_pairwise(own.members).tolist()
+    return result | {"combine": combine, "num_examples": len(targets)}
 
 
-class _Predictive(NamedTuple):
-    """The predictive distributions of N examples, in log space."""
+def _quality(own: Predictive, targets: Tensor) -> dict[str, float]:
+    """How good and how calibrated p̄ is, and whether its uncertainty shows its errors."""
+    p = own.log_p.exp()
+    confidence, predicted = p.max(-1)
+    right = predicted == targets
+    bins = equal_width(confidence, right)
+    one_hot = nn.functional.one_hot(targets, p.shape[-1])
+    return {
+        "accuracy": right.double().mean().item(),
+        "nll": negative(own.log_p, targets).mean().item(),
+        "brier": (p - one_hot).square().sum(-1).mean().item(),
+        "entropy": own.entropy.mean().item(),
+        "ece": bins.error(),
+        "mce": bins.gaps().max().item(),
+        "ece_adaptive": equal_mass(confidence, right).error(),
+        # The mean of nothing is NaN.
+        "entropy_correct": own.entropy[right].mean().item(),
+        "entropy_incorrect": own.entropy[~right].mean().item(),
+        "mi_correct": own.mutual_information[right].mean().item(),
+        "mi_incorrect": own.mutual_information[~right].mean().item(),
+        **detection("misclassification", own.entropy, ~right),
+        "aurc": aurc(confidence, ~right),
+    }
 
-    members: Tensor  # (K, N, C), log p_k
-    mean: Tensor  # (N, C), the log of the mean probabilities
-    log_p: Tensor  # (N, C), log p̄ as `combine` says
-    entropy: Tensor  # (N,), H[p̄]
-    mutual_information: Tensor  # (N,)
+
+def _diversity(own: Predictive, targets: Tensor) -> dict[str, Any]:
+    """How good the particles are by themselves, and how different."""
+    member_nll = negative(own.members, targets)
+    # Jensen's inequality holds for every example; rounding does not know it.
+    gap = (member_nll.mean(0) - negative(own.mean, targets)).clamp_min(0)
+    return {
+        "mutual_information": own.mutual_information.mean().item(),
+        "diversity": mean_kl(own.mean, own.members).mean().item(),
+        "jensen_gap": gap.mean().item(),
+        "ambiguity": ambiguity(own.members, own.mean),
+        "disagreement": disagreement(own.members),
+        "vendi_prediction": vendi(similarity(own.members)),
+        "member_accuracy": (own.members.argmax(-1) == targets).double().mean(-1).tolist(),
+        "member_nll": member_nll.mean(-1).tolist(),
+    }
 
 
-def _predictive(logits: Tensor, combine: str) -> _Predictive:
-    logits = _at_least_float32(logits)
-    members = logits.log_softmax(-1)
-    mean = log_mean(members)
-    log_p = mean if combine == "prob" else logits.mean(0).log_softmax(-1)
-    # As mean_k KL(p_k‖p̄) it is never negative, unlike the difference of two rounded entropies.
-    return _Predictive(members, mean, log_p, _entropy(log_p), _kl(members, mean))
-
-
-def _ood_measures(own: _Predictive, ood: _Predictive) -> dict[str, float]:
+def _ood_measures(own: Predictive, ood: Predictive) -> dict[str, float]:
     """How the predictive looks on another distribution, and how well it tells the two apart."""
     is_ood = torch.cat([torch.zeros_like(own.entropy), torch.ones_like(ood.entropy)]).bool()
     information = torch.cat([own.mutual_information, ood.mutual_information])
     return {
         "ood_entropy": ood.entropy.mean().item(),
         "ood_mutual_information": ood.mutual_information.mean().item(),
-        "auroc_ood": _auroc(torch.cat([own.entropy, ood.entropy]), is_ood),
-        "auroc_ood_mi": _auroc(information, is_ood),
+        **detection("ood", torch.cat([own.entropy, ood.entropy]), is_ood),
+        **detection("ood_mi", information, is_ood),
     }
 
 
-def _auroc(score: Tensor, positive: Tensor) -> float:
-    from torchmetrics.functional.classification import binary_auroc
-
-    # Torchmetrics would take scores outside [0, 1] for logits and squash them. Ranks keep ties, and
-    # make no others.
-    _, rank = torch.unique(score, return_inverse=True)
-    return binary_auroc(rank / max(rank.max().item(), 1), positive.long()).item()
-
-
-def _at_least_float32(t: Tensor) -> Tensor:
-    return t.to(accumulator(t.dtype))
-
-
-def log_mean(members: Tensor) -> Tensor:
-    """log mean_k p_k (...) from log p_k (K, ...), computed in log space."""
-    # Rounding can lift a certain prediction above probability one.
-    return (torch.logsumexp(members, 0) - math.log(members.shape[0])).clamp_max(0)
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return torch.special.entr(log_p.exp()).sum(-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """mean over particles of KL(p‖q) (N,), one of the two (K, N, C) and the other (N, C)."""
-    p = log_p.exp()
-    # 0 · (−∞ − …) is 0 here.
-    terms = torch.where(p > 0, p * (log_p - log_q), 0)
-    return terms.sum(-1).mean(0).clamp_min(0)
-
-
-def _check(logits: Tensor, targets: Tensor, combine: str, ood_logits: Tensor | None) -> None:
-    shapes = f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
-    if logits.ndim != 3 or targets.shape != logits.shape[1:2]:
-        raise ValueError(f"evaluate needs logits (K, N, C) and targets (N,); got {shapes}")
-    if combine not in ("prob", "logit"):
-        raise ValueError(f'combine must be "prob" or "logit"; got {combine!r}')
+def _check_ood(logits: Tensor, targets: Tensor, ood_logits: Tensor | None) -> None:
     if ood_logits is not None and (
         ood_logits.ndim != 3 or ood_logits.shape[::2] != logits.shape[::2] or not ood_logits.numel()
     ):
         raise ValueError(
-            f"evaluate needs ood_logits (K, M, C) of the same particles and classes, M >= 1; "
-            f"got {tuple(ood_logits.shape)} beside {shapes}"
-        )
-    if targets.dtype != torch.int64:
-        raise ValueError(f"evaluate needs int64 targets; got {targets.dtype}, {shapes}")
-    valid = require_targets("evaluate", targets, logits.shape[-1], shapes)
-    rows = logits[:, valid]
-    _require_rows("logits", rows)
-    if ood_logits is not None:
-        _require_rows("ood_logits", ood_logits)
-    chosen = rows.gather(-1, targets[valid].expand(len(rows), -1)[..., None])
-    impossible = int((chosen == -math.inf).any(0).sum())
-    if impossible:
-        raise ValueError(
-            f"{impossible} of {rows.shape[1]} targets have the logit -inf, no probability at all: "
-            "instead of the logarithm of probabilities that were rounded to zero, take "
-            f"predict(..., log=True); got {shapes}"
-        )
-    if bool((rows >= 0).all() & ((rows.sum(-1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            "the logits look like probabilities, which evaluate would take the softmax of: give it "
-            f"predict(..., log=True); got {shapes}",
-            stacklevel=4,
-        )
-
-
-def require_targets(name: str, targets: Tensor, classes: int, shapes: str) -> Tensor:
-    """The mask of valid targets (N,); ValueError if none is, or one is not in [0, classes)."""
-    valid = targets != IGNORE_INDEX
-    if not valid.any():
-        raise ValueError(f"{name} needs at least one valid target; got {shapes}")
-    if not ((targets >= 0) & (targets < classes))[valid].all():
-        raise ValueError(f"{name} needs targets in [0, {classes}) or {IGNORE_INDEX}; got {shapes}")
-    return valid
-
-
-def _require_rows(name: str, logits: Tensor) -> None:
-    broken = logits.isnan().any(-1) | (logits == math.inf).any(-1) | (logits == -math.inf).all(-1)
-    rows = int(broken.any(0).sum())
-    if rows:
-        raise ValueError(
-            f"{rows} of {logits.shape[1]} rows of {name} hold NaN or +inf, or nothing but -inf, in "
-            "one particle at least: leave them out (target -100), or find out why"
+            "evaluate needs ood_logits (K, M, C) of the same particles and classes, M >= 1; got "
+            f"{tuple(ood_logits.shape)} beside logits {tuple(logits.shape)}, targets "
+            f"{tuple(targets.shape)}"
         )

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora import checks, particle_folders
+from multilora.diversity import cosines
 from multilora.fold import Axes
 from multilora.forward_state import ForwardState
 from multilora.layers import (
@@ -42,6 +43,7 @@ from multilora.layers import (
     lora_layers,
     stacked_modules,
 )
+from multilora.ops import lora_gram
 from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
@@ -328,6 +330,34 @@ class ParticleModel(nn.Module):
             Adapter(name, layer.lora_A, layer.lora_B, layer.scaling)
             for name, layer in self.lora_layers()
         ]
+
+    @torch.no_grad()
+    def cosines(self, per_layer: bool = False) -> Tensor:
+        """Cosines of the particles' updates, T_ij / √(T_ii T_jj) with T_ij = ⟨ΔW_i, ΔW_j⟩_F.
+
+        No ΔW is formed (`lora_gram`). An update that is zero, as all are at the start, has the
+        cosine 1 with itself and with other zero updates, and 0 with all others.
+
+        Source: Bella (Doan et al. 2024), table 9.
+
+        Args:
+            per_layer: one matrix per adapted layer, in the order of `adapters()`, in place of that
+                of the updates of all layers together.
+
+        Returns:
+            (K, K), or (L, K, K) with `per_layer`, of all processes' particles: float32, or float64
+            for float64 factors. `metrics.vendi` makes one number of (K, K).
+
+        Raises:
+            ValueError: no layer is adapted.
+        """
+        adapters = self.adapters()
+        if not adapters:
+            raise ValueError("cosines needs an adapted layer; this model has none")
+        factors = [f for a in adapters for f in (a.lora_A, a.lora_B)]
+        factors = self.processes.gather_all(factors)
+        gram = lora_gram(factors[::2], factors[1::2], [a.scaling for a in adapters])
+        return cosines(gram if per_layer else gram.sum(0))
 
     def heads(self) -> list[tuple[str, dict[str, nn.Parameter]]]:
         """(name, stacked parameters by name) for every module in `modules_to_save`."""

@@ -27,9 +27,9 @@ from bench.record import machine  # noqa: E402
 from multilora.app import run as application  # noqa: E402
 from multilora.app.settings import Settings  # noqa: E402
 from multilora.app.tasks import digits  # noqa: E402
+from multilora.calibration import equal_width  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "digits"
-BINS = 15
 
 
 # --- the four methods ----------------------------------------------------------------------------
@@ -123,14 +123,7 @@ def calibrated_nll(log_p: torch.Tensor, y: torch.Tensor) -> float:
 def reliability(p: torch.Tensor, y: torch.Tensor) -> list[list[float]]:
     """[mean confidence, accuracy, examples] of each of 15 equal bins that holds an example."""
     confidence, predicted = p.max(-1)
-    index = (confidence * BINS).long().clamp_max(BINS - 1)
-    rows = []
-    for b in range(BINS):
-        inside = index == b
-        if inside.any():
-            hits = (predicted[inside] == y[inside]).double().mean().item()
-            rows.append([confidence[inside].mean().item(), hits, int(inside.sum())])
-    return rows
+    return torch.stack(equal_width(confidence, predicted == y), 1).tolist()
 
 
 def methods(seeds: int) -> dict:

@@ -1,20 +1,21 @@
-"""Pictures of a run: calibration, and how training went."""
+"""Pictures of a run: calibration, uncertainty, and how training went."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from multilora import checks
-from multilora.metrics import require_targets
+from multilora.calibration import BINS, equal_width
+from multilora.log_probabilities import require_targets
 
 
 def reliability_diagram(
-    probabilities: Tensor, targets: Tensor, file: str | Path | BinaryIO, bins: int = 15
+    probabilities: Tensor, targets: Tensor, file: str | Path | BinaryIO, bins: int = BINS
 ) -> None:
     """Draw accuracy against confidence: the K particles (thin) and their mean (bars).
 
@@ -94,6 +95,93 @@ def history_diagram(history: Sequence[Mapping[str, float]], file: str | Path | B
     plt.close(figure)
 
 
+def entropy_histograms(
+    entropies: Mapping[str, Tensor], file: str | Path | BinaryIO, bins: int = 30
+) -> None:
+    """Draw the distributions of the predictive entropy of several groups of examples.
+
+    Args:
+        entropies: Entropies (n,) in nats by the group's name, such as "right", "wrong" and "OOD",
+            from `metrics.predictive(...).entropy`. The legend counts each group's examples.
+
+    Raises:
+        ValueError: There is no group, all are empty, or an entropy is not finite or negative.
+    """
+    checks.integer("bins", bins, 1)
+    groups = {name: torch.as_tensor(e).detach().cpu().double() for name, e in entropies.items()}
+    for name, group in groups.items():
+        if group.ndim != 1 or not (group.isfinite() & (group >= 0)).all():
+            raise ValueError(
+                f"entropy_histograms needs finite entropies (n,) >= 0; got {tuple(group.shape)} "
+                f"in {name!r}, from {group.min().item() if group.numel() else 'none'}"
+            )
+    if not any(map(len, groups.values())):
+        raise ValueError(f"entropy_histograms needs an example; got the groups {[*groups]}")
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    # Entropies of zero need bins of some width.
+    highest = max(1e-6, *(group.max().item() for group in groups.values() if len(group)))
+    edges = torch.linspace(0, highest, bins + 1, dtype=torch.float64).tolist()
+    for i, (name, group) in enumerate(groups.items()):
+        weights = torch.full_like(group, 1 / max(1, len(group))).tolist()
+        style: dict[str, Any] = {"fc": (f"C{i}", 0.25), "ec": f"C{i}", "linewidth": 1.4}
+        style |= {"histtype": "stepfilled", "label": f"{name} ({len(group)})"}
+        axis.hist(group.tolist(), edges, weights=weights, **style)
+    axis.set(xlabel="H[p̄] (nats)", ylabel="share of the group's examples", xlim=(0, highest))
+    axis.set_title("Predictive entropy")
+    figure.legend(loc="outside lower center", ncols=min(4, len(groups)), frameon=False)
+    figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
+def confidence_curve(
+    thresholds: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    file: str | Path | BinaryIO,
+) -> None:
+    """Draw the raters' confidence where the model is sure and where it is not.
+
+    A model whose entropy agrees with people has the curve of `low` above that of `high`.
+
+    Source: Bella (Doan et al. 2024), its figure of human confidence.
+
+    Args:
+        thresholds: Entropies in nats, growing.
+        low: The mean human confidence, 0 to 1, over examples of an entropy up to each threshold;
+            NaN, which is not drawn, where there is none.
+        high: The same over examples of an entropy above it.
+
+    Raises:
+        ValueError: The lengths differ, or there is no threshold.
+    """
+    if not len(thresholds) == len(low) == len(high) >= 1:
+        raise ValueError(
+            "confidence_curve needs as many confidences as thresholds, at least one; got "
+            f"{len(thresholds)} thresholds, {len(low)} and {len(high)} confidences"
+        )
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    axis.plot(thresholds, low, color="tab:blue", marker="o", label="entropy up to the threshold")
+    axis.plot(thresholds, high, color="tab:orange", marker="s", label="entropy above it")
+    axis.set(xlabel="entropy threshold (nats)", ylabel="mean human confidence")
+    axis.set_title("Human confidence on both sides of an entropy threshold")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
 def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and targets of the examples with a valid target, after a check."""
     shapes = f"probabilities {tuple(p.shape)}, targets {tuple(targets.shape)}"
@@ -114,13 +202,7 @@ def _checked(p: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return p, targets
 
 
-def _bins(p: Tensor, targets: Tensor, bins: int) -> tuple[list, list, list]:
-    """Mean confidence, accuracy and count of the bins that hold an example, for matplotlib."""
+def _bins(p: Tensor, targets: Tensor, bins: int) -> list[list[float]]:
+    """Confidence, accuracy and count of the bins that the ECE is computed from."""
     confidence, predicted = p.max(-1)
-    index = (confidence * bins).long().clamp_max(bins - 1)
-    count = torch.bincount(index, minlength=bins)
-    sums = torch.stack([confidence, (predicted == targets).double()])
-    sums = torch.zeros(2, bins, dtype=torch.float64).index_add_(1, index, sums)
-    used = count > 0
-    means = sums[:, used] / count[used]
-    return means[0].tolist(), means[1].tolist(), count[used].tolist()
+    return [t.tolist() for t in equal_width(confidence, predicted == targets, bins)]

@@ -216,6 +216,7 @@ def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
         "rank": settings.rank,
         "seed": settings.seed,
         **result,
+        "vendi_weights": metrics.vendi(model.cosines()),
         "step_ms": statistics.median(state.step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }

@@ -51,6 +51,8 @@ def test_train_writes_what_it_promises(run):
     # 5 classes: well above chance after 24 steps means that training and evaluation work together.
     assert metrics["accuracy"] > 0.35
     assert metrics["num_examples"] == 297 - 5 * 10
+    model, _, _ = training.load_run(run)
+    assert metrics["vendi_weights"] == pytest.approx(ml.metrics.vendi(model.cosines()), rel=1e-5)
     for picture in ("reliability.png", "history.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     for k in range(3):

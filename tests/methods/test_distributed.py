@@ -250,22 +250,26 @@ def saving(rank, folder):
     loaded = ml.load_particle_model(base, folder / "particles", mesh=mesh)
     ml.checkpoint.load_particles(model, folder / "particles")
     inputs = FAMILIES["vit"].inputs()
+    cosines = [m.cosines(per_layer) for m in (loaded, model) for per_layer in (False, True)]
     try:
         model.save_pretrained(folder / "particles" / "multilora.json" / "inside")
         said = "nothing"
     except (OSError, RuntimeError) as error:
         said = f"{type(error).__name__}: {error}"
-    return loaded.num_particles, ml.predict(loaded, inputs), ml.predict(model, inputs), said
+    predictions = ml.predict(loaded, inputs), ml.predict(model, inputs)
+    return loaded.num_particles, *predictions, cosines, said
 
 
 def test_particles_are_saved_and_predict_together(tmp_path):
     model, _ = everything("vit", torch.arange(B), "mesh", seed=5)
     perturb(model)
     expected = ml.predict(model, FAMILIES["vit"].inputs())
-    for rank, (k, loaded, kept, said) in enumerate(run_in_processes(4, saving, tmp_path)):
+    cosines = [model.cosines(per_layer) for per_layer in (False, True)]
+    for rank, (k, loaded, kept, angles, said) in enumerate(run_in_processes(4, saving, tmp_path)):
         assert k == 1
         torch.testing.assert_close(loaded, expected)
         torch.testing.assert_close(kept, expected)
+        torch.testing.assert_close(angles, cosines * 2)
         assert said.startswith("RuntimeError: the first process could not" if rank else "NotADir")
     alone = ml.load_particle_model(FAMILIES["vit"].build(), tmp_path / "particles")
     assert alone.seeds == model.seeds

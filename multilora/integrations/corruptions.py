@@ -6,6 +6,7 @@ numbers measured with it do not compare with published ones.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +58,8 @@ def corrupt(pixels: Tensor, corruption: str, severity: int, seed: int = 0) -> Te
         noise = torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype, device="cpu")
         result = pixels + strength * noise.to(pixels.device)
     elif corruption == "blur":
-        sigma = strength * min(size) / 224
+        # The 0.4 pixels are there for small images, where the first term is next to nothing.
+        sigma = math.hypot(strength * min(size) / 224, 0.4)
         width = 2 * math.ceil(3 * sigma) + 1
         result = F.gaussian_blur(pixels, [width, width], [sigma, sigma])
     elif corruption == "contrast":
@@ -65,12 +67,21 @@ def corrupt(pixels: Tensor, corruption: str, severity: int, seed: int = 0) -> Te
     elif corruption == "brightness":
         result = pixels + strength
     elif corruption == "jpeg":
-        coded = F.jpeg((255 * pixels).round().to(torch.uint8), int(strength))
-        result = coded.to(pixels.dtype) / 255
+        result = _through_jpeg(pixels, int(strength))
     else:
         small = F.resize(pixels, [max(1, round(strength * side)) for side in size])
         result = F.resize(small, size, InterpolationMode.NEAREST)
     return result.clamp(0, 1)
+
+
+def _through_jpeg(pixels: Tensor, quality: int) -> Tensor:
+    # Torchvision's own encoder is deprecated.
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+    file = io.BytesIO()
+    to_pil_image((255 * pixels.cpu()).round().to(torch.uint8)).save(file, "JPEG", quality=quality)
+    return pil_to_tensor(Image.open(file)).to(pixels) / 255
 
 
 class Corrupted(Dataset):

@@ -272,7 +272,7 @@ def _array(file: Path) -> np.ndarray:
         raise FileNotFoundError(f"{file} is missing")
     try:
         return np.load(file, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
 

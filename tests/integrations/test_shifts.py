@@ -238,7 +238,7 @@ def test_out_of_distribution_images_are_all_below_a_folder(art, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no images"):
         unlabelled(tmp_path / "empty", pixel)
-    with pytest.raises(FileNotFoundError, match="the folder .*none does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*none does not exist"):
         unlabelled(tmp_path / "none", pixel)
 
 

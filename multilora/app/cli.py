@@ -87,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print all measures as JSON")
     _add_measured(evaluate)
-    _add_own(evaluate)
+    _add_own(
+        evaluate,
+        "Other data must have the run's classes in the same order, and its test part is measured. "
+        "--shift finds the classes by their names.",
+    )
 
     text = "average a run's particles into one PEFT adapter (a soup)"
     export = commands.add_parser("export", help=text, description=_sentence(text))
@@ -181,12 +185,10 @@ def _task_options() -> dict[tuple[str, ...], dict[str, dict[str, Field[Any]]]]:
     return groups
 
 
-def _add_own(parser: argparse.ArgumentParser) -> None:
+def _add_own(parser: argparse.ArgumentParser, note: str | None = None) -> None:
     """Add what a run's folder, which may be anybody's, must not ask for, but the user may."""
     group = parser.add_argument_group(
-        "options that override the settings in the run's folder",
-        "Other data must have the run's classes in the same order, and its test part is used; "
-        "--shift finds the classes by their names.",
+        "options that override the settings in the run's folder", note
     )
     every = {name: field for part in _task_options().values() for name, field in part.items()}
     for name in _OWN:

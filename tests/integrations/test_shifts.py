@@ -209,6 +209,14 @@ def test_the_layout_is_recognised(cifar, listed, tmp_path):
     assert _items(read(listed)[""]) == [(10, 1), (11, 0), (12, 0)]
 
 
+def test_lists_are_read_whatever_folders_they_name(tmp_path):
+    save(tmp_path / "bird" / "0.png", 0)
+    save(tmp_path / "car" / "0.png", 1)
+    (tmp_path / "photo_test.txt").write_text("car/0.png 0\n")
+    found = shifted_sets(tmp_path, pixel, ["bird", "car"], report=list)
+    assert list(found) == ["photo"] and _items(found["photo"]) == [(1, 1)]
+
+
 def _items(data):
     return [data[i] for i in range(len(data))]
 

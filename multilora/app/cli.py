@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from multilora.app.folders import (
     write_json,
 )
 from multilora.app.options import add_argument, described
-from multilora.app.report import Progress, averaged, print_table
+from multilora.app.report import Progress, averaged, print_sets, print_table
 from multilora.app.run import evaluate, load_run, train
-from multilora.app.settings import DEFAULT_METHOD, SETTINGS, Settings, recommended
+from multilora.app.settings import DEFAULT_METHOD, MEASURED, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
 from multilora.methods import METHODS
 from multilora.tools.kernels import command as kernels
@@ -85,7 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         help="measure this PEFT adapter, such as an exported soup, in place of the particles",
     )
     evaluate.add_argument("--json", action="store_true", help="print all measures as JSON")
-    _add_own(evaluate)
+    _add_measured(evaluate)
+    _add_own(
+        evaluate,
+        "Other data must have the run's classes in the same order, and its test part is measured. "
+        "--shift finds the classes by their names.",
+    )
 
     text = "average a run's particles into one PEFT adapter (a soup)"
     export = commands.add_parser("export", help=text, description=_sentence(text))
@@ -128,7 +134,9 @@ def _add_train(commands: Any) -> None:
         help=f"{', '.join(TASKS)} [{digits.Options.task}; with --model, {images.Options.task}]",
     )
     for name, field in described(Settings).items():
-        add_argument(run, name, {"": field})
+        if name not in MEASURED:
+            add_argument(run, name, {"": field})
+    _add_measured(train)
     for names, fields in _task_options().items():
         group = train.add_argument_group(f"options of {', '.join(names)}")
         for name, owners in fields.items():
@@ -177,12 +185,21 @@ def _task_options() -> dict[tuple[str, ...], dict[str, dict[str, Field[Any]]]]:
     return groups
 
 
-def _add_own(parser: argparse.ArgumentParser) -> None:
+def _add_own(parser: argparse.ArgumentParser, note: str | None = None) -> None:
     """Add what a run's folder, which may be anybody's, must not ask for, but the user may."""
-    group = parser.add_argument_group("options that override the settings in the run's folder")
+    group = parser.add_argument_group(
+        "options that override the settings in the run's folder", note
+    )
     every = {name: field for part in _task_options().values() for name, field in part.items()}
     for name in _OWN:
         add_argument(group, name, every[name])
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is measured")
+    fields = described(Settings)
+    for name in MEASURED:
+        add_argument(group, name, {"": fields[name]})
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -203,6 +220,7 @@ def _train(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else free_folder(settings, settings.method)
     result = _run(args, settings, out)
     print_table([(settings.method, [result])])
+    _print_sets(settings, result)
     last = settings.particles - 1
     print(
         f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} (PEFT adapters) and "
@@ -210,6 +228,12 @@ def _train(args: argparse.Namespace) -> int:
         "(the course of training)."
     )
     return 0
+
+
+def _print_sets(settings: Settings, result: dict[str, Any]) -> None:
+    """Print the measures of every set, where the user has named some."""
+    if settings.shift or settings.ood or settings.corrupt:
+        print_sets(result)
 
 
 def _run(args: argparse.Namespace, settings: Settings, out: Path) -> dict[str, Any]:
@@ -254,28 +278,30 @@ def _compare(args: argparse.Namespace, task: str, given: dict[str, Any]) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace, adapter: str | None = None) -> Any:
-    own = {name: getattr(args, name) for name in _OWN}
+def _load(args: argparse.Namespace, names: Sequence[str], adapter: str | None = None) -> Any:
+    """The run in args.dir, with the options `names` in place of what its folder says."""
+    own = {name: getattr(args, name) for name in names}
     return load_run(
         args.dir, report=lambda line: print(line, file=sys.stderr), adapter=adapter, **own
     )
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    model, task, settings = _load(args, args.adapter)
+    model, task, settings = _load(args, (*_OWN, *MEASURED), args.adapter)
     chunk = settings.particle_chunk if args.adapter is None else None
-    result, _, _ = evaluate(model, task, particle_chunk=chunk)
+    result, _, _ = evaluate(model, task, particle_chunk=chunk, combine=settings.combine)
     if args.json:
         print(to_json(result))
     else:
         print_table([(settings.method if args.adapter is None else "adapter", [result])])
+        _print_sets(settings, result)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_export(out)
-    model, _, _ = _load(args)
+    model, _, _ = _load(args, _OWN)
     model.soup(out, kind=args.soup)
     record_export(out, args.dir, args.soup)
     particles = model.num_particles

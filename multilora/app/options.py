@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -70,6 +71,24 @@ def _pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((key, one) for key, one in value)
 
 
+def _paths(name: str, value: Any) -> tuple[tuple[str, str], ...]:
+    pairs = _pairs(name, value)
+    if not all(key and isinstance(path, str) and path for key, path in pairs):
+        raise ValueError(f"{name} must be pairs of a name and a path; got {value!r}")
+    names = [key for key, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{name} must have different names; got {names}")
+    return pairs
+
+
+def name_path(text: str) -> tuple[str, str]:
+    """NAME=PATH as a pair. A shell leaves the ~ in the middle of a word to us."""
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"NAME=PATH is needed; got {text!r}")
+    return name, os.path.expanduser(path)
+
+
 def key_value(text: str) -> tuple[str, Any]:
     """KEY=VALUE as a pair; the value is JSON, or else the text itself."""
     key, equals, value = text.partition("=")
@@ -85,6 +104,8 @@ FLAG = Kind(checks.flag, {})
 TEXT = Kind(_text, {})
 TEXTS = Kind(_texts, {"nargs": "+", "metavar": "NAME"})
 PAIRS = Kind(_pairs, {"nargs": "+", "metavar": "KEY=VALUE", "type": key_value})
+#: The option is given once for each pair.
+PATHS = Kind(_paths, {"action": "append", "metavar": "NAME=PATH", "type": name_path})
 
 
 def option(

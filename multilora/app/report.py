@@ -33,7 +33,8 @@ _LEGEND = {
     "nll": "NLL: negative log-likelihood. ECE: expected calibration error. Brier: squared error of "
     "the probabilities. All are of the particles' mean prediction on the test set.",
     "mutual_information": "MI: mutual information, how much the particles disagree (in nats).",
-    "corrupted": "corrupted: the same measures on disturbed copies of the test set.",
+    "corrupted": "corrupted: the same measures, averaged over disturbed copies of the test set and "
+    "other shifted sets.",
     "auroc_ood": "OOD AUROC: how well the prediction's entropy, or MI, tells out-of-distribution "
     "inputs from the test set (0.5 is chance).",
     "step_ms": "step ms: median time of a training step in milliseconds.",
@@ -89,13 +90,7 @@ def print_table(columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
 
     A cell is the value of one run, or the mean ± standard error over several.
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # Markdown, so that it can be pasted. A pipe has no width, so give it one.
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    table = Table(box=box.MARKDOWN)
+    table, console = _markdown()
     table.add_column("")
     for method, _ in columns:
         table.add_column(method, justify="right")
@@ -111,6 +106,44 @@ def print_table(columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
     for key, text in _LEGEND.items():
         if key in shown:
             console.print(text)
+
+
+#: The measures of one set, with their headings.
+_OF_A_SET = {
+    "accuracy": "accuracy ↑",
+    "nll": "NLL ↓",
+    "ece": "ECE ↓",
+    "brier": "Brier ↓",
+    "mutual_information": "MI",
+    "auroc": "AUROC",
+    "auroc_mi": "AUROC (MI)",
+}
+
+
+def print_sets(result: Result) -> None:
+    """Print a row for the test set and for each shifted and out-of-distribution set of a run."""
+    table, console = _markdown()
+    for heading in ("set", *_OF_A_SET.values()):
+        table.add_column(heading, justify="left" if heading == "set" else "right")
+    sets = {"test": result, **result.get("shifted", {}), **result.get("ood", {})}
+    for name, measures in sets.items():
+        table.add_row(name, *(_cell([measures.get(m)], 3) for m in _OF_A_SET))
+    console.print(table)
+    console.print(
+        "AUROC: how well the prediction's entropy, or MI, tells the set from the test set (0.5 is "
+        "chance)."
+    )
+
+
+def _markdown() -> tuple[Any, Any]:
+    """An empty table in Markdown, so that it can be pasted, and the console to print it on."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    # A pipe has no width, so give it one.
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    return Table(box=box.MARKDOWN), console
 
 
 def averaged(runs: int) -> str:

@@ -9,7 +9,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,17 @@ from multilora.app.folders import (
     write_json,
 )
 from multilora.app.options import described
+from multilora.app.other_data import add_sets
 from multilora.app.plots import history_diagram, reliability_diagram
 from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
-from multilora.app.settings import MAX_STEPS, SETTINGS, Settings, check_foreign, read_settings
+from multilora.app.settings import (
+    MAX_STEPS,
+    MEASURED,
+    SETTINGS,
+    Settings,
+    check_foreign,
+    read_settings,
+)
 from multilora.app.tasks import TASKS
 from multilora.app.tasks.task import ModelOptions, Report, Task
 from multilora.attach import get_particle_model
@@ -46,8 +54,9 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 def make_task(settings: Settings, report: Report = print) -> Task:
-    """The task with its data and the base model."""
-    return TASKS[settings.task].make(settings.options, settings.seed, report)
+    """The task with its data and the base model, and with all sets that are measured."""
+    task = TASKS[settings.task].make(settings.options, settings.seed, report)
+    return add_sets(task, settings, report)
 
 
 def make_method(settings: Settings, model: ParticleModel, num_data: int) -> Method:
@@ -209,7 +218,9 @@ def _distance(model: ParticleModel) -> dict[str, float]:
 
 def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
     settings, model = state.settings, state.model
-    result, predictions, targets = evaluate(model, task, particle_chunk=settings.particle_chunk)
+    result, predictions, targets = evaluate(
+        model, task, particle_chunk=settings.particle_chunk, combine=settings.combine
+    )
     result = {
         "method": settings.method,
         "particles": settings.particles,
@@ -301,14 +312,16 @@ def load_run(
             run's particles. The model then has one particle.
         own: Options of the task in place of the folder's: model, data, model_args (merged by name)
             and trust_remote_code. As the caller's word they are not checked: the model may be any,
-            with weights in any file.
+            with weights in any file. And what is measured: combine, shift, ood and corrupt.
 
     Raises:
         ValueError: A file, which the message names, is damaged or asks for what it must not.
     """
     folder = Path(folder)
     settings = read_settings(folder)
-    settings = replace(settings, options=_vouched(settings.options, folder, own))
+    measured = {n: own.pop(n) for n in MEASURED if n in own}
+    given = {name: value for name, value in measured.items() if value is not None}
+    settings = replace(settings, options=_vouched(settings.options, folder, own), **given)
     task = make_task(settings, report)
     if adapter is not None:
         return load_particle_model(task.base, [adapter]), task, settings
@@ -353,16 +366,21 @@ def evaluate(
     task: Task,
     batch_size: int | None = None,
     particle_chunk: int | None = None,
+    combine: str = "prob",
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Measures on the clean, corrupted and out-of-distribution examples.
+    """Measures on the test set, and on the shifted and out-of-distribution sets of the task.
 
     Args:
         batch_size: Examples per forward; the task's own number where it is None.
         particle_chunk: Particles per forward; all where it is None.
+        combine: As for `metrics.evaluate`.
 
     Returns:
-        The measures (those on clean examples at the top, means over the corruptions in
-        "corrupted"), and the clean predictions (K, N, C) with their targets (N,).
+        The measures, and the predictions p_k (K, N, C) on the test set with their targets (N,).
+        Measures of the test set are at the top. "shifted" has the measures of each shifted set by
+        name, and how well the entropy ("auroc") and the mutual information ("auroc_mi") tell it
+        from the test set; "corrupted" has their means over the sets. "ood" has each set's entropy,
+        mutual information and AUROCs, whose means are auroc_ood, auroc_ood_mi, ... at the top.
     """
     size = task.evaluation_batch if batch_size is None else batch_size
     checks.integer("batch_size", size, 1)
@@ -373,15 +391,41 @@ def evaluate(
         return metrics.predict_loader(model, loader, chunk, forward=task.predict)
 
     log_p, targets = predictions(task.test)
-    ood = None if task.ood is None else predictions(task.ood)[0]
-    result = metrics.evaluate(log_p, targets, ood_logits=ood)
-    if task.corrupted:
-        each = {name: metrics.evaluate(*predictions(data)) for name, data in task.corrupted.items()}
-        measures = ("accuracy", "nll", "ece", "brier", "mutual_information")
-        result["corrupted"] = {
-            m: statistics.fmean(values[m] for values in each.values()) for m in measures
-        } | {f"{name}_accuracy": values["accuracy"] for name, values in each.items()}
+
+    def told_apart(other: Tensor) -> dict[str, float]:
+        """How the predictions `other` differ from those on the test set: the ..._ood measures."""
+        every = metrics.evaluate(log_p, targets, combine, ood_logits=other)
+        return {name: value for name, value in every.items() if "ood" in name.split("_")}
+
+    result = metrics.evaluate(log_p, targets, combine)
+    ood = {name: told_apart(predictions(data)[0]) for name, data in task.ood.items()}
+    if ood:
+        result |= _means(ood.values()) | {"ood": {n: _plain(each) for n, each in ood.items()}}
+    shifted = {}
+    for name, data in task.shifted.items():
+        other, labels = predictions(data)
+        own = metrics.evaluate(other, labels, combine)
+        shifted[name] = {m: own[m] for m in _ON_SHIFTED} | _plain(told_apart(other))
+    if shifted:
+        means = _means([{m: each[m] for m in _ON_SHIFTED} for each in shifted.values()])
+        accuracies = {f"{name}_accuracy": each["accuracy"] for name, each in shifted.items()}
+        result |= {"shifted": shifted, "corrupted": means | accuracies}
     return result, log_p.exp(), targets
+
+
+#: The measures of a set that has labels.
+_ON_SHIFTED = ("accuracy", "nll", "ece", "brier", "mutual_information")
+
+
+def _means(sets: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each measure over data sets."""
+    rows = list(sets)
+    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+
+def _plain(measures: dict[str, float]) -> dict[str, float]:
+    """auroc_ood_mi -> auroc_mi: the measures of a set that is named already."""
+    return {"_".join(w for w in n.split("_") if w != "ood"): v for n, v in measures.items()}
 
 
 def _to(x: Tensor | dict[str, Tensor], device: str | torch.device) -> Any:

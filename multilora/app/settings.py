@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from multilora.app.options import (
+    FLAG,
     PAIRS,
+    PATHS,
     Checked,
     choice,
     described,
@@ -24,6 +26,8 @@ from multilora.methods import METHODS, Entry
 
 DEFAULT_METHOD = "ibdr"
 MAX_STEPS = 10**9
+#: The settings that decide what is measured and how; training does not depend on them.
+MEASURED = ("combine", "shift", "ood", "corrupt")
 #: The file of a run's folder that holds its settings.
 SETTINGS = "run.json"
 #: Options that older versions stored also for tasks that ignored them.
@@ -66,6 +70,33 @@ class Settings(Checked):
     )
     method_args: tuple[tuple[str, Any], ...] = option(
         PAIRS, "hyper-parameters of the method, e.g. alpha=0.05 rho=0.1", ()
+    )
+    combine: str = option(
+        choice("prob", "logit"),
+        "prediction of all particles: prob, the mean of their probabilities, or logit, the softmax "
+        "of their mean logits",
+        "prob",
+        shown="prob; evaluate takes the run's",
+    )
+    shift: tuple[tuple[str, str], ...] = option(
+        PATHS,
+        "test set of the same classes under distribution shift: a folder of CLASS folders, of "
+        "domains, or CIFAR-C; may be given several times",
+        (),
+        stored=False,
+    )
+    ood: tuple[tuple[str, str], ...] = option(
+        PATHS,
+        "folder of images of other classes, to be told apart; may be given several times",
+        (),
+        stored=False,
+    )
+    corrupt: bool = option(
+        FLAG,
+        "measure copies of the test images with noise, blur, contrast, brightness, JPEG or "
+        "pixelation, at five severities each",
+        False,
+        stored=False,
     )
     #: The options of the task, of the class `Options` in the task's module.
     options: TaskOptions = field(default_factory=digits.Options)
@@ -197,7 +228,7 @@ def _unstored() -> set[str]:
     """The options that only the user may give."""
     return {
         name
-        for module in TASKS.values()
-        for name, f in described(module.Options).items()
+        for kind in (Settings, *(module.Options for module in TASKS.values()))
+        for name, f in described(kind).items()
         if not f.metadata["stored"]
     }

@@ -48,9 +48,9 @@ class Options(TaskOptions):
 def make(options: Options, seed: int, report: Report = print) -> Task:
     """A ViT pretrained on the digits 0–4, to be adapted to a few examples of each of 5–9.
 
-    The test images are the rest of 5–9; corrupted copies of them have noise, blur or low contrast,
-    at three severities each; the digits 0–4 are the out-of-distribution images. The seed draws the
-    training examples.
+    The test images are the rest of 5–9; shifted copies of them have noise, blur or low contrast,
+    at three severities each; the digits 0–4 are the out-of-distribution images, the set "source".
+    The seed draws the training examples.
 
     Raises:
         ValueError: `options.shots` leaves no test images of a digit.
@@ -78,11 +78,12 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
         classes=[str(digit) for digit in range(5, 10)],
         train=TensorDataset(x[chosen], y[chosen]),
         test=TensorDataset(x_test, y_test),
-        corrupted={
+        shifted={
             name: TensorDataset(corrupted, y_test.repeat(len(_SEVERITIES[name])))
             for name, corrupted in _corrupt(x_test).items()
         },
-        ood=TensorDataset(images[source], labels[source]),
+        ood={"source": TensorDataset(images[source], labels[source])},
+        normalisation=((0.5,), (0.5,)),
     )
 
 

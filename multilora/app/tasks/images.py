@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from multilora.app import untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, option
 from multilora.app.tasks.task import ModelOptions, Report, Task, existing
+from multilora.integrations.image_files import read_image
 
 
 def create_base(
@@ -253,17 +254,6 @@ def transforms(
     return (create(training=True) if augment else evaluation), evaluation
 
 
-def read_image(path: str | Path) -> Any:
-    """The image in RGB. Raises ValueError, with the file's name, if it cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"the image {path} cannot be read: {error}") from error
-
-
 class Augmented(Dataset):
     """`data` with random transforms that depend on the seed, the epoch and the index alone.
 
@@ -352,7 +342,8 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
     base = timm_base(options, len(class_names(options.data)), seed)
     model_args = dict(options.model_args)
     train, test, classes = image_folder(options.data, base, options.augment, seed, **model_args)
-    return image_task(options, base, train, test, classes)
+    _, evaluation = transforms(base, **model_args)
+    return image_task(options, base, train, test, classes, evaluation)
 
 
 def timm_base(options: Options, classes: int, seed: int) -> nn.Module:
@@ -367,10 +358,16 @@ def timm_base(options: Options, classes: int, seed: int) -> nn.Module:
 
 
 def image_task(
-    options: Options, base: nn.Module, train: Dataset, test: Dataset, classes: list[str]
+    options: Options,
+    base: nn.Module,
+    train: Dataset,
+    test: Dataset,
+    classes: list[str],
+    transform: Callable,
 ) -> Task:
-    working = working_layers(base, **dict(options.model_args))
-    heads = classifiers(base)
+    model_args = dict(options.model_args)
+    working = working_layers(base, **model_args)
+    heads, config = classifiers(base), data_config(base, **model_args)
     return Task(
         base=base,
         targets=(
@@ -382,4 +379,6 @@ def image_task(
         classes=classes,
         train=train,
         test=test,
+        transform=transform,
+        normalisation=(config["mean"], config["std"]),
     )

@@ -36,6 +36,12 @@ class Task:
 
     Attributes:
         head: The classification head, which is new and trained whole: a name, or two names.
+        shifted: Further test sets of the same classes, by name: disturbed copies, other domains.
+        ood: Data sets of inputs of other classes, by name; their labels are not read.
+        transform: Makes the model's input from an RGB image, as for the test set. None where the
+            inputs are no images from files.
+        normalisation: The (mean, standard deviation) per channel by which pixels in [0, 1] became
+            inputs. None where the inputs are no images.
         collate: Makes a batch of (inputs, labels) from pairs; inputs are a tensor or a dict of
             tensors. None is PyTorch's default.
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
@@ -48,8 +54,10 @@ class Task:
     classes: list[str]
     train: Dataset
     test: Dataset
-    corrupted: dict[str, Dataset] = field(default_factory=dict)
-    ood: Dataset | None = None
+    shifted: dict[str, Dataset] = field(default_factory=dict)
+    ood: dict[str, Dataset] = field(default_factory=dict)
+    transform: Callable[[Any], Tensor] | None = None
+    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass

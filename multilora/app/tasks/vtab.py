@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 from multilora.app import recipes
 from multilora.app.options import TEXT, choice, option
 from multilora.app.tasks import images
-from multilora.app.tasks.images import Augmented, read_image, transforms
+from multilora.app.tasks.images import Augmented, transforms
 from multilora.app.tasks.task import Report, Task
+from multilora.integrations.image_files import ImageFiles, read_list
 
 # The lists of the images to train on and to evaluate on.
 SPLITS = {"test": ("train800val200.txt", "test.txt"), "tune": ("train800.txt", "val200.txt")}
@@ -65,44 +66,12 @@ def vtab(
         raise ValueError(f"split must be one of {tuple(SPLITS)}; got {split!r}")
     classes = num_classes(root)
     training, evaluation = transforms(model, augment, whole=True, **model_args)
-    first, second = (Path(root) / name for name in SPLITS[split])
-    train, test = ImageList(first, classes, training), ImageList(second, classes, evaluation)
-    return Augmented(train, seed) if augment else train, test, [str(c) for c in range(classes)]
-
-
-class ImageList(Dataset):
-    """The images of a list file: (transform(image), label); see `vtab` for files and errors."""
-
-    def __init__(self, file: str | Path, num_classes: int, transform: Callable):
-        self.samples, self.transform = _read_list(Path(file), num_classes), transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, label = self.samples[index]
-        return self.transform(read_image(path)), label
-
-
-def _read_list(file: Path, num_classes: int) -> list[tuple[Path, int]]:
-    if not file.is_file():
-        raise FileNotFoundError(f"the list {file} is missing")
-    samples = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        path, _, label = line.rstrip().rpartition(" ")
-        if not path or not label.isascii() or not label.isdigit():
-            raise ValueError(f"{file}, line {number}: `path label` is needed; got {line!r}")
-        if int(label) >= num_classes:
-            raise ValueError(
-                f"{file}, line {number}: label {label} of {path} is not in [0, {num_classes})"
-            )
-        image = file.parent / path
-        if not image.is_file():
-            raise FileNotFoundError(f"{file}, line {number}: the image {image} is missing")
-        samples.append((image, int(label)))
-    if not samples:
-        raise ValueError(f"the list {file} is empty")
-    return samples
+    names = [str(label) for label in range(classes)]
+    train, test = (
+        ImageFiles(read_list(Path(root) / file, classes), transform, names)
+        for file, transform in zip(SPLITS[split], (training, evaluation))
+    )
+    return Augmented(train, seed) if augment else train, test, names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,4 +100,5 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
     train, test, classes = vtab(
         options.data, base, options.split, options.augment, seed, **model_args
     )
-    return images.image_task(options, base, train, test, classes)
+    _, evaluation = transforms(base, whole=True, **model_args)
+    return images.image_task(options, base, train, test, classes, evaluation)

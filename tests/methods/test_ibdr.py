@@ -311,3 +311,85 @@ class TestIBDR:
         d = gradients_of(other, lambda: (model(x), y))
         assert all(torch.equal(g, h) for g, h in zip(a, c))
         assert not torch.equal(a[0], b[0]) and not torch.equal(a[0], d[0])
+
+
+class TestTheBound:
+    @pytest.mark.parametrize("cost, rho", [("output", 0.03), ("parameter", 1e-3)])
+    def test_lambda_settles_where_the_cost_is_rho(self, cost, rho):
+        # With 0.1's cost and radius, no climb could reach ρ, and λ fell whatever the data.
+        model = particle_model()
+        x, y = batch(40, ignored=())
+        method = ml.IBDR(model, cost=cost, rho=rho, lambda_lr=1.0 if cost == "output" else 10.0)
+        optimizer = torch.optim.SGD(model.particle_parameters(), 1e-3)
+        seen = []
+        for _ in range(300):
+            optimizer.zero_grad()
+            seen.append(method.backward(lambda: (model(x), y)))
+            optimizer.step()
+        low, high = method.lambda_bounds
+        late = [stats["lambda"].item() for stats in seen[-50:]]
+        assert low < min(late) and max(late) < high and max(late) / min(late) < 1.1
+        assert abs(seen[0]["cost"] / rho - 1) > 0.3
+        mean = sum(stats["cost"].item() for stats in seen[-50:]) / 50
+        assert mean == pytest.approx(rho, rel=0.1)
+
+    def test_a_bound_that_can_never_bind(self):
+        model = particle_model()
+        with pytest.warns(UserWarning, match=r"never bind: .* = 0.0225, .* rho = 0.03.*raise clip"):
+            ml.IBDR(model, cost="parameter", lambda_bounds=(0.5, 5.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ml.IBDR(model, cost="parameter", lambda_bounds=(0.5, 5.0), rho=0.0225)
+            ml.IBDR(model, lambda_bounds=(0.5, 5.0))
+            ml.IBDR(model, cost="parameter", lambda_bounds=(0.5, 5.0), ascent="sam")
+
+
+class TestLearntSigma:
+    @pytest.mark.parametrize("prior_std", [1.0, 0.05])
+    def test_settles_at_the_optimum_of_its_objective(self, prior_std):
+        # ℓ = ½ h ‖θ‖²: E ℓ_i + β KL has its minimum at σ² = 2β / (h + 2β/τ²), and does not care
+        # how far AdamW's step is beside σ.
+        theta = torch.randn(16, 40, dtype=torch.float64, requires_grad=True)
+        h, beta = 2.0, 1e-3
+        method = ml.IBDR(
+            [theta], alpha=0.0, clip=0.0, cost="parameter", rho=0.0, sigma=0.003, learn_sigma=True,
+            beta=beta, prior_std=prior_std, loss=lambda z, _: h / 2 * z.square().sum((1, 2)),
+        )  # fmt: skip
+        groups = [{"params": [theta]}, {"params": method.parameters(), "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=0.03)
+        settled = []
+        for step in range(400):
+            optimizer.zero_grad()
+            stats = method.backward(lambda: (theta[:, None], None))
+            optimizer.step()
+            if step >= 300:
+                settled.append(stats["sigma"].item())
+        expected = math.sqrt(2 * beta / (h + 2 * beta / prior_std**2))
+        assert sum(settled) / len(settled) == pytest.approx(expected, rel=0.05)
+
+
+class TestNoDivergence:
+    def test_without_alpha_no_volume_is_computed(self, monkeypatch):
+        def refuse(*_):
+            raise AssertionError("a volume was computed")
+
+        monkeypatch.setattr(divergence, "particle_loss", refuse)
+        monkeypatch.setattr(divergence, "gram_volume", refuse)
+        model = particle_model()
+        x, y = batch()
+        for options in ({}, {"divergence": "cross"}, {"loss": "label_smoothing"}):
+            stats = ml.IBDR(model, alpha=0.0, **options).backward(lambda: (model(x), y))
+            assert "divergence" not in stats and stats["loss"] == stats["nll"]
+        with pytest.raises(AssertionError, match="a volume was computed"):
+            ml.IBDR(model).backward(lambda: (model(x), y))
+
+    def test_a_determinant_that_is_always_zero(self):
+        # Three particles span two dimensions at most, of three classes without the true one.
+        theta = torch.randn(3, 6, 3, dtype=torch.float64, requires_grad=True)
+        y = torch.randint(3, (6,))
+        method = ml.IBDR([theta], kind="det")
+        with pytest.raises(ValueError, match="3 particles and 3 classes is zero"):
+            method.backward(lambda: (1 * theta, y))
+        assert theta.grad is None
+        ml.IBDR([theta]).backward(lambda: (1 * theta, y))
+        ml.IBDR([theta], kind="det", alpha=0.0).backward(lambda: (1 * theta, y))

@@ -68,7 +68,7 @@ def test_train_and_evaluate(kitti, tmp_path, capsys):
     # The recipe supplies everything that was not given.
     settings = json.loads((out / "run.json").read_text())
     assert settings["weight_decay"] == 1e-4 and settings["targets"] == ["qkv"]
-    assert dict(settings["method_args"])["alpha"] == 0.02
+    assert dict(settings["method_args"])["alpha"] == 0.08
     capsys.readouterr()
     assert cli.main(["evaluate", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -37,6 +37,14 @@ def block_model() -> dict[str, Any]:
     }
 
 
+def learnt_sigma() -> dict[str, Any]:
+    """A small particle model, IBDR with a learnt σ, and torch."""
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = ml.get_particle_model(base, config, 2, head_init="reset")
+    return {"torch": torch, "model": model, "method": ml.IBDR(model, sigma=1e-3, learn_sigma=True)}
+
+
 def saved_particles() -> dict[str, Any]:
     """Three saved particles, and copies of the base that they were trained over."""
     torch.manual_seed(0)

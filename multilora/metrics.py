@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from multilora.ops.common import IGNORE_INDEX, accumulator
 from multilora.prediction import predict, predict_loader
 
-__all__ = ["evaluate", "log_mean", "predict", "predict_loader", "require_targets"]
+__all__ = [
+    "evaluate",
+    "log_mean",
+    "predict",
+    "predict_loader",
+    "require_targets",
+    "sequence_entropy",
+    "token_entropy",
+]
 
 
 @torch.no_grad()
@@ -84,6 +92,47 @@ def evaluate(
     if ood_logits is not None:
         result |= _ood_measures(predictive, _predictive(ood_logits, combine))
     return result
+
+
+def token_entropy(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """H[p̄] and the mutual information H[p̄] − mean_k H[p_k] (...), in nats.
+
+    Args:
+        log_p: logits or log-probabilities (K, ..., V).
+    """
+    predictive = _predictive(log_p, "prob")
+    return predictive.entropy, predictive.mutual_information
+
+
+@torch.no_grad()
+def sequence_entropy(log_p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The means over a sequence's tokens of H[p̄_t] and of the mutual information (Bella, eq. 7).
+
+    Args:
+        log_p: logits or log-probabilities (K, B, T, V) of the token at each position.
+        mask: bool, or 0 and 1, (B, T): which positions are tokens of the sequence. What log_p holds
+            elsewhere does not matter.
+
+    Returns:
+        Entropy (B,) and mutual information (B,), in nats.
+
+    Raises:
+        ValueError: the shapes do not fit, or a sequence has no token.
+    """
+    shapes = f"log_p {tuple(log_p.shape)}, mask {tuple(mask.shape)}"
+    if log_p.ndim != 4 or mask.shape != log_p.shape[1:3]:
+        raise ValueError(f"sequence_entropy needs log_p (K, B, T, V), mask (B, T); got {shapes}")
+    mask = mask.bool()
+    lengths = mask.sum(-1)
+    if not lengths.all():
+        empty = int((lengths == 0).sum())
+        raise ValueError(
+            f"{empty} of {len(mask)} sequences have no token in the mask; got {shapes}"
+        )
+    entropy, information = (
+        torch.where(mask, measure, 0).sum(-1) / lengths for measure in token_entropy(log_p)
+    )
+    return entropy, information
 
 
 class _Predictive(NamedTuple):

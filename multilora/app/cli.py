@@ -37,7 +37,7 @@ particles' weights apart, `ibdr` (the default) their predictions; a step of ibdr
 twice and takes about twice the time.
 """
 _DEFAULTS = """\
-Defaults are in brackets. For vtab and the commonsense tasks, a recipe replaces some of them
+Defaults are in brackets. For vtab, clip and the commonsense tasks, a recipe replaces some of them
 (multilora/app/recipes/*.json).
 """
 #: The options that `evaluate` and `export` take from the user in place of a run's folder.

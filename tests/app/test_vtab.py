@@ -241,10 +241,12 @@ def test_train_says_what_is_wrong(kitti, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["vtab1k", "commonsense"])
-def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name):
+@pytest.mark.parametrize(
+    "name, task", [("vtab1k", "vtab"), ("clip", "clip"), ("commonsense", "boolq")]
+)
+def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name, task):
     recipe = recipes.read(name)
-    options = TASKS["vtab" if name == "vtab1k" else "boolq"].Options
+    options = TASKS[task].Options
     known = {field.name for kind in (Settings, options) for field in fields(kind)}
     methods = {"ibdr": ml.IBDR, "svgd": ml.SVGD, "ensemble": ml.Ensemble, "single": ml.Ensemble}
     assert recipe["sources"].keys() == {"paper", "benchmark", "ours"}

@@ -226,7 +226,10 @@ def test_damaged_data_is_named(kitti, damage, message):
         (["--task", "vtab"], "needs --data"),
         (["--task", "vtab", "--data", "{kitti}/images"], "the 19 are cifar, caltech101"),
         (["--data", "{kitti}/images", *MODEL, "--split", "tune"], "split = 'tune' is for"),
-        (["--augment"], "augment = True is for the tasks images, vtab; got the task 'digits'"),
+        (
+            ["--augment"],
+            "augment = True is for the tasks images, vtab, clip; got the task 'digits'",
+        ),
         (
             ["--task", "vtab", "--data", "{kitti}", *MODEL, "--classes", "vocabulary"],
             "winogrande_s",

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, PreTraine
 
 import multilora as ml
 from command import numbers, refused
-from documents import recipe
+from documents import block, recipe
 from models import load_peft, particles_of
 from multilora.app import cli
 from multilora.app.settings import recommended
@@ -149,6 +149,17 @@ def folders(tmp_path_factory, tokenizer):
                 pixels[..., 2 - channel] += 150
                 Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.png")
     return top
+
+
+def test_the_example_of_the_guide(folders, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CLIP_OR_FOLDER").symlink_to(folders / "model")
+    scope = {}
+    exec(block("docs/guides/clip.md", "## A zero-shot classifier as a base", "python"), scope)
+    with torch.no_grad():
+        logits = scope["model"](images().float())
+    expected = zero_shot(make_clip(), tokenizer).float().expand(5, 4, 3)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch):

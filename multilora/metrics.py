@@ -36,7 +36,9 @@ __all__ = [
     "predict",
     "predict_loader",
     "predictive",
+    "sequence_entropy",
     "similarity",
+    "token_entropy",
     "vendi",
 ]
 
@@ -102,6 +104,47 @@ def evaluate(
         result["ece_classwise"] = classwise_error(own.log_p.exp(), targets)
         result["kl_pairwise"] = kl_pairwise(own.members).tolist()
     return result | {"combine": combine, "num_examples": len(targets)}
+
+
+def token_entropy(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """H[p̄] and the mutual information H[p̄] − mean_k H[p_k] (...), in nats.
+
+    Args:
+        log_p: logits or log-probabilities (K, ..., V).
+    """
+    of_tokens = combined(log_p, "prob")
+    return of_tokens.entropy, of_tokens.mutual_information
+
+
+@torch.no_grad()
+def sequence_entropy(log_p: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The means over a sequence's tokens of H[p̄_t] and of the mutual information (Bella, eq. 7).
+
+    Args:
+        log_p: logits or log-probabilities (K, B, T, V) of the token at each position.
+        mask: bool, or 0 and 1, (B, T): which positions are tokens of the sequence. What log_p holds
+            elsewhere does not matter.
+
+    Returns:
+        Entropy (B,) and mutual information (B,), in nats.
+
+    Raises:
+        ValueError: the shapes do not fit, or a sequence has no token.
+    """
+    shapes = f"log_p {tuple(log_p.shape)}, mask {tuple(mask.shape)}"
+    if log_p.ndim != 4 or mask.shape != log_p.shape[1:3]:
+        raise ValueError(f"sequence_entropy needs log_p (K, B, T, V), mask (B, T); got {shapes}")
+    mask = mask.bool()
+    lengths = mask.sum(-1)
+    if not lengths.all():
+        empty = int((lengths == 0).sum())
+        raise ValueError(
+            f"{empty} of {len(mask)} sequences have no token in the mask; got {shapes}"
+        )
+    entropy, information = (
+        torch.where(mask, measure, 0).sum(-1) / lengths for measure in token_entropy(log_p)
+    )
+    return entropy, information
 
 
 def _quality(own: Predictive, targets: Tensor) -> dict[str, float]:

@@ -39,7 +39,7 @@ _METHODS = "Methods:\n" + "".join(
     for name, entry in METHODS.items()
 )
 _DEFAULTS = """\
-Defaults are in brackets. For vtab and the commonsense tasks, a recipe replaces some of them
+Defaults are in brackets. For vtab, clip and the commonsense tasks, a recipe replaces some of them
 (multilora/app/recipes/*.json).
 """
 #: The options that `evaluate` and `export` take from the user in place of a run's folder.

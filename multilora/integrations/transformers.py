@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from multilora import metrics
 from multilora.checkpoint import load_particles
+from multilora.integrations.generation import EnsembleLogits, Generation, generate
 from multilora.integrations.transformers_tasks import Task, with_loss
 from multilora.losses import NAMES
 from multilora.methods import Method
@@ -30,6 +31,8 @@ from multilora.optim import (
     separate_parameters,
 )
 from multilora.randomness import RandomState
+
+__all__ = ["EnsembleLogits", "Generation", "ParticleTrainer", "generate"]
 
 _METHOD = "multilora_method.pt"
 

@@ -226,7 +226,10 @@ def test_damaged_data_is_named(kitti, damage, message):
         (["--task", "vtab"], "needs --data"),
         (["--task", "vtab", "--data", "{kitti}/images"], "the 19 are cifar, caltech101"),
         (["--data", "{kitti}/images", *MODEL, "--split", "tune"], "split = 'tune' is for"),
-        (["--augment"], "augment = True is for the tasks images, vtab; got the task 'digits'"),
+        (
+            ["--augment"],
+            "augment = True is for the tasks images, vtab, clip; got the task 'digits'",
+        ),
         (
             ["--task", "vtab", "--data", "{kitti}", *MODEL, "--classes", "vocabulary"],
             "winogrande_s",
@@ -241,10 +244,12 @@ def test_train_says_what_is_wrong(kitti, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["vtab1k", "commonsense"])
-def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name):
+@pytest.mark.parametrize(
+    "name, task", [("vtab1k", "vtab"), ("clip", "clip"), ("commonsense", "boolq")]
+)
+def test_a_recipe_is_applicable_and_says_where_numbers_are_from(name, task):
     recipe = recipes.read(name)
-    options = TASKS["vtab" if name == "vtab1k" else "boolq"].Options
+    options = TASKS[task].Options
     known = {field.name for kind in (Settings, options) for field in fields(kind)}
     methods = {"ibdr": ml.IBDR, "svgd": ml.SVGD, "ensemble": ml.Ensemble, "single": ml.Ensemble}
     assert recipe["sources"].keys() == {"paper", "benchmark", "ours"}

@@ -4,10 +4,13 @@ Each function returns names for the code of a page; `<!-- test: with NAME -->` c
 """
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import nn
 
 import multilora as ml
@@ -56,3 +59,37 @@ def saved_particles() -> dict[str, Any]:
     model.save_pretrained("particles")
     untouched = copy.deepcopy(base)
     return {"base": base, "base_again": lambda: copy.deepcopy(untouched)}
+
+
+def language_model() -> dict[str, Any]:
+    """Particles over a small random Llama, and two prompts with padding on the left."""
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=37,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+    ).eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    ids = torch.tensor([[0, 0, 5, 9], [3, 8, 21, 30]])
+    return {
+        "model": ml.get_particle_model(base, config, 3),
+        "prompts": {"input_ids": ids, "attention_mask": (ids > 0).long()},
+    }
+
+
+def vqa_release() -> dict[str, Any]:
+    """Two questions in the form of VQA v2's files."""
+    questions = [{"question_id": i, "image_id": i, "question": "Is it?"} for i in (1, 2)]
+    answers = [[{"answer": "yes"}] * n + [{"answer": "no"}] * (10 - n) for n in (9, 6)]
+    annotations = [
+        {"question_id": i, "image_id": i, "answer_type": "yes/no", "answers": answers[i - 1]}
+        for i in (1, 2)
+    ]
+    Path("questions.json").write_text(json.dumps({"questions": questions}))
+    Path("annotations.json").write_text(json.dumps({"annotations": annotations}))
+    return {}

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def read(name: str) -> dict[str, Any]:
-    """The recipe "vtab1k" or "commonsense", as its file holds it."""
+    """The recipe "vtab1k", "clip" or "commonsense", as its file holds it."""
     return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from multilora.app.tasks import commonsense, digits, images, vtab
+from multilora.app.tasks import clip, commonsense, digits, images, vtab
 
 #: The module of each task; every module has `Options` and make(options, seed, report) -> Task.
 TASKS: dict[str, ModuleType] = {
     "digits": digits,
     "images": images,
     "vtab": vtab,
+    "clip": clip,
     **dict.fromkeys(commonsense.names(), commonsense),
 }

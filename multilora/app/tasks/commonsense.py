@@ -305,14 +305,20 @@ def _pad(rows: list[Tensor]) -> Tensor:
 
 
 def create_base(
-    name: str, pretrained: bool = True, seed: int = 0, from_file: bool = False, **model_args: Any
+    name: str,
+    pretrained: bool = True,
+    seed: int = 0,
+    from_file: bool = False,
+    kind: str = "AutoModelForCausalLM",
+    **model_args: Any,
 ) -> nn.Module:
-    """A causal language model of transformers, from a local folder or by its name.
+    """A model of transformers, from a local folder or by its name.
 
     Args:
         pretrained: Load its weights. Otherwise the seed draws random ones for its configuration.
         from_file: A run's folder gave the name, not the user. Then only safetensors are loaded, no
             adapters, no kernels from the Hub, and nothing that does not fit into memory.
+        kind: The class of transformers that chooses the model's class.
         model_args: Arguments of from_pretrained. Code that comes with a model runs only with
             trust_remote_code=True.
 
@@ -320,9 +326,11 @@ def create_base(
         RuntimeError: transformers cannot load the model.
         ValueError: A file asks for what it must not.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+    import transformers
+    from transformers import AutoConfig, PretrainedConfig
     from transformers.utils import find_adapter_config_file
 
+    auto = getattr(transformers, kind)
     # If it were unset, transformers would ask on the terminal.
     trust = bool(model_args.pop("trust_remote_code", False))
     if from_file:
@@ -333,7 +341,7 @@ def create_base(
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **model_args)
 
     def random() -> nn.Module:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        return auto.from_config(config, trust_remote_code=trust)
 
     if from_file:
         if find_adapter_config_file(name) is not None:
@@ -346,8 +354,7 @@ def create_base(
             model_args["use_safetensors"] = True
     with _loading(name, "", trust), torch.random.fork_rng(devices=[]):
         if pretrained:
-            load = AutoModelForCausalLM.from_pretrained
-            return load(name, trust_remote_code=trust, **model_args).eval()
+            return auto.from_pretrained(name, trust_remote_code=trust, **model_args).eval()
         torch.manual_seed(seed)
         return random().eval()
 

@@ -1,6 +1,6 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import losses, metrics
+from multilora import losses, metrics, robustness
 from multilora._version import __version__
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
@@ -40,5 +40,6 @@ __all__ = [
     "pairwise_frobenius",
     "particle_loss",
     "predict",
+    "robustness",
     "use_backend",
 ]

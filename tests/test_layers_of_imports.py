@@ -29,7 +29,7 @@ LAYERS = [
     ["particle_folders"],
     ["soups"],
     ["model"],
-    ["attach", "methods", "metrics"],
+    ["attach", "methods", "metrics", "robustness"],
     ["checkpoint"],
     ["integrations"],
     ["tools"],

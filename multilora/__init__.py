@@ -6,7 +6,7 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
-from multilora.methods import IBDR, SVGD, Ensemble
+from multilora.methods import DVERGE, IBDR, SVGD, Ensemble
 from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
@@ -21,6 +21,7 @@ from multilora.optim import clip_grad_norm_
 from multilora.prediction import predict
 
 __all__ = [
+    "DVERGE",
     "IBDR",
     "SVGD",
     "BackendUnavailableError",

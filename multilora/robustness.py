@@ -23,6 +23,8 @@ from multilora.prediction import check_logits, chosen, evaluating, predict
 
 #: A number, or one for each channel.
 Channels = float | Sequence[float] | Tensor
+#: The values of ε that accuracies are reported at.
+BUDGETS = (0.001, 0.005, 0.01, 0.03)
 
 
 def fgsm(
@@ -68,7 +70,7 @@ def fgsm(
         ValueError: x has values that no pixel in [0, 1] has; the labels or the model's outputs
             are not those of a classifier; or a setting is out of its range.
     """
-    _particles(model)
+    particles(model)
     size = _step_size(epsilon, steps, step_size, 2.5)
     ball = _Ball(x, epsilon, mean, std)
     if not isinstance(y, Tensor) or y.shape != x.shape[:1]:
@@ -135,7 +137,7 @@ def transfer_matrix(
 def robust_accuracy(
     model: ParticleModel,
     loader: Iterable[tuple[Tensor, Tensor]],
-    budgets: Sequence[float] = (0.001, 0.005, 0.01, 0.03),
+    budgets: Sequence[float] = BUDGETS,
     **attack: Any,
 ) -> dict[float, float]:
     """The accuracy of the mean prediction on images that were made against it.
@@ -200,8 +202,8 @@ def dverge(
         ValueError: there is one particle; x and the source differ in shape; the base has no module
             `tap`, or does not call it; or as `fgsm`.
     """
-    if _particles(model) == 1:
-        raise ValueError("dverge needs two particles or more: it is about what they share")
+    if particles(model) == 1:
+        raise ValueError("dverge needs two particles or more: each learns from another's images")
     size = _step_size(epsilon, steps, step_size, 1.0)
     ball = _Ball(source, epsilon, mean, std)
     if x.shape != source.shape:
@@ -220,43 +222,6 @@ def dverge(
 
     with evaluating(model), _tapped(model, tap) as features:
         return model.in_chunks(every if particle_chunk is None else particle_chunk, run)
-
-
-def dverge_batch(
-    model: ParticleModel, x: Tensor, y: Tensor, tap: str | Sequence[str], **options: Any
-) -> tuple[Tensor, Tensor]:
-    """A batch of DVERGE's training: each particle gets what was distilled from another.
-
-        inputs, targets = ml.robustness.dverge_batch(model, x, y, tap="blocks.3")
-        ml.Ensemble(model).backward(lambda: (model(inputs, per_particle=True), targets))
-
-    Each image is the source of the one before it in the batch, which should be shuffled. The paper
-    sums over all pairs of particles; here particle j learns from j − s (mod K), and every call
-    draws s from 1 … K − 1. That is the mean over the pairs in expectation, for one pass of each
-    particle. PyTorch's CPU generator draws s and, where `tap` has several names, the module.
-
-    Args:
-        model, x: as in `dverge`, with B >= 2.
-        y: labels (B,).
-        tap: as in `dverge`, or several names, of which each call draws one, as the paper does.
-        options: keywords of `dverge`.
-
-    Returns:
-        Images (K, B, C, ...) of this process's particles, and the labels (K, B) of their sources.
-
-    Raises:
-        TypeError, ValueError: as `dverge`, and for a batch of one example.
-    """
-    taps = [tap] if isinstance(tap, str) else list(tap)
-    if len(x) < 2 or not taps:
-        raise ValueError(f"dverge_batch needs two images and a tap; got {len(x)} and {taps}")
-    total = _particles(model)
-    draws = [torch.randint(low, high, ()) for low, high in ((1, max(total, 2)), (0, len(taps)))]
-    # Processes that hold particles for the same data use the first one's draws.
-    shift, chosen_tap = model.processes.gather(torch.stack(draws).to(x.device)[None])[0].tolist()
-    z = dverge(model, x, x.roll(1, 0), taps[chosen_tap], **options)
-    z = model.processes.own(model.processes.gather(z).roll(shift, 0))
-    return z, y.roll(1, 0).expand(len(z), -1)
 
 
 class _Ball:
@@ -337,7 +302,7 @@ def _tapped(model: ParticleModel, tap: str) -> Iterator[Callable[[Tensor], Tenso
         handle.remove()
 
 
-def _particles(model: ParticleModel) -> int:
+def particles(model: ParticleModel) -> int:
     """K, over all processes, after a check of the model's type."""
     if not isinstance(model, ParticleModel):
         raise TypeError(f"attacks need a ParticleModel; got {type(model).__name__}")

@@ -35,7 +35,7 @@ from multilora.app.plots import history_diagram, reliability_diagram
 from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
 from multilora.app.settings import MAX_STEPS, SETTINGS, Settings, check_foreign, read_settings
 from multilora.app.tasks import TASKS
-from multilora.app.tasks.task import ModelOptions, Report, Task
+from multilora.app.tasks.task import ModelOptions, Pixels, Report, Task, of_images
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
@@ -50,16 +50,20 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     return TASKS[settings.task].make(settings.options, settings.seed, report)
 
 
-def make_method(settings: Settings, model: ParticleModel, num_data: int) -> Method:
-    """The method of the settings, with their `method_args` as keywords."""
+def make_method(
+    settings: Settings, model: ParticleModel, num_data: int, pixels: Pixels | None = None
+) -> Method:
+    """The method of the settings, with their `method_args` as keywords; `pixels` are the task's."""
     given = dict(settings.method_args)
     known = _check_method_args(settings.method, given)
-    ours = {
+    ours: dict[str, Any] = {
         "seed": settings.seed,
         "num_data": num_data,
         "total_steps": settings.steps,
         "lr": settings.lr,
     }
+    if "mean" in known:
+        ours["mean"], ours["std"] = of_images(settings.method, pixels)
     keywords = {name: value for name, value in ours.items() if name in known} | given
     return settings.entry.make(model, **keywords)
 
@@ -117,7 +121,8 @@ def train(
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
-    method = make_method(settings, model, len(task.train))  # type: ignore[arg-type]
+    examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
+    method = make_method(settings, model, examples, task.pixels)
     optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
@@ -175,8 +180,12 @@ def _take_steps(
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
+        call: Any = model
+        if settings.entry.batch is not None:
+            x, y = settings.entry.batch(method, x, y)
+            call = partial(model, per_particle=True)
         with _all_run(model) if step == first else contextlib.nullcontext():
-            scalars = method.backward(partial(task.learn, model, x, y))
+            scalars = method.backward(partial(task.learn, call, x, y))
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.schedule.step()

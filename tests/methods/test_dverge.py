@@ -6,7 +6,7 @@ from torch import nn
 
 import multilora as ml
 from models import FAMILIES, particles_of, values
-from multilora.robustness import dverge, dverge_batch
+from multilora.robustness import dverge
 
 K = 4
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -56,7 +56,7 @@ def naive(model, x, source, tap, epsilon=0.07, steps=10):
 class TestImages:
     @pytest.mark.parametrize(
         ("options", "chunk"),
-        [({}, None), ({}, 1), ({}, 3), ({"fold": "loop"}, None), ({"share_trunk": True}, 2)],
+        [({}, None), ({}, 1), ({}, 3), ({"fold": "loop"}, None), ({"share_trunk": "blocks.1"}, 2)],
         ids=str,
     )
     def test_equal_a_naive_loop_over_particles(self, options, chunk):
@@ -131,14 +131,18 @@ class TestImages:
             dverge(model.base, x, x, "blocks.1", **NORMALISED)
 
 
-class TestBatch:
+def method_of(model, tap="blocks.1", steps=2, **options):
+    return ml.DVERGE(model, tap=tap, steps=steps, **NORMALISED, **options)
+
+
+class TestTraining:
     def test_no_particle_gets_its_own_and_all_others_come(self):
         model, x, y = vit(), images(), torch.tensor([3, 0, 4, 1, 2])
         own = dverge(model, x, x.roll(1, 0), "blocks.1", steps=2, **NORMALISED)
-        seen = set()
+        method, seen = method_of(model), set()
         torch.manual_seed(0)
         for _ in range(24):
-            inputs, targets = dverge_batch(model, x, y, "blocks.1", steps=2, **NORMALISED)
+            inputs, targets = method.batch(x, y)
             givers = [[i for i in range(K) if torch.equal(inputs[j], own[i])] for j in range(K)]
             assert all(len(found) == 1 and found[0] != j for j, found in enumerate(givers))
             assert len({(j - i) % K for j, [i] in enumerate(givers)}) == 1
@@ -150,50 +154,70 @@ class TestBatch:
             assert (targets != y).all()
         assert seen == {1, 2, 3}
 
-    def test_one_of_several_taps_is_drawn(self):
+    def test_settings_reach_the_images(self):
         model, x, y = vit(2), images(), torch.arange(5)
-        taps = ("blocks.0", "blocks.1")
+        options = {"epsilon": 0.02, "steps": 3, "step_size": 0.015}
+        expected = dverge(model, x, x.roll(1, 0), "blocks.0", **options, **NORMALISED).roll(1, 0)
+        method = method_of(model, "blocks.0", particle_chunk=1, **options)
+        inputs, _ = method.batch(x, y)
+        torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-12)
+        other = dverge(model, x, x.roll(1, 0), "blocks.0", **NORMALISED).roll(1, 0)
+        assert (other - expected).abs().max() > 0.01
+
+    @pytest.mark.parametrize("tap", [("blocks.0", "blocks.1"), None], ids=str)
+    def test_one_of_several_taps_is_drawn(self, tap):
+        model, x, y = vit(2), images(), torch.arange(5)
+        taps = tap or [name for name, _ in model.lora_layers()]
         made = {
-            tap: dverge(model, x, x.roll(1, 0), tap, steps=2, **NORMALISED).roll(1, 0)
+            tap: dverge(model, x, x.roll(1, 0), tap, steps=1, **NORMALISED).roll(1, 0)
             for tap in taps
         }
+        method, drawn = method_of(model, tap, steps=1), []
         torch.manual_seed(0)
-        drawn = []
-        for _ in range(12):
-            inputs, _ = dverge_batch(model, x, y, taps, steps=2, **NORMALISED)
-            drawn += [tap for tap in taps if torch.equal(inputs, made[tap])]
-        assert len(drawn) == 12 and set(drawn) == set(taps)
+        for _ in range(8 * len(taps)):
+            inputs, _ = method.batch(x, y)
+            drawn.append([tap for tap in taps if torch.equal(inputs, made[tap])])
+        assert all(drawn) and {tap for found in drawn for tap in found} == set(taps)
 
     def test_the_draws_are_those_of_the_generator(self):
         model, x, y = vit(), images(), torch.arange(5)
-        state = torch.get_rng_state()
-
-        def draw():
-            batch = dverge_batch(model, x, y, ("blocks.0", "blocks.1"), steps=1, **NORMALISED)
-            return batch[0]
-
-        first = [draw() for _ in range(3)]
+        method, state = method_of(model, ("blocks.0", "blocks.1"), steps=1), torch.get_rng_state()
+        first = [method.batch(x, y)[0] for _ in range(4)]
+        assert not all(torch.equal(first[0], z) for z in first)
         torch.set_rng_state(state)
-        assert all(map(torch.equal, first, [draw() for _ in range(3)]))
+        assert all(torch.equal(z, method.batch(x, y)[0]) for z in first)
 
-    def test_an_ensemble_learns_from_it(self):
+    def test_the_step_is_that_of_an_ensemble(self):
+        model, x, y = vit(), images(), torch.arange(5)
+        method = method_of(model)
+        inputs, targets = method.batch(x, y)
+        gradients = []
+        for each in (method, ml.Ensemble(model)):
+            model.zero_grad()
+            each.backward(lambda: (model(inputs, per_particle=True), targets))
+            gradients.append([p.grad.clone() for p in model.particle_parameters()])
+        assert all(map(torch.equal, *gradients))
+
+    def test_particles_learn_the_labels_of_the_looks(self):
         model, x, y = vit().train(), images(), torch.arange(5)
-        method = ml.Ensemble(model)
+        method = method_of(model)
         optimizer = torch.optim.AdamW(model.particle_parameters(), 1e-2)
-        losses = []
-        for _ in range(12):
-            inputs, targets = dverge_batch(model, x, y, "blocks.1", steps=2, **NORMALISED)
-            stats = method.backward(lambda z=inputs, t=targets: (model(z, per_particle=True), t))
+        for _ in range(25):
+            inputs, targets = method.batch(x, y)
+            method.backward(lambda z=inputs, t=targets: (model(z, per_particle=True), t))
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(stats["loss"].item())
-        assert losses[-1] < 0.5 * losses[0]
+        inputs, targets = method.batch(x, y)
+        right = model(inputs, per_particle=True).argmax(-1) == targets
+        assert right.double().mean() > 0.8
 
     def test_refusals(self):
         model, x = vit(), images()
-        with pytest.raises(ValueError, match="needs two images and a tap; got 1 and"):
-            dverge_batch(model, x[:1], torch.arange(1), "blocks.1", **NORMALISED)
-        with pytest.raises(ValueError, match="needs two images and a tap; got 5 and"):
-            dverge_batch(model, x, torch.arange(5), [], **NORMALISED)
-        with pytest.raises(ValueError, match="two particles or more"):
-            dverge_batch(vit(1), x, torch.arange(5), "blocks.1", **NORMALISED)
+        with pytest.raises(ValueError, match="pairs the images of a batch: it needs two; got 1"):
+            method_of(model).batch(x[:1], torch.arange(1))
+        with pytest.raises(ValueError, match="DVERGE needs two particles or more"):
+            method_of(vit(1))
+        with pytest.raises(TypeError, match="a ParticleModel; got list"):
+            method_of([torch.ones(3, 2, requires_grad=True)])
+        with pytest.raises(ValueError, match="has no module 'nowhere'"):
+            method_of(model, "nowhere").batch(x, torch.arange(5))

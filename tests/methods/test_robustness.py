@@ -5,10 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import multilora as ml
 from models import FAMILIES, particles_of
-from multilora.robustness import fgsm, robust_accuracy, transfer_matrix
+from multilora.robustness import dverge, fgsm, robust_accuracy, transfer_matrix
+from processes import run_in_processes
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 NORMALISED = {"mean": MEAN, "std": STD}
@@ -250,6 +252,53 @@ class TestParticles:
         moved = attack(model, x, y, 0.05)
         fall = ((moved - x) * (W[y] - W[1 - y])).flatten(1).sum(1)
         assert found[0.05] == pytest.approx((margin + fall > 0).double().mean().item())
+
+
+def in_processes(rank, folder):
+    """Two processes with two particles each."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("particle",))
+    model, x, y = spread(mesh), *images()
+    torch.manual_seed(rank)  # the processes' generators need not agree
+    method = ml.DVERGE(model, tap="blocks.1", steps=2, **NORMALISED)
+    return (
+        attack(model, x, y, steps=2),
+        attack(model, x, y, per_particle=True, particle_chunk=1),
+        transfer_matrix(model, [(x, y)], 0.03, **NORMALISED),
+        robust_accuracy(model, [(x, y)], (0.03,), **NORMALISED),
+        method.batch(x, y),
+    )
+
+
+def spread(mesh=None):
+    """Four particles that do not depend on the processes that hold them."""
+    family = FAMILIES["vit"]
+    config = family.config(target_modules=["qkv"])
+    model = ml.get_particle_model(family.build(), config, 4, mesh=mesh, seed=0, head_init="reset")
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for adapter in model.adapters():
+            noise = torch.randn(4, *adapter.lora_B.shape[1:], generator=generator).double()
+            adapter.lora_B.copy_(model.processes.own(noise))
+    return model.eval()
+
+
+@pytest.mark.processes
+def test_processes_attack_together(tmp_path):
+    whole, (x, y) = spread(), images()
+    mean = attack(whole, x, y, steps=2)
+    each = attack(whole, x, y, per_particle=True)
+    z = dverge(whole, x, x.roll(1, 0), "blocks.1", steps=2, **NORMALISED)
+    found = run_in_processes(2, in_processes, tmp_path)
+    batches = torch.cat([batch[0] for *_, batch in found])
+    shifts = [s for s in range(4) if torch.allclose(batches, z.roll(s, 0), rtol=0, atol=1e-9)]
+    assert len(shifts) == 1 and shifts != [0]
+    for rank, (of_mean, of_each, matrix, accuracy, (_, targets)) in enumerate(found):
+        torch.testing.assert_close(of_mean, mean, rtol=0, atol=1e-9)
+        own = slice(2 * rank, 2 * rank + 2)
+        torch.testing.assert_close(of_each, each[own], rtol=0, atol=1e-9)
+        assert torch.equal(matrix, transfer_matrix(whole, [(x, y)], 0.03, **NORMALISED))
+        assert accuracy == robust_accuracy(whole, [(x, y)], (0.03,), **NORMALISED)
+        assert torch.equal(targets, y.roll(1, 0).expand(2, -1))
 
 
 class TestItLeavesTheModelAlone:

@@ -83,6 +83,7 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
             for name, corrupted in _corrupt(x_test).items()
         },
         ood=TensorDataset(images[source], labels[source]),
+        pixels=((0.5,), (0.5,)),  # see _load_digits
     )
 
 

@@ -371,6 +371,7 @@ def image_task(
 ) -> Task:
     working = working_layers(base, **dict(options.model_args))
     heads = classifiers(base)
+    config = data_config(base, **dict(options.model_args))
     return Task(
         base=base,
         targets=(
@@ -382,4 +383,5 @@ def image_task(
         classes=classes,
         train=train,
         test=test,
+        pixels=(config["mean"], config["std"]),
     )

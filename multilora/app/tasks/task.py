@@ -14,6 +14,8 @@ from multilora.app import untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, Checked, option
 
 Report = Callable[[str], None]
+#: The mean and the standard deviation of the normalisation of images, one number for each channel.
+Pixels = tuple[Sequence[float], Sequence[float]]
 
 
 def _call(model: nn.Module, x: Any) -> Tensor:
@@ -40,6 +42,7 @@ class Task:
             tensors. None is PyTorch's default.
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
+        pixels: The normalisation of the images; None where inputs are not images.
     """
 
     base: nn.Module
@@ -54,6 +57,14 @@ class Task:
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass
     evaluation_batch: int = 256
+    pixels: Pixels | None = None
+
+
+def of_images(what: str, pixels: Pixels | None) -> Pixels:
+    """`pixels`. Raises ValueError, which says `what` needs them, where there are none."""
+    if pixels is None:
+        raise ValueError(f"{what} needs a task whose inputs are images")
+    return pixels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ class DVERGE(Ensemble):
             more.
         loss: see `Ensemble`.
         tap: the name of the module of the base whose output is distilled, or several names, of
-            which each batch draws one. None: all adapted layers, as the paper draws a layer.
+            which each batch draws one. None: all adapted layers.
         epsilon, steps, step_size, mean, std: see `robustness.dverge`.
 
     Raises:

@@ -111,8 +111,9 @@ class TestFgsm:
     def test_nothing_moves_for_epsilon_zero(self):
         model, (x, y) = vit(), images()
         assert torch.equal(attack(model, x, y, 0.0, steps=3), x)
-        edge = torch.nextafter(x, x + 1)  # as rounding may leave it, outside the pixels
-        assert torch.equal(attack(model, edge, y, 0.0), edge)
+        for side in (-1, 1):
+            edge = torch.nextafter(x, x + side)  # as rounding may leave it, outside the pixels
+            assert torch.equal(attack(model, edge, y, 0.0), edge)
 
     def test_pixels_stay_in_their_range(self):
         model, (x, y) = vit(), images()
@@ -252,6 +253,13 @@ class TestParticles:
         moved = attack(model, x, y, 0.05)
         fall = ((moved - x) * (W[y] - W[1 - y])).flatten(1).sum(1)
         assert found[0.05] == pytest.approx((margin + fall > 0).double().mean().item())
+
+    def test_accuracy_is_that_of_the_mean_prediction(self):
+        model, (x, y) = linear(4, 5), images(64, size=4)
+        p = ml.predict(model, attack(model, x, y, 0.01))
+        found = robust_accuracy(model, [(x[:40], y[:40]), (x[40:], y[40:])], (0.01,), **NORMALISED)
+        assert found[0.01] == pytest.approx((p.mean(0).argmax(-1) == y).double().mean().item())
+        assert found[0.01] not in (p.argmax(-1) == y).double().mean(1).tolist()
 
 
 def in_processes(rank, folder):

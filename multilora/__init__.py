@@ -1,12 +1,12 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import losses, metrics
+from multilora import losses, metrics, robustness
 from multilora._version import __version__
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
-from multilora.methods import IBDR, SVGD, Ensemble
+from multilora.methods import DVERGE, IBDR, SVGD, Ensemble
 from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
@@ -21,6 +21,7 @@ from multilora.optim import clip_grad_norm_
 from multilora.prediction import predict
 
 __all__ = [
+    "DVERGE",
     "IBDR",
     "SVGD",
     "BackendUnavailableError",
@@ -40,5 +41,6 @@ __all__ = [
     "pairwise_frobenius",
     "particle_loss",
     "predict",
+    "robustness",
     "use_backend",
 ]

@@ -56,7 +56,7 @@ def predict(
         logits, axis = reading.logits(model, inputs)
         return logits.log_softmax(axis) if log else _probabilities(logits, axis)
 
-    with _evaluating(model):
+    with evaluating(model):
         if isinstance(x, (Tensor, Mapping)) or not isinstance(x, Iterable):
             return predicted(x)
         if isinstance(x, tuple):
@@ -99,7 +99,7 @@ def predict_loader(
     """
     reading = _Reading(particle_chunk, class_axis, output, forward)
     rows, targets = [], []
-    with _evaluating(model):
+    with evaluating(model):
         for inputs, labels in _batches(model, loader):
             if labels is None and isinstance(inputs, dict):
                 labels = inputs.pop("labels", None)
@@ -144,12 +144,12 @@ class _Reading(NamedTuple):
             out = self.forward(model, inputs)
         else:
             out = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-        z = _chosen(out, self.output)
-        _check_logits(z, self.class_axis)
+        z = chosen(out, self.output)
+        check_logits(z, self.class_axis)
         return z.to(accumulator(z.dtype))
 
 
-def _chosen(out: Any, name: str | int | None) -> Tensor:
+def chosen(out: Any, name: str | int | None) -> Tensor:
     """The tensor of logits among a model's outputs."""
     if name is not None:
         try:
@@ -172,7 +172,7 @@ def _chosen(out: Any, name: str | int | None) -> Tensor:
     return z
 
 
-def _check_logits(z: Tensor, class_axis: int | None) -> None:
+def check_logits(z: Tensor, class_axis: int | None) -> None:
     """Raise ValueError unless z (K, B, ...) has classes, and says where."""
     axes = z.ndim - 1
     if axes < 2 or not z.is_floating_point():
@@ -204,7 +204,7 @@ def _probabilities(logits: Tensor, axis: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

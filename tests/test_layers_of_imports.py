@@ -29,6 +29,7 @@ LAYERS = [
     ["particle_folders"],
     ["soups"],
     ["model"],
+    ["robustness"],
     ["attach", "methods", "metrics"],
     ["checkpoint"],
     ["integrations"],

@@ -27,6 +27,7 @@ from multilora.app.folders import (
 )
 from multilora.app.options import add_argument, described
 from multilora.app.report import Progress, averaged, print_sets, print_table
+from multilora.app.robust import attacked_accuracies
 from multilora.app.run import evaluate, load_run, train
 from multilora.app.settings import DEFAULT_METHOD, MEASURED, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter",
         metavar="FOLDER",
         help="measure this PEFT adapter, such as an exported soup, in place of the particles",
+    )
+    evaluate.add_argument(
+        "--fgsm",
+        action="store_true",
+        help="also measure the accuracy under attacks on the mean prediction, for images",
     )
     evaluate.add_argument("--json", action="store_true", help="print all measures as JSON")
     _add_measured(evaluate)
@@ -290,6 +296,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     model, task, settings = _load(args, (*_OWN, *MEASURED), args.adapter)
     chunk = settings.particle_chunk if args.adapter is None else None
     result, _, _ = evaluate(model, task, particle_chunk=chunk, combine=settings.combine)
+    if args.fgsm:
+        result["fgsm"] = attacked_accuracies(model, task, chunk)
     if args.json:
         print(to_json(result))
     else:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from multilora.robustness import BUDGETS
+
 
 class _Row(NamedTuple):
     heading: str  # ↑: higher is better; ↓: lower is better
@@ -27,6 +29,7 @@ _ROWS = (
     _Row("corrupted Brier ↓", ("corrupted", "brier")),
     _Row("OOD AUROC ↑", ("auroc_ood",)),
     _Row("OOD AUROC (MI) ↑", ("auroc_ood_mi",)),
+    *(_Row(f"accuracy, FGSM ε = {e} ↑", ("fgsm", str(e))) for e in BUDGETS),
     _Row("step ms ↓", ("step_ms",), 1),
 )
 _LEGEND = {
@@ -37,6 +40,8 @@ _LEGEND = {
     "other shifted sets.",
     "auroc_ood": "OOD AUROC: how well the prediction's entropy, or MI, tells out-of-distribution "
     "inputs from the test set (0.5 is chance).",
+    "fgsm": "FGSM: on test images that an attack on the mean prediction changed by up to ε in each "
+    "pixel, whose range is 1.",
     "step_ms": "step ms: median time of a training step in milliseconds.",
 }
 

@@ -43,7 +43,7 @@ from multilora.app.settings import (
     read_settings,
 )
 from multilora.app.tasks import TASKS
-from multilora.app.tasks.task import ModelOptions, Report, Task
+from multilora.app.tasks.task import ModelOptions, Normalisation, Report, Task, of_images
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
@@ -59,16 +59,23 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     return add_sets(task, settings, report)
 
 
-def make_method(settings: Settings, model: ParticleModel, num_data: int) -> Method:
+def make_method(
+    settings: Settings,
+    model: ParticleModel,
+    num_data: int,
+    normalisation: Normalisation | None = None,
+) -> Method:
     """The method of the settings, with their `method_args` as keywords."""
     given = dict(settings.method_args)
     known = _check_method_args(settings.method, given)
-    ours = {
+    ours: dict[str, Any] = {
         "seed": settings.seed,
         "num_data": num_data,
         "total_steps": settings.steps,
         "lr": settings.lr,
     }
+    if "mean" in known:
+        ours["mean"], ours["std"] = of_images(settings.method, normalisation)
     keywords = {name: value for name, value in ours.items() if name in known} | given
     return settings.entry.make(model, **keywords)
 
@@ -126,7 +133,8 @@ def train(
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
-    method = make_method(settings, model, len(task.train))  # type: ignore[arg-type]
+    examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
+    method = make_method(settings, model, examples, task.normalisation)
     optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
@@ -184,8 +192,12 @@ def _take_steps(
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
+        call: Any = model
+        if settings.entry.batch is not None:
+            x, y = settings.entry.batch(method, x, y)
+            call = partial(model, per_particle=True)
         with _all_run(model) if step == first else contextlib.nullcontext():
-            scalars = method.backward(partial(task.learn, model, x, y))
+            scalars = method.backward(partial(task.learn, call, x, y))
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.schedule.step()

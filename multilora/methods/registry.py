@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from multilora.methods.base import Method
+from multilora.methods.dverge import DVERGE
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
 from multilora.methods.svgd import SVGD
@@ -18,7 +19,8 @@ class Entry:
 
     Attributes:
         make: make(model, **keywords) -> the method. Whoever calls it gives it seed, num_data (the
-            number of training examples), total_steps and lr where it has such keywords.
+            number of training examples), total_steps, lr, and mean and std (of the normalisation
+            of images) where it has such keywords.
         particles: K by default.
         summary: one line about it, for a list of methods.
         search: the keywords worth tuning: (low, high) on a logarithmic scale, or a list of choices.
@@ -27,6 +29,8 @@ class Entry:
             "laplace" or "tfb". None where all K are trained.
         lora_dropout: of the adapters.
         split_batch: whether each particle trains on its own part of the batch.
+        batch: batch(method, x, y) -> inputs and targets of each particle (K, B, ...), made of a
+            batch. None where all particles see the batch itself.
     """
 
     make: Callable[..., Method]
@@ -37,6 +41,7 @@ class Entry:
     posthoc: str | None = None
     lora_dropout: float = 0.0
     split_batch: bool = False
+    batch: Callable[..., tuple[Any, Any]] | None = None
 
     @property
     def most_particles(self) -> int | None:
@@ -58,6 +63,14 @@ METHODS: dict[str, Entry] = {
         5,
         "pushes the particles' weights apart",
         search={"gamma": (1e-3, 1.0), "scope": ["layer", "global"]},
+    ),
+    "dverge": Entry(
+        DVERGE,
+        4,
+        "teaches each particle the labels of images that fool another, so that attacks transfer "
+        "less; for images, and by default a step takes eleven forwards more",
+        search={"epsilon": (1e-2, 0.2)},
+        batch=DVERGE.batch,
     ),
     "ibdr": Entry(
         IBDR,

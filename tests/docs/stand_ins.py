@@ -48,6 +48,19 @@ def learnt_sigma() -> dict[str, Any]:
     return {"torch": torch, "model": model, "method": ml.IBDR(model, sigma=1e-3, learn_sigma=True)}
 
 
+def image_model() -> dict[str, Any]:
+    """A tiny ViT, and two batches of normalised images."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    base = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=4
+    )
+    config = peft.LoraConfig(r=2, target_modules=["qkv", "fc1"])
+    x, y = torch.rand(8, 3, 8, 8) * 4 - 2, torch.arange(8) % 4
+    return {"base": base, "config": config, "x": x, "y": y, "loader": [(x, y), (-x, y)]}
+
+
 def saved_particles() -> dict[str, Any]:
     """Three saved particles, and copies of the base that they were trained over."""
     torch.manual_seed(0)

@@ -14,6 +14,8 @@ from multilora.app import untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, Checked, option
 
 Report = Callable[[str], None]
+#: The mean and the standard deviation of the normalisation of images, one number for each channel.
+Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
 def _call(model: nn.Module, x: Any) -> Tensor:
@@ -57,11 +59,18 @@ class Task:
     shifted: dict[str, Dataset] = field(default_factory=dict)
     ood: dict[str, Dataset] = field(default_factory=dict)
     transform: Callable[[Any], Tensor] | None = None
-    normalisation: tuple[Sequence[float], Sequence[float]] | None = None
+    normalisation: Normalisation | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass
     evaluation_batch: int = 256
+
+
+def of_images(what: str, normalisation: Normalisation | None) -> Normalisation:
+    """`normalisation`. Raises ValueError, which says `what` needs it, where there is none."""
+    if normalisation is None:
+        raise ValueError(f"{what} needs a task whose inputs are images")
+    return normalisation
 
 
 @dataclass(frozen=True, kw_only=True)

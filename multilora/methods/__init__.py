@@ -3,7 +3,8 @@
 from multilora.methods.base import Method
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
+from multilora.methods.mutual import MutualLearning
 from multilora.methods.registry import METHODS, Entry
 from multilora.methods.svgd import SVGD
 
-__all__ = ["IBDR", "METHODS", "SVGD", "Ensemble", "Entry", "Method"]
+__all__ = ["IBDR", "METHODS", "SVGD", "Ensemble", "Entry", "Method", "MutualLearning"]

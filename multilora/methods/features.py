@@ -66,9 +66,8 @@ class Features:
         if not torch.compiler.is_compiling():
             # A checkpoint's second run, the isolation check and one particle's view do not count.
             state = None if forward_state.in_backward() else forward_state.current()
-            if state is None or state.owner is not self.model:
-                return
-            if state.particles != self.model.num_particles:
+            particles = self.model.num_particles
+            if state is None or state.owner is not self.model or state.particles != particles:
                 return
             fits = state.rows is None or t.shape[:1] == (state.rows,)
             fits = fits and not (state.shared_batch is not None and is_shared(module))

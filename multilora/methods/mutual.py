@@ -178,16 +178,21 @@ class MutualLearning(Method):
 
     def _push_apart(self, scale: float | Tensor) -> Tensor:
         """Add the gradient of −scale · α/(K−1) Σ_{i<j} W_ij; returns the mean of W."""
-        log_sigma = self.passes.take(self.passes.processes.gather(self._spread.log_sigma))
-        values = [*self.passes.gather(self._weights.tensors), log_sigma]
-        theta = [t.detach().requires_grad_() for t in values]
-        sigma = theta[-1].exp() if self.sigma_init > 0 else None
-        distance = self._weights.mean(theta[:-1], sigma, self.distance)
-        at = dict(zip([*self._weights.tensors, self._spread.log_sigma], theta))
-        trained = [*self.params, *self.parameters()]
-        term = distance * (-self.alpha * len(log_sigma) / 2) * scale
-        grads = torch.autograd.grad(term, [at[p] for p in trained])
-        accumulate(trained, [self.passes.put(g) for g in grads])
+        tensors = [*self._weights.tensors]
+        values = self.passes.gather(tensors)
+        if self.sigma_init > 0:
+            tensors.append(self._spread.log_sigma)
+            values.append(self.passes.take(self.passes.processes.gather(tensors[-1])))
+        theta = dict(zip(tensors, (t.detach().requires_grad_() for t in values)))
+        log_sigma = theta.pop(self._spread.log_sigma, None)
+        sigma = None if log_sigma is None else log_sigma.exp()
+        distance = self._weights.mean([*theta.values()], sigma, self.distance)
+        pull = distance * (-self.alpha * len(values[0]) / 2) * scale
+        leaves = [theta[p] for p in self.params]
+        if self.learn_sigma:
+            leaves.append(log_sigma)
+        grads = torch.autograd.grad(pull, leaves)
+        accumulate([*self.params, *self.parameters()], [self.passes.put(g) for g in grads])
         return distance.detach()
 
     def _require_capturable(self) -> None:

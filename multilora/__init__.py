@@ -6,7 +6,7 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
-from multilora.methods import DVERGE, IBDR, SVGD, Ensemble
+from multilora.methods import DVERGE, IBDR, SVGD, Ensemble, MutualLearning
 from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
@@ -26,6 +26,7 @@ __all__ = [
     "SVGD",
     "BackendUnavailableError",
     "Ensemble",
+    "MutualLearning",
     "ParticleIsolationError",
     "ParticleModel",
     "__version__",

@@ -76,6 +76,11 @@ class _Below:
         return map_tensors(Tensor.clone, rows.output)
 
 
+def is_shared(module: nn.Module) -> bool:
+    """Whether the module is a block below a cut, for which a TrunkOutput can stand in."""
+    return isinstance(vars(module).get("forward"), _Below)
+
+
 def _repeat(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
     state = None if torch.compiler.is_compiling() else forward_state.current()
     if state is None or state.shared_batch is None:

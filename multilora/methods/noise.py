@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from multilora import checks
+from multilora.methods.ascent import move
 from multilora.methods.base import is_captured
 from multilora.methods.passes import Passes
-from multilora.methods.tensors import flatten
+from multilora.methods.tensors import accumulate, flatten
 
 
 class Noise:
@@ -76,3 +78,69 @@ class Noise:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
+
+
+class Spread(Noise):
+    """θ_i = μ_i + σ_i ε_i with one σ_i per particle, fixed or trained as log σ_i.
+
+    Args:
+        passes, which, seed: see `Noise`.
+        sigma: σ >= 0 of all particles at the start; > 0 where it is trained.
+        learn: whether log σ_i is trained.
+    """
+
+    def __init__(self, passes: Passes, which: str, seed: int, sigma: float, learn: bool):
+        super().__init__(passes, which, seed)
+        self.is_zero = sigma == 0
+        log_sigma = -math.inf if sigma == 0 else math.log(sigma)
+        self.log_sigma = torch.full((passes.num_particles,), log_sigma, device=self.device)
+        self.log_sigma.requires_grad_(learn)
+
+    @property
+    def sigma(self) -> Tensor:
+        """σ_i (K,) of this process's particles."""
+        return self.log_sigma.detach().exp()
+
+    def move(self) -> Tensor | None:
+        """Move the parameters from μ to θ; returns ε (K, P), or None where σ is zero."""
+        if self.is_zero:
+            return None
+        epsilon = self.draw()
+        move(self.passes.params, self.sigma[:, None].to(epsilon.dtype) * epsilon)
+        return epsilon
+
+    def pull(
+        self,
+        grads: list[Tensor],
+        epsilon: Tensor | None,
+        scale: float | Tensor,
+        weight: float,
+        prior_std: float,
+    ) -> None:
+        """Add the gradient of log σ_i, σ_i ⟨grads, ε_i⟩ + scale · weight · d (σ_i²/τ² − 1).
+
+        Args:
+            grads: scale · those of the objective at θ.
+            epsilon: ε of θ.
+            scale: of the objective.
+            weight: of the KL divergence to the prior N(0, τ²).
+            prior_std: τ.
+        """
+        if epsilon is None or not self.log_sigma.requires_grad:
+            return
+        sigma = self.sigma
+        kl = weight * self.size * ((sigma / prior_std).square() - 1)
+        grad = sigma * (flatten(grads) * epsilon).sum(1) + scale * kl
+        accumulate([self.log_sigma], self.passes.zero_skipped([grad]))
+
+    def parameters(self) -> list[Tensor]:
+        """log σ where it is trained."""
+        return [self.log_sigma] if self.log_sigma.requires_grad else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"log_sigma": self.log_sigma.detach().clone()} | super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        with torch.no_grad():
+            self.log_sigma.copy_(state["log_sigma"])

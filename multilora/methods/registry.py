@@ -10,6 +10,7 @@ from multilora.methods.base import Method
 from multilora.methods.dverge import DVERGE
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
+from multilora.methods.mutual import MutualLearning
 from multilora.methods.svgd import SVGD
 
 
@@ -78,5 +79,12 @@ METHODS: dict[str, Entry] = {
         "pushes the particles' predictions apart and descends from a worse place nearby; a step "
         "runs the model twice",
         search={"alpha": (1e-3, 1.0), "rho": (3e-3, 0.3), "sigma": (1e-4, 1e-1)},
+    ),
+    "mutual": Entry(
+        MutualLearning,
+        4,
+        "particles learn from each other's predictions; late in training, their weights and "
+        "features are pushed apart",
+        search={"alpha": (1e-1, 1e3), "beta": (1e-1, 1e3), "temperature": (1.0, 4.0)},
     ),
 }

@@ -30,7 +30,19 @@ METHODS = {
     "ibdr": (ml.IBDR, {}),
     "ibdr-noise": (ml.IBDR, {"sigma": 0.01, "learn_sigma": True, "beta": 0.1, "cost": "output"}),
     "ibdr-cross": (ml.IBDR, {"divergence": "cross", "alpha": 1.0}),
+    "mutual": (ml.MutualLearning, {"start": 0, "beta": 0.0}),
+    "mutual-noise": (
+        ml.MutualLearning,
+        {"start": 0, "beta": 0.0, "sigma": 0.01, "learn_sigma": True, "kl_weight": 0.1},
+    ),
+    # Features are compared within each process's own examples.
+    "mutual-features": (ml.MutualLearning, {"start": 0, "beta": 100.0}),
 }
+
+
+def methods_of(shape):
+    """Those whose step over these processes is the step of one."""
+    return {n: m for n, m in METHODS.items() if shape[0] == 1 or n != "mutual-features"}
 
 
 def everything(family, ids, wrap, **options):
@@ -86,7 +98,7 @@ def steps_of(rank, folder, shape, family, wrap):
             p.numel() for p in model.parameters() if not hasattr(p, "placements")
         )
     results = {}
-    for name, (kind, options) in METHODS.items():
+    for name, (kind, options) in methods_of(shape).items():
         for chunk in (None, 1):
             method = kind(forward, **options, particle_chunk=chunk)
             results[name, chunk] = step(model, method, closure, forward)
@@ -122,7 +134,7 @@ def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
     perturb(model)
     results = run_in_processes(shape[0] * shape[1], steps_of, tmp_path, shape, family, wrap)
     tolerance = max(FAMILIES[family].tolerance, 1e-9)
-    for name, (kind, options) in METHODS.items():
+    for name, (kind, options) in methods_of(shape).items():
         expected = step(model, kind(model, **options), closure, model)
         for rank, result in enumerate(results):
             share = K // shape[1]
@@ -173,7 +185,7 @@ def test_all_processes_go_on_without_it(tmp_path):
     with torch.no_grad():
         model.adapters()[0].lora_B[2] = torch.nan
     results = run_in_processes(4, skipping, tmp_path, "skip")
-    for name, (kind, options) in METHODS.items():
+    for name, (kind, options) in methods_of((2, 2)).items():
         expected = step(model, kind(model, **options, nonfinite="skip"), closure, model)
         for rank, result in enumerate(results):
             first = rank % 2 * 2

@@ -17,14 +17,17 @@ METHODS = {
     "ibdr-sigma": lambda m: ml.IBDR(m, sigma=2**-6, learn_sigma=True, beta=1e-3, seed=5),
     "ibdr-cross": lambda m: ml.IBDR(m, alpha=0.5, divergence="cross", ascent="sam", cost="output"),
     "ibdr-ensemble": lambda m: ml.IBDR(m, alpha=0.5, loss="ensemble", ascent="step"),
+    # The features need tokens: tests/methods/test_mutual.py.
+    "mutual": lambda m: ml.MutualLearning(m, alpha=5.0, beta=0.0, start=0),
+    "mutual-sigma": lambda m: ml.MutualLearning(
+        m, alpha=5.0, beta=0.0, start=0, sigma=2**-6, learn_sigma=True, kl_weight=1e-3, seed=5
+    ),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
-# The methods that take targets (K, N): a loss of the mean prediction needs shared targets.
-independent = pytest.mark.parametrize(
-    "make",
-    [make for name, make in METHODS.items() if name != "ibdr-ensemble"],
-    ids=[name for name in METHODS if name != "ibdr-ensemble"],
-)
+# The methods that take targets (K, N): a loss of the mean prediction, and one that compares all
+# predictions, needs shared targets.
+INDEPENDENT = {n: m for n, m in METHODS.items() if n != "ibdr-ensemble" and "mutual" not in n}
+independent = pytest.mark.parametrize("make", INDEPENDENT.values(), ids=INDEPENDENT)
 
 
 class TestEveryMethod:
@@ -55,7 +58,7 @@ class TestEveryMethod:
             twice.backward(closure)
         assert_same([p.grad for p in twice.params], expected)
 
-    @pytest.mark.parametrize("name", ["ensemble", "svgd", "svgd-textbook"])
+    @pytest.mark.parametrize("name", ["ensemble", "svgd", "svgd-textbook", "mutual"])
     def test_micro_batches_are_the_batch(self, name):
         # Not IBDR: there every micro-batch has its own ascent.
         model = particle_model()
@@ -153,7 +156,7 @@ class TestEveryMethod:
         used, unused = (torch.randn(3, n, dtype=torch.float64) for n in (4, 2))
         params = [used.requires_grad_(), unused.requires_grad_()]
         method = make(params)
-        method.gamma = method.beta = 0.0
+        method.gamma = method.alpha = method.beta = method.kl_weight = 0.0
         grads = gradients_of(method, lambda: (used[:, None], torch.tensor([1])))
         assert grads[0].abs().max() > 0
         assert torch.equal(grads[1], torch.zeros_like(unused))

@@ -36,6 +36,10 @@ def make(mesh, particles=K, seed=0):
     )
 
 
+def mutual(model, **options):
+    return ml.MutualLearning(model, beta=0.0, start=0, **options)
+
+
 def batch():
     generator = torch.Generator().manual_seed(3)
     return torch.randn(B, 6, generator=generator).double(), torch.arange(B) % C
@@ -121,8 +125,8 @@ def other_batches(rank):
         "fewer": lambda: (x[:short], y[:short]),
     }
     results = {}
-    for kind in (ml.Ensemble, ml.SVGD, ml.IBDR):
-        extra = {"inputs": lambda: (x + int(odd), y)} if kind is ml.IBDR else {}
+    for kind in (ml.Ensemble, ml.SVGD, ml.IBDR, mutual):
+        extra = {"inputs": lambda: (x + int(odd), y)} if kind in (ml.IBDR, mutual) else {}
         for name, change in (changes | extra).items():
             model = make(mesh)
             method = kind(model)
@@ -142,7 +146,7 @@ def other_batches(rank):
 
 def test_batches_of_one_data_are_compared_in_every_step(tmp_path):
     for result in in_processes(4, other_batches, tmp_path):
-        assert len(result) == 10
+        assert len(result) == 14
         for name, ((error, seconds), kept) in result.items():
             assert error.startswith("RuntimeError: processes that share the data need"), name
             assert kept and seconds < 10, name
@@ -202,7 +206,9 @@ NO_CLASSES = {"alpha": 0.0, "cost": "parameter", "rho": 1e-3}
 def step_of(name, mesh, rows):
     x, t = batch()[0], targets_of(name)
     results = []
+    kinds = [(mutual, {})] if name in ("particle", "weights", "smoothing", "soft") else []
     for kind, options in (
+        *kinds,
         (ml.Ensemble, {}),
         (ml.IBDR, {} if name in ("particle", "weights", "smoothing", "soft") else NO_CLASSES),
     ):
@@ -240,7 +246,12 @@ def broken_batches(rank):
         # One example of the batch of one process.
         x = x.index_fill(0, torch.tensor([2]), torch.nan)
     results = {}
-    for kind, options in ((ml.Ensemble, {}), (ml.SVGD, {}), (ml.IBDR, {"sigma": 0.1})):
+    for kind, options in (
+        (ml.Ensemble, {}),
+        (ml.SVGD, {}),
+        (ml.IBDR, {"sigma": 0.1}),
+        (mutual, {"sigma": 0.1}),
+    ):
         for chunk in (None, 1):
             model = make(mesh)
             method = kind(model, nonfinite="skip", particle_chunk=chunk, **options)
@@ -255,7 +266,7 @@ def broken_batches(rank):
 
 def test_a_broken_batch_is_skipped_in_all_processes(tmp_path):
     for result in in_processes(4, broken_batches, tmp_path):
-        assert len(result) == 6 and all(result.values()), result
+        assert len(result) == 8 and all(result.values()), result
 
 
 def test_a_digest_tells_tensors_apart():

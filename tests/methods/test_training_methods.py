@@ -1,6 +1,7 @@
 """Refusals and skipped steps of a method, and its checks of parameters and chunks."""
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -21,7 +22,14 @@ METHODS = {
     "svgd": (ml.SVGD, {}),
     "ibdr": (ml.IBDR, {}),
     "ibdr-noise": (ml.IBDR, {"sigma": 0.1, "learn_sigma": True, "beta": 1e-3, "noise": "A"}),
+    "mutual": (ml.MutualLearning, {"beta": 0.0, "start": 0}),
+    "mutual-noise": (
+        ml.MutualLearning,
+        {"beta": 0.0, "start": 0, "sigma": 0.1, "learn_sigma": True, "kl_weight": 1e-3},
+    ),
 }
+# Without features, for which the network has no tokens.
+mutual = functools.partial(ml.MutualLearning, beta=0.0, start=0, total_steps=9)
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -102,6 +110,10 @@ TAKEN = {
     "learn_sigma": (True,),
     "particle_chunk": (None,),
     "divergence_of": (None,),
+    "features": (None,),
+    "start": ZERO,
+    "total_steps": (None,),
+    "kl_weight": ZERO,
 }
 
 
@@ -109,7 +121,7 @@ def taken(argument, value):
     return any(type(t) is type(value) and t == value for t in TAKEN.get(argument, ()))
 
 
-@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR])
+@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR, mutual])
 def test_every_argument_has_a_range(kind):
     arguments = [p for p in inspect.signature(kind).parameters if p != "model"]
     assert {"particle_chunk", "nonfinite", "loss"} <= set(arguments)
@@ -229,7 +241,7 @@ def test_a_broken_particle_is_reported_where_backward_was_called(name):
         method.backward(closure)
     assert [w.filename for w in said] == [__file__]
     # Only where predictions interact has the pass that broke to run again.
-    assert len(calls) == (3 if method.interacts else 1)
+    assert len(calls) == {ml.IBDR: 3, ml.MutualLearning: 2}.get(kind, 1)
 
 
 @every_method
@@ -327,7 +339,7 @@ def test_a_closure_that_reaches_no_parameter(name, chunk, how):
     assert same(before, everything(model, method))
 
 
-@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR])
+@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR, mutual])
 def test_plain_tensors(kind):
     start = torch.randn(K, 8, 5)
     tensors, y = [start.clone().requires_grad_()], torch.arange(8) % 5

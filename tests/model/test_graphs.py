@@ -26,6 +26,7 @@ METHODS = {
         {"sigma": 0.01, "learn_sigma": True, "beta": 0.1, "ascent": "sam", "noise": "A"},
     ),
     "ibdr, cross": (ml.IBDR, {"divergence": "cross"}),
+    "mutual": (ml.MutualLearning, {"start": 0}),
     "svgd": (ml.SVGD, {}),
     "svgd, one bandwidth": (ml.SVGD, {"scope": "global", "bandwidth": 0.5}),
     "svgd, stein": (ml.SVGD, {"drive": "mix", "repulse": "stein"}),
@@ -88,7 +89,9 @@ def test_no_step_but_the_first_waits_or_copies(name, backend, on_a_gpu):
 
 
 @pytest.mark.filterwarnings("ignore:.*start from weights drawn anew")
-@pytest.mark.parametrize(("name", "looks"), [("ensemble", 1), ("svgd", 1), ("ibdr", 2)])
+@pytest.mark.parametrize(
+    ("name", "looks"), [("ensemble", 1), ("svgd", 1), ("mutual", 1), ("ibdr", 2)]
+)
 @pytest.mark.parametrize("nonfinite", ["raise", "skip"])
 def test_what_is_not_finite_is_looked_for_once_a_backward(name, looks, nonfinite, on_a_gpu):
     model, x, y = problem()

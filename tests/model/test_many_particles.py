@@ -24,6 +24,8 @@ METHODS = {
         {"sigma": 0.01, "learn_sigma": True, "beta": 0.1, "cost": "output", "ascent": "sam"},
     ),
     "ibdr-cross": (ml.IBDR, {"divergence": "cross", "loss": "ensemble", "alpha": 1}),
+    "mutual": (ml.MutualLearning, {"start": 0, "beta": 0.0}),
+    "mutual-features": (ml.MutualLearning, {"start": 0, "beta": 100.0}),
 }
 
 
@@ -63,6 +65,8 @@ def assert_same(got, expected, tolerance):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_chunks_have_the_gradients_of_the_whole(family, method, chunk):
+    if family == "cnn" and "features" in method:
+        pytest.skip("the network has no two maps of one width")
     model, closure = problem(family)
     kind, options = METHODS[method]
     expected = step(model, kind(model, **options), closure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from multilora.losses import Loss
 from multilora.methods.ascent import ASCENTS, climb, move, moving
 from multilora.methods.base import Method, warn
 from multilora.methods.divergence import ClassesOf, Objective, Seen, output_distance
-from multilora.methods.noise import Noise
+from multilora.methods.noise import Spread
 from multilora.methods.parameters import require_different_particles
 from multilora.methods.passes import Closure
 from multilora.methods.tensors import accumulate, flatten
@@ -158,15 +157,12 @@ class IBDR(Method):
         self._warn_loose_bound()
         device = self.params[0].device
         self.lambda_ = torch.tensor(self.lambda_init, dtype=torch.float64, device=device)
-        log_sigma = math.log(self.sigma_init) if self.sigma_init > 0 else -math.inf
-        self.log_sigma = torch.full((self.num_particles,), log_sigma, device=device)
-        self.log_sigma.requires_grad_(self.learn_sigma)
-        self._noise = Noise(self.passes, self.noise, self.seed)
+        self._spread = Spread(self.passes, self.noise, self.seed, self.sigma_init, self.learn_sigma)
 
     @property
     def sigma(self) -> Tensor:
         """σ_i (K,) of this process's particles."""
-        return self.log_sigma.detach().exp()
+        return self._spread.sigma
 
     def _warn_loose_bound(self) -> None:
         farthest = (self.clip / (2 * self.lambda_bounds[0])) ** 2
@@ -178,10 +174,8 @@ class IBDR(Method):
             )
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
-        with self._noise.undone_on_error(), moving(self.params) as mu:
-            epsilon = self._noise.draw() if self.sigma_init > 0 else None
-            if epsilon is not None:
-                move(self.params, self.sigma[:, None].to(epsilon.dtype) * epsilon)  # θ = μ + σε
+        with self._spread.undone_on_error(), moving(self.params) as mu:
+            epsilon = self._spread.move()  # θ = μ + σε
             # Scaled before differentiating, for half precision, and unscaled after. A scale of
             # zero, of a micro-batch that counts nothing, must not divide.
             climbing = scale if isinstance(scale, Tensor) or scale > 0 else 1.0
@@ -200,8 +194,7 @@ class IBDR(Method):
             del by
             grads, seen = self._gradients(closure, scale, at_theta)
 
-        if epsilon is not None and self.learn_sigma:
-            self._pull_sigma(grads, epsilon, scale)
+        self._spread.pull(grads, epsilon, scale, 2 * self.beta, self.prior_std)
         if self.beta != 0:
             decay = scale * 2 * self.beta / self.prior_std**2
             grads = self.passes.zero_skipped([g + decay * m for g, m in zip(grads, mu)])
@@ -225,13 +218,6 @@ class IBDR(Method):
             closure, self._objective.each, objective, scale, again=at_theta is not None
         )
 
-    def _pull_sigma(self, grads: list[Tensor], epsilon: Tensor, scale: float | Tensor) -> None:
-        """Add the gradient of log σ, from those at θ'."""
-        sigma = self.sigma
-        kl = (2 * self.beta * self._noise.size) * ((sigma / self.prior_std).square() - 1)
-        grad = sigma * (flatten(grads) * epsilon).sum(1) + scale * kl
-        accumulate([self.log_sigma], self.passes.zero_skipped([grad]))
-
     def _update_lambda(self, moved: Tensor, at_theta: Seen, seen: Seen) -> dict[str, Tensor]:
         """λ ← clamp(λ − α_λ (ρ − c̄)); moved: ‖θ'_i − θ_i‖² of this process's particles."""
         if self.cost == "parameter":
@@ -246,19 +232,18 @@ class IBDR(Method):
 
     def parameters(self) -> list[Tensor]:
         """log σ where it is trained."""
-        return [self.log_sigma] if self.learn_sigma else []
+        return self._spread.parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """The step, λ, log σ of this process's particles and the state of the noise's generator."""
-        state = {"lambda": self.lambda_.clone(), "log_sigma": self.log_sigma.detach().clone()}
-        return super().state_dict() | state | self._noise.state_dict()
+        state = super().state_dict() | {"lambda": self.lambda_.clone()}
+        return state | self._spread.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         with torch.no_grad():
             self.lambda_.copy_(state["lambda"])
-            self.log_sigma.copy_(state["log_sigma"])
-        self._noise.load_state_dict(state)
+        self._spread.load_state_dict(state)
 
     def _skipped(self) -> dict[str, Tensor]:
         stats = super()._skipped()

@@ -161,20 +161,20 @@ def test_a_learnt_sigma_is_trained_and_not_decayed(tmp_path):
 
     class Remember(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            left.append(trainer.method.log_sigma.grad)
+            left.append(trainer.method.parameters()[0].grad)
 
         def on_pre_optimizer_step(self, *_, **__):
-            grads.append(trainer.method.log_sigma.grad.clone())
+            grads.append(trainer.method.parameters()[0].grad.clone())
 
     trainer = trainer_of(
         "bert", "learnt", tmp_path, learning_rate=1e-3, weight_decay=100.0, optim="sgd",
         lr_scheduler_type="constant", options={"callbacks": [Remember()]},
     )  # fmt: skip
-    start = trainer.method.log_sigma.detach().clone()
+    start = trainer.method.parameters()[0].detach().clone()
     trainer.train()
     assert left == [None] * 6
     # Plain descent along its gradients.
-    torch.testing.assert_close(trainer.method.log_sigma, start - 1e-3 * sum(grads))
+    torch.testing.assert_close(trainer.method.parameters()[0], start - 1e-3 * sum(grads))
     assert len(grads) == 6 and all(g.abs().max() > 0 for g in grads)
     # A second call goes on with the same method and optimizer.
     trainer.train()

@@ -158,7 +158,7 @@ def test_what_a_graph_cannot_hold_is_refused(on_a_gpu, monkeypatch):
         chunked.backward(lambda: (model(x), y))
     assert all(p.grad is None for p in model.particle_parameters())
     # A GPU's generator refuses this during a capture.
-    noisy._noise.generator = NotRead(noisy._noise.generator)
+    noisy._spread.generator = NotRead(noisy._spread.generator)
     noisy.backward(lambda: (model(x), y))
 
 

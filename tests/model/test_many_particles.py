@@ -214,8 +214,8 @@ def test_the_others_go_on_as_if_it_were_not_there(method, chunk):
     reference = kind(small, **options)
     if "sigma" in options:
         # The noise of the same particles.
-        noise = kind(model, **options)._noise.draw()[rest]
-        reference._noise.draw = lambda: noise
+        noise = kind(model, **options)._spread.draw()[rest]
+        reference._spread.draw = lambda: noise
     expected = reference.backward(lambda: (small(**inputs), torch.arange(4) % 3), scale=0.5)
     method = kind(model, **options, particle_chunk=chunk, nonfinite="skip")
     with pytest.warns(UserWarning, match=r"of particle 3 .*; skipped, the others go on"):

@@ -1,6 +1,6 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import losses, metrics
+from multilora import losses, metrics, soups
 from multilora._version import __version__
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
@@ -18,7 +18,7 @@ from multilora.ops import (
     use_backend,
 )
 from multilora.optim import clip_grad_norm_
-from multilora.prediction import predict
+from multilora.prediction import mc_dropout, predict
 
 __all__ = [
     "IBDR",
@@ -36,9 +36,11 @@ __all__ = [
     "lora_gram",
     "lora_linear",
     "losses",
+    "mc_dropout",
     "metrics",
     "pairwise_frobenius",
     "particle_loss",
     "predict",
+    "soups",
     "use_backend",
 ]

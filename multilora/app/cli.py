@@ -14,7 +14,7 @@ import torch
 
 from multilora import checks
 from multilora._version import __version__
-from multilora.app import info
+from multilora.app import info, soup
 from multilora.app.folders import (
     HISTORY_PICTURE,
     RELIABILITY,
@@ -26,7 +26,7 @@ from multilora.app.folders import (
 )
 from multilora.app.options import add_argument, described
 from multilora.app.report import Progress, averaged, print_table
-from multilora.app.run import evaluate, load_run, train
+from multilora.app.run import evaluate, load_run, predictive, train
 from multilora.app.settings import DEFAULT_METHOD, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
 from multilora.methods import METHODS
@@ -84,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="measure this PEFT adapter, such as an exported soup, in place of the particles",
     )
+    evaluate.add_argument(
+        "--soup",
+        choices=soup.MEASURED,
+        help="measure also the particles' mean (uniform) or a soup that is chosen on validation "
+        "examples (greedy, wise), and the particle that is best on these; they are the training "
+        "examples that `train --validation N` held out, never test examples",
+    )
     evaluate.add_argument("--json", action="store_true", help="print all measures as JSON")
     _add_own(evaluate)
 
@@ -95,9 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--soup",
         default="exact",
-        choices=("exact", "svd"),
-        help="exact: the mean itself, of rank K·r; svd: its best approximation of rank r "
-        "[%(default)s]",
+        choices=soup.WRITTEN,
+        help="exact: the mean itself, of rank K·r; svd: its best approximation of rank r; greedy: "
+        "the mean of the particles that help, and wise: the mean times an α in [0, 1], both chosen "
+        "on the training examples that `train --validation N` held out [%(default)s]",
+    )
+    export.add_argument(
+        "--alpha", type=float, help="with --soup wise: this α, with no validation examples"
     )
     _add_own(export)
 
@@ -203,7 +214,7 @@ def _train(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else free_folder(settings, settings.method)
     result = _run(args, settings, out)
     print_table([(settings.method, [result])])
-    last = settings.particles - 1
+    last = settings.entry.trained(settings.particles) - 1
     print(
         f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} (PEFT adapters) and "
         f"metrics.json.\nPictures: {out / RELIABILITY} (calibration), {out / HISTORY_PICTURE} "
@@ -262,27 +273,36 @@ def _load(args: argparse.Namespace, adapter: str | None = None) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.adapter is not None and args.soup is not None:
+        raise ValueError("--adapter is one soup already: leave out --soup")
     model, task, settings = _load(args, args.adapter)
-    chunk = settings.particle_chunk if args.adapter is None else None
-    result, _, _ = evaluate(model, task, particle_chunk=chunk)
-    if args.json:
-        print(to_json(result))
+    if args.adapter is not None:
+        columns = [("adapter", evaluate(model, task)[0])]
     else:
-        print_table([(settings.method if args.adapter is None else "adapter", [result])])
+        with predictive(model, settings):
+            chunk = settings.particle_chunk
+            columns = [(settings.method, evaluate(model, task, particle_chunk=chunk)[0])]
+    if args.soup is not None:
+        columns += soup.measured(model, task, settings, args.soup)
+    if args.json:
+        print(to_json(dict(columns) if args.soup else columns[0][1]))
+    else:
+        print_table([(name, [result]) for name, result in columns])
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_export(out)
-    model, _, _ = _load(args)
-    model.soup(out, kind=args.soup)
+    model, task, settings = _load(args)
+    weights = soup.weights(model, task, settings, args.soup, args.alpha)
+    lost = model.soup(out, "svd" if args.soup == "svd" else "exact", weights)
     record_export(out, args.dir, args.soup)
-    particles = model.num_particles
-    count = "the only particle" if particles == 1 else f"the mean of {particles} particles"
+    worst = max(lost["relative_error"].values())
     print(
-        f"{out}: {count} as one PEFT adapter\n"
-        f"Measure it: multilora evaluate {args.dir} --adapter {out}\n"
+        f"{out}: {soup.described(weights, model.num_particles)} as one PEFT adapter"
+        + (f", which loses at most {worst:.1%} of a layer's update" if worst else "")
+        + f"\nMeasure it: multilora evaluate {args.dir} --adapter {out}\n"
         f"Load it in Python: peft.PeftModel.from_pretrained(base, {str(out)!r}), where base is the "
         "model that the run adapted"
     )

@@ -104,7 +104,7 @@ def test_weights_that_sum_to_zero_have_the_mean_head(weights):
 
 
 def test_the_rank_is_that_of_the_largest_soup():
-    model, inputs = made("vit")
+    model, _ = made("vit")
     for weights, rank in ((torch.eye(K), 2), (WEIGHTS[3:], 2), (WEIGHTS, 6), (WEIGHTS * 0, 2)):
         with model.mixtures(weights):
             layer = dict(model.lora_layers())["blocks.0.attn.qkv"]
@@ -238,7 +238,7 @@ def test_one_particle_and_many():
     ],
 )
 def test_wrong_weights(weights, message):
-    model, inputs = made("mlp")
+    model, _ = made("mlp")
     with pytest.raises(ValueError, match=message), model.mixtures(weights):
         pass
     assert model.thread is None and model.num_particles == K

@@ -35,6 +35,7 @@ class Task:
     """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
 
     Attributes:
+        validation: Examples that are neither trained on nor tested on, to choose soups.
         head: The classification head, which is new and trained whole: a name, or two names.
         collate: Makes a batch of (inputs, labels) from pairs; inputs are a tensor or a dict of
             tensors. None is PyTorch's default.
@@ -48,6 +49,7 @@ class Task:
     classes: list[str]
     train: Dataset
     test: Dataset
+    validation: Dataset | None = None
     corrupted: dict[str, Dataset] = field(default_factory=dict)
     ood: Dataset | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None

@@ -48,3 +48,12 @@ def saved_particles() -> dict[str, Any]:
     model.save_pretrained("particles")
     untouched = copy.deepcopy(base)
     return {"base": base, "base_again": lambda: copy.deepcopy(untouched)}
+
+
+def soup_data() -> dict[str, Any]:
+    """Inputs, labelled validation data, and two of the saved particles."""
+    model = ml.load_particle_model(
+        saved_particles()["base"], ["particles/particle_0", "particles/particle_1"]
+    )
+    x = torch.randn(8, 6)
+    return {"model": model, "x": x, "validation": [(x, torch.arange(8) % 4)]}

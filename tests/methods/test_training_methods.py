@@ -202,7 +202,9 @@ def test_a_broken_batch_is_skipped(name, chunk, broken):
     assert same(before, everything(model, method)) and method.step == 2
     assert stats.keys() == whole.keys()
     for key, value in stats.items():
-        assert value.isnan() == (key not in ("lambda", "sigma")) and value.shape == whole[key].shape, key
+        assert (
+            value.isnan() == (key not in ("lambda", "sigma")) and value.shape == whole[key].shape
+        ), key
     # And the run goes on as one that never saw it.
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,6 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import losses, metrics, robustness
+from multilora import losses, metrics, robustness, soups
 from multilora._version import __version__
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
@@ -18,7 +18,7 @@ from multilora.ops import (
     use_backend,
 )
 from multilora.optim import clip_grad_norm_
-from multilora.prediction import predict
+from multilora.prediction import mc_dropout, predict
 
 __all__ = [
     "DVERGE",
@@ -38,10 +38,12 @@ __all__ = [
     "lora_gram",
     "lora_linear",
     "losses",
+    "mc_dropout",
     "metrics",
     "pairwise_frobenius",
     "particle_loss",
     "predict",
     "robustness",
+    "soups",
     "use_backend",
 ]

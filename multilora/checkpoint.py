@@ -94,7 +94,9 @@ def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: as `load_particle_model`.
+        RuntimeError: the call is inside `particles` or `mixtures`.
     """
+    model.require_whole("load_particles")
     saved = particle_folders.read(path)
     if len(saved.configs) != len(model.seeds):
         raise ValueError(

@@ -122,6 +122,8 @@ class LoraLayer(ParticleLayer):
 
     # Any module with the attributes that a kind of layer needs: weight, bias, sizes.
     base_layer: Any
+    #: Whether dropout is on in eval mode too, as `mc_dropout` has it.
+    sampling = False
 
     def __init__(
         self,
@@ -142,6 +144,11 @@ class LoraLayer(ParticleLayer):
     @property
     def num_particles(self) -> int:
         return self.lora_A.shape[0]
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout before the adapters is on."""
+        return (self.training or self.sampling) and self.dropout > 0
 
     @staticmethod
     def weight_shape(base_layer: Any) -> tuple[int, int]:
@@ -210,7 +217,7 @@ class LoraLinear(LoraLayer):
         base = self.base_layer
         weight, bias = _linear_weight(base), base.bias
         rows = flat(x, len(lora_A))
-        if self.training and self.dropout > 0:
+        if self.drops:
             # The mask lies before A only, so the two products read different inputs.
             delta = _low_rank(F.dropout(rows, self.dropout), lora_A, lora_B, self.scaling)
             y = F.linear(rows, weight, bias)
@@ -246,7 +253,7 @@ class LoraOpaqueLinear(LoraLayer):
         y = self.base_layer(x)
         self._check_output(x, y)
         rows = flat(x, len(lora_A))
-        if self.training and self.dropout > 0:
+        if self.drops:
             rows = F.dropout(rows, self.dropout)
         if not torch.compiler.is_compiling() and self._is_held(x, y):
             y = y.clone()
@@ -290,7 +297,7 @@ class LoraConv2d(LoraLayer):
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         base, particles = self.base_layer, len(lora_A)
         rows = split(x, particles)  # (k, B, C, H, W)
-        if self.training and self.dropout > 0:
+        if self.drops:
             rows = F.dropout(rows, self.dropout)
         rows = rows.transpose(0, 1).flatten(1, 2)  # (B, k·C, H, W)
         lora_A = lora_A.reshape(-1, *base.weight.shape[1:])  # (k·r, C, kh, kw)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora import checks, particle_folders
+from multilora import checks, particle_folders, soups
 from multilora.diversity import cosines
 from multilora.fold import Axes
 from multilora.forward_state import ForwardState
@@ -47,7 +47,6 @@ from multilora.ops import lora_gram
 from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.run import ParticleView, Runner
-from multilora.soups import save_soup
 from multilora.trunk import Cut, TrunkOutput, check_cut
 
 if TYPE_CHECKING:
@@ -214,49 +213,43 @@ class ParticleModel(nn.Module):
 
         All M run in one pass, as particles do. A module to save is Σ_k w_mk head_k / Σ_k w_mk, or
         the mean of all heads where the weights of a soup sum to zero. The factors of a soup are
-        those of all particles side by side, of rank K·r, so that nothing is approximated.
+        those of its particles side by side, of rank n·r where n is the largest number of particles
+        in a soup, so that nothing is approximated. A particle of weight 0 is left out, even if it
+        is not finite. Nothing can be saved or trained inside.
 
         Args:
-            weights: (M, K) floating numbers; K counts the particles of all processes.
+            weights: (M, K) floating numbers; K counts the particles of all processes. Every process
+                then runs all M soups.
 
         Raises:
             ValueError: the weights have another shape or dtype, or are not finite.
         """
-        weights = self._checked_weights(weights)
-        adapters = [layer for _, layer in self.lora_layers()]
+        particles = self.num_particles * self.processes.particle_size
+        weights = soups.checked(weights, particles, "mixtures")
+        adapters, heads = soups.Recipe.of_adapters(weights), soups.Recipe.of_heads(weights)
         stacked: list[Tensor] = [p for _, _, p in self._slots()]
         whole = dict(zip(stacked, self.processes.gather_all(stacked)))
-        soups, particles = weights.shape
-        total = weights.sum(1, keepdim=True)
-        of_heads = torch.where(
-            total == 0, 1 / particles, weights / torch.where(total == 0, 1, total)
-        )
         parts: dict[Tensor, Tensor] = {}
-        for layer in adapters:
+        for _, layer in self.lora_layers():
             A, B = whole[layer.lora_A], whole[layer.lora_B]
-            parts[layer.lora_A] = A.flatten(0, 1).expand(soups, -1, -1)
-            each = B * weights.to(B)[:, :, None, None]  # (M, K, d_out, r)
-            parts[layer.lora_B] = each.transpose(1, 2).flatten(2)
+            parts[layer.lora_A], parts[layer.lora_B] = adapters.factors(A, B)
         for p in stacked:
             if p not in parts:
-                parts[p] = torch.tensordot(of_heads.to(p), whole[p], 1)
-        with self._swapped(parts, soups, trained=False):
+                parts[p] = heads.sums(whole[p])
+        count = len(weights)
+        with self._swapped(parts, count, trained=False):
             # Every process has all soups.
-            self.every, self.window = soups, slice(0, soups)
+            self.every, self.window = count, slice(0, count)
             self.processes = Processes(self.processes.data)
             yield
 
-    def _checked_weights(self, weights: Tensor) -> Tensor:
-        particles = self.num_particles * self.processes.particle_size
-        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        fits = isinstance(weights, Tensor) and weights.is_floating_point() and weights.ndim == 2
-        if not fits or not len(weights) or weights.shape[1] != particles:
-            raise ValueError(
-                f"mixtures needs floating weights (M, {particles}), M >= 1; got {shape}"
+    def require_whole(self, what: str) -> None:
+        """Raise RuntimeError inside `particles` and `mixtures`."""
+        if self.thread is not None:
+            raise RuntimeError(
+                f"{what} needs all particles as they are; inside `particles` or `mixtures` the "
+                f"model has {self.num_particles} other ones: leave that block first"
             )
-        if not weights.isfinite().all():
-            raise ValueError(f"mixtures needs finite weights; got {weights.tolist()}")
-        return weights.detach()
 
     def _slots(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(module, name in it, tensor) for everything with a particle axis."""
@@ -411,30 +404,44 @@ class ParticleModel(nn.Module):
 
         Raises:
             NotADirectoryError: `path` is a file.
+            RuntimeError: the call is inside `particles` or `mixtures`.
         """
+        self.require_whole("save_pretrained")
         particle_folders.save(
             self.base, self.peft_config, self.processes, path, self.seeds, save_embedding_layers
         )
 
-    def soup(self, path: str | Path, kind: str = "exact") -> None:
-        """Write the mean of ΔW over the particles as one PEFT adapter folder.
+    def soup(
+        self, path: str | Path, kind: str = "exact", weights: Tensor | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Write Σ_k w_k ΔW_k, by default the particles' mean, as one PEFT adapter folder.
 
         The mean of the weights is one model; its predictions are not the mean of the particles'.
         Averaging A and B separately would be wrong: a mean of products is not the product of means.
-        Modules to save are averaged weight by weight. As in `save_pretrained`, an older adapter in
-        `path` is replaced as a whole, and the embeddings of a base with a resized vocabulary are
-        written.
+        Modules to save are averaged weight by weight, as in `mixtures`. As in `save_pretrained`, an
+        older adapter in `path` is replaced as a whole, and the embeddings of a base with a resized
+        vocabulary are written.
 
         Args:
             path: the folder, which is made if it is not there.
-            kind: "exact" has rank K·r, [A_1; …; A_K] with [B_1 … B_K]/K, which is the mean to the
-                last bit of its arithmetic. "svd" has rank r and is the best approximation of the
-                mean in the Frobenius norm, found on the factors.
+            kind: "exact" is [A_1; …; A_K] with [w_1 B_1 … w_K B_K], of rank n·r for the n particles
+                whose weight is not 0. It is the sum to the last bit of its arithmetic. "svd" has
+                rank r and is the best approximation of the sum in the Frobenius norm, found on the
+                factors.
+            weights: (K,) floating numbers; 1/K each by default. `soups.greedy` and `soups.wise`
+                choose them.
+
+        Returns:
+            {"relative_error": {layer: ‖ΔW − ΔW_r‖_F / ‖ΔW‖_F}}, what "svd" loses of each layer's
+            update ΔW; 0 with "exact".
 
         Raises:
-            ValueError: the mean is not finite; nothing is written then.
+            ValueError: the weights have another shape or dtype, or the sum is not finite; nothing
+                is written then.
+            RuntimeError: the call is inside `particles` or `mixtures`.
         """
-        save_soup(self.base, self.peft_config, self.processes, path, kind)
+        self.require_whole("soup")
+        return soups.save_soup(self.base, self.peft_config, self.processes, path, kind, weights)
 
 
 def _statistics_are_frozen() -> None:

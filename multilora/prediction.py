@@ -120,6 +120,49 @@ def predict_loader(
     return _joined(rows), torch.cat(targets)
 
 
+@contextlib.contextmanager
+def mc_dropout(model: Any, samples: int = 10, *, seed: int | None = None) -> Iterator[None]:
+    """Inside, the model is S samples of MC dropout: copies whose adapters' dropout masks differ.
+
+    All S masks run in one pass, as particles do: model(x) and `predict` give (S, ...). The masks
+    are those of `lora_dropout`, for each row and sample their own; every other module is in eval
+    mode. Of K particles each has S masks, and the model is all K·S, particle first.
+
+        with ml.mc_dropout(model, samples=10):
+            p = ml.predict(model, x)  # (10, B, C)
+
+    Args:
+        model: a ParticleModel with `lora_dropout` above 0; mostly of one particle.
+        samples: S.
+        seed: draw the masks from this seed, and leave PyTorch's generators as they were. None draws
+            them from these generators.
+
+    Raises:
+        ValueError: samples is not an integer >= 1.
+
+    Gal and Ghahramani, *Dropout as a Bayesian approximation*, ICML 2016.
+    """
+    checks.integer("samples", samples, 1)
+    particles = model.num_particles * model.processes.particle_size
+    copies = torch.eye(particles, dtype=torch.float64).repeat_interleave(samples, 0)
+    layers = [(layer, layer.sampling) for _, layer in model.lora_layers()]
+    devices = [device for device in model.devices() if device.type == "cuda"]
+    with (
+        torch.random.fork_rng(devices, enabled=seed is not None),
+        evaluating(model),
+        model.mixtures(copies),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            for layer, _ in layers:
+                layer.sampling = True
+            yield
+        finally:
+            for layer, before in layers:
+                layer.sampling = before
+
+
 class _Reading(NamedTuple):
     """How a model is called and which of its outputs are the logits; see `predict`."""
 

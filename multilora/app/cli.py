@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import textwrap
@@ -15,7 +16,7 @@ import torch
 
 from multilora import checks
 from multilora._version import __version__
-from multilora.app import info
+from multilora.app import info, soup
 from multilora.app.folders import (
     HISTORY_PICTURE,
     RELIABILITY,
@@ -28,7 +29,7 @@ from multilora.app.folders import (
 from multilora.app.options import add_argument, described
 from multilora.app.report import Progress, averaged, print_sets, print_table
 from multilora.app.robust import attacked_accuracies
-from multilora.app.run import evaluate, load_run, train
+from multilora.app.run import evaluate, load_run, predictive, train
 from multilora.app.settings import DEFAULT_METHOD, MEASURED, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
 from multilora.methods import METHODS
@@ -87,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
         help="measure this PEFT adapter, such as an exported soup, in place of the particles",
     )
     evaluate.add_argument(
+        "--soup",
+        choices=soup.MEASURED,
+        help="measure also the particles' mean (uniform) or a soup that is chosen on validation "
+        "examples (greedy, wise), and the particle that is best on these; they are the training "
+        "examples that `train --validation N` held out, never test examples",
+    )
+    evaluate.add_argument(
         "--fgsm",
         action="store_true",
         help="also measure the accuracy under attacks on the mean prediction, for images",
@@ -107,9 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--soup",
         default="exact",
-        choices=("exact", "svd"),
-        help="exact: the mean itself, of rank K·r; svd: its best approximation of rank r "
-        "[%(default)s]",
+        choices=soup.WRITTEN,
+        help="exact: the mean itself, of rank K·r; svd: its best approximation of rank r; greedy: "
+        "the mean of the particles that help, and wise: the mean times an α in [0, 1], both chosen "
+        "on the training examples that `train --validation N` held out [%(default)s]",
+    )
+    export.add_argument(
+        "--alpha", type=float, help="with --soup wise: this α, with no validation examples"
     )
     _add_own(export)
 
@@ -227,7 +239,7 @@ def _train(args: argparse.Namespace) -> int:
     result = _run(args, settings, out)
     print_table([(settings.method, [result])])
     _print_sets(settings, result)
-    last = settings.particles - 1
+    last = settings.entry.trained(settings.particles) - 1
     print(
         f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} (PEFT adapters) and "
         f"metrics.json.\nPictures: {out / RELIABILITY} (calibration), {out / HISTORY_PICTURE} "
@@ -293,15 +305,24 @@ def _load(args: argparse.Namespace, names: Sequence[str], adapter: str | None = 
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.adapter is not None and args.soup is not None:
+        raise ValueError("--adapter is one soup already: leave out --soup")
     model, task, settings = _load(args, (*_OWN, *MEASURED), args.adapter)
-    chunk = settings.particle_chunk if args.adapter is None else None
-    result, _, _ = evaluate(model, task, particle_chunk=chunk, combine=settings.combine)
-    if args.fgsm:
-        result["fgsm"] = attacked_accuracies(model, task, chunk)
+    name, chunk = "adapter", None
+    with contextlib.ExitStack() as stack:
+        if args.adapter is None:
+            name, chunk = settings.method, settings.particle_chunk
+            stack.enter_context(predictive(model, settings))
+        result, _, _ = evaluate(model, task, particle_chunk=chunk, combine=settings.combine)
+        if args.fgsm:
+            result["fgsm"] = attacked_accuracies(model, task, chunk)
+    columns = [(name, result)]
+    if args.soup is not None:
+        columns += soup.measured(model, task, settings, args.soup)
     if args.json:
-        print(to_json(result))
+        print(to_json(dict(columns) if args.soup else result))
     else:
-        print_table([(settings.method if args.adapter is None else "adapter", [result])])
+        print_table([(name, [result]) for name, result in columns])
         _print_sets(settings, result)
     return 0
 
@@ -309,14 +330,15 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_export(out)
-    model, _, _ = _load(args, _OWN)
-    model.soup(out, kind=args.soup)
+    model, task, settings = _load(args, _OWN)
+    weights = soup.weights(model, task, settings, args.soup, args.alpha)
+    lost = model.soup(out, "svd" if args.soup == "svd" else "exact", weights)
     record_export(out, args.dir, args.soup)
-    particles = model.num_particles
-    count = "the only particle" if particles == 1 else f"the mean of {particles} particles"
+    worst = max(lost["relative_error"].values())
     print(
-        f"{out}: {count} as one PEFT adapter\n"
-        f"Measure it: multilora evaluate {args.dir} --adapter {out}\n"
+        f"{out}: {soup.described(weights, model.num_particles)} as one PEFT adapter"
+        + (f", which loses at most {worst:.1%} of a layer's update" if worst else "")
+        + f"\nMeasure it: multilora evaluate {args.dir} --adapter {out}\n"
         f"Load it in Python: peft.PeftModel.from_pretrained(base, {str(out)!r}), where base is the "
         "model that the run adapted"
     )

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
-from multilora import atomic, checks, metrics
+from multilora import atomic, checks, losses, metrics
 from multilora.app import untrusted
 from multilora.app.folders import (
     HISTORY,
@@ -49,14 +49,35 @@ from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
 from multilora.model import ParticleModel
 from multilora.ops import pairwise_frobenius
+from multilora.prediction import mc_dropout
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
 def make_task(settings: Settings, report: Report = print) -> Task:
-    """The task with its data and the base model, and with all sets that are measured."""
+    """The task with its data and the base model, and with all sets that are measured.
+
+    Raises:
+        ValueError: The settings hold out as many training examples as there are, or more.
+    """
     task = TASKS[settings.task].make(settings.options, settings.seed, report)
-    return add_sets(task, settings, report)
+    task = add_sets(task, settings, report)
+    if settings.validation == 0:
+        return task
+    examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
+    if settings.validation >= examples:
+        raise ValueError(f"validation = {settings.validation} of {examples} training examples")
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(settings.seed))
+    held, rest = order[: settings.validation].tolist(), order[settings.validation :].tolist()
+    return replace(task, train=_Part(task.train, rest), validation=Subset(task.train, held))
+
+
+class _Part(Subset):
+    """A part of the training examples, which may differ from epoch to epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 def make_method(
@@ -76,6 +97,10 @@ def make_method(
     }
     if "mean" in known:
         ours["mean"], ours["std"] = of_images(settings.method, normalisation)
+    if settings.label_smoothing:
+        if "loss" not in known:
+            raise ValueError(f"{settings.method} has a loss that label_smoothing cannot change")
+        ours["loss"] = losses.CrossEntropy(label_smoothing=settings.label_smoothing)
     keywords = {name: value for name, value in ours.items() if name in known} | given
     return settings.entry.make(model, **keywords)
 
@@ -138,15 +163,32 @@ def train(
     optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
+    training = replace(task, collate=_collate(settings, task))
     if resume:
         state.load()
     # From here on the folder belongs to this run, whose settings have all been used once.
     write_json(out / SETTINGS, settings.flat())
     model.train()
-    _take_steps(state, task, device, save_every, on_step)
+    _take_steps(state, training, device, save_every, on_step)
     method.sample()
     model.save_pretrained(out)
     return _write_results(out, state, task)
+
+
+def _collate(settings: Settings, task: Task) -> Callable[[list[Any]], Any] | None:
+    """How a training batch is made of examples: with mixup where the settings have it.
+
+    It draws from PyTorch's generator, whose state a checkpoint has.
+    """
+    if settings.mixup == 0:
+        return task.collate
+    x = task.train[0][0]
+    if task.collate is not None or not isinstance(x, Tensor) or x.ndim != 3:
+        raise ValueError(f"mixup is for tasks of images; got the task {settings.task!r}")
+    from torchvision.transforms import v2
+
+    mixup = v2.MixUp(alpha=settings.mixup, num_classes=len(task.classes))
+    return lambda examples: mixup(*default_collate(examples))
 
 
 def _optimizer(settings: Settings, model: ParticleModel, method: Method) -> torch.optim.Optimizer:
@@ -230,9 +272,10 @@ def _distance(model: ParticleModel) -> dict[str, float]:
 
 def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
     settings, model = state.settings, state.model
-    result, predictions, targets = evaluate(
-        model, task, particle_chunk=settings.particle_chunk, combine=settings.combine
-    )
+    with predictive(model, settings):
+        result, predictions, targets = evaluate(
+            model, task, particle_chunk=settings.particle_chunk, combine=settings.combine
+        )
     result = {
         "method": settings.method,
         "particles": settings.particles,
@@ -338,11 +381,14 @@ def load_run(
     if adapter is not None:
         return load_particle_model(task.base, [adapter]), task, settings
     particles = load_particle_model(task.base, folder)
-    for name, here in (("particles", particles.num_particles), ("rank", particles.peft_config.r)):
-        if getattr(settings, name) != here:
+    for name, theirs, here in (
+        ("particles", settings.entry.trained(settings.particles), particles.num_particles),
+        ("rank", settings.rank, particles.peft_config.r),
+    ):
+        if theirs != here:
             raise ValueError(
-                f"{folder / SETTINGS} is of another run: {name} = {getattr(settings, name)}, and "
-                f"the particles in {folder} have {here}"
+                f"{folder / SETTINGS} is of another run: {name} = {theirs}, and the particles in "
+                f"{folder} have {here}"
             )
     check_base(folder / CHECKPOINT, read_state(folder / CHECKPOINT), particles)
     return particles, task, settings
@@ -371,6 +417,13 @@ def _vouched(options: Any, folder: Path, own: Mapping[str, Any]) -> Any:
         model_args=tuple((dict(theirs) | own_args).items()),
         from_file="model" not in given,
     )
+
+
+def predictive(model: ParticleModel, settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Inside, the model's particles are those that the run's measures are of."""
+    if settings.entry.posthoc == "mc_dropout":
+        return mc_dropout(model, settings.particles, seed=settings.seed)
+    return contextlib.nullcontext()
 
 
 def evaluate(

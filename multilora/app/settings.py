@@ -68,6 +68,20 @@ class Settings(Checked):
     lora_dropout: float = option(
         number(0.99), "dropout before the adapters", 0.0, shown="0; 0.1 for mc_dropout"
     )
+    label_smoothing: float = option(
+        number(1), "share of every training target that is spread over all classes", 0.0
+    )
+    mixup: float = option(
+        number(1e3),
+        "mix pairs of training images, and their labels, with weights of Beta(MIXUP, MIXUP); 0: no",
+        0.0,
+    )
+    validation: int = option(
+        integer(0, 2**31, "N"),
+        "training examples to hold out from training, to choose soups on; the test set is never "
+        "used for that",
+        0,
+    )
     method_args: tuple[tuple[str, Any], ...] = option(
         PAIRS, "hyper-parameters of the method, e.g. alpha=0.05 rho=0.1", ()
     )
@@ -107,6 +121,11 @@ class Settings(Checked):
             raise TypeError(f"options must be those of a task; got {self.options!r}")
         if self.particles > (self.entry.most_particles or self.particles):
             raise ValueError(f"{self.method} has 1 particle; got {self.particles}")
+        if self.label_smoothing and "loss" in dict(self.method_args):
+            raise ValueError(
+                "label_smoothing is part of the loss, cross-entropy: leave out one of it and the "
+                "loss in method_args"
+            )
 
     @property
     def entry(self) -> Entry:

@@ -85,8 +85,8 @@ def require_current(model: Any, params: list[Tensor]) -> None:
         raise RuntimeError(
             "the model's trainable tensors are not those that the method was made with, so what "
             "runs would not be trained (load_state_dict(assign=True), requires_grad_, replaced "
-            "modules, a call inside model.particles(...)): make the method and the optimizer after "
-            "the last such change"
+            "modules, a call inside model.particles(...) or mixtures(...)): make the method and "
+            "the optimizer after the last such change"
         )
 
 

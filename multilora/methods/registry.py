@@ -59,6 +59,13 @@ METHODS: dict[str, Entry] = {
     "ensemble": Entry(
         Ensemble, 4, "K adapters that do not interact; hard to beat in accuracy, so start with it"
     ),
+    "mc_dropout": Entry(
+        Ensemble,
+        10,
+        "one adapter with dropout, predicting with K dropout masks",
+        posthoc="mc_dropout",
+        lora_dropout=0.1,
+    ),
     "svgd": Entry(
         SVGD,
         5,

@@ -106,3 +106,12 @@ def vqa_release() -> dict[str, Any]:
     Path("questions.json").write_text(json.dumps({"questions": questions}))
     Path("annotations.json").write_text(json.dumps({"annotations": annotations}))
     return {}
+
+
+def soup_data() -> dict[str, Any]:
+    """Inputs, labelled validation data, and two of the saved particles."""
+    model = ml.load_particle_model(
+        saved_particles()["base"], ["particles/particle_0", "particles/particle_1"]
+    )
+    x = torch.randn(8, 6)
+    return {"model": model, "x": x, "validation": [(x, torch.arange(8) % 4)]}

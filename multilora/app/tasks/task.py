@@ -37,6 +37,7 @@ class Task:
     """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
 
     Attributes:
+        validation: Examples that are neither trained on nor tested on, to choose soups.
         head: The classification head, which is new and trained whole: a name, or two names.
         shifted: Further test sets of the same classes, by name: disturbed copies, other domains.
         ood: Data sets of inputs of other classes, by name; their labels are not read.
@@ -56,6 +57,7 @@ class Task:
     classes: list[str]
     train: Dataset
     test: Dataset
+    validation: Dataset | None = None
     shifted: dict[str, Dataset] = field(default_factory=dict)
     ood: dict[str, Dataset] = field(default_factory=dict)
     transform: Callable[[Any], Tensor] | None = None

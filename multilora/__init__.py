@@ -6,7 +6,7 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
-from multilora.methods import IBDR, SVGD, Ensemble
+from multilora.methods import IBDR, SAM, SGLD, SVGD, BLoB, Ensemble, Variational
 from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
@@ -22,11 +22,15 @@ from multilora.prediction import predict
 
 __all__ = [
     "IBDR",
+    "SAM",
+    "SGLD",
     "SVGD",
+    "BLoB",
     "BackendUnavailableError",
     "Ensemble",
     "ParticleIsolationError",
     "ParticleModel",
+    "Variational",
     "__version__",
     "causal_targets",
     "clip_grad_norm_",

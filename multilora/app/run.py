@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from multilora import atomic, checks, metrics
@@ -43,7 +44,7 @@ from multilora.app.settings import (
     read_settings,
 )
 from multilora.app.tasks import TASKS
-from multilora.app.tasks.task import ModelOptions, Report, Task
+from multilora.app.tasks.task import ModelOptions, Report, Task, call_and_pass
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
@@ -59,15 +60,24 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     return add_sets(task, settings, report)
 
 
-def make_method(settings: Settings, model: ParticleModel, num_data: int) -> Method:
-    """The method of the settings, with their `method_args` as keywords."""
+def make_method(
+    settings: Settings,
+    model: ParticleModel,
+    num_data: int,
+    lr: Callable[[], float] | None = None,
+) -> Method:
+    """The method of the settings, with their `method_args` as keywords.
+
+    Args:
+        lr: gives the optimizer's learning rate at each step; that of the settings where it is None.
+    """
     given = dict(settings.method_args)
     known = _check_method_args(settings.method, given)
     ours = {
         "seed": settings.seed,
         "num_data": num_data,
         "total_steps": settings.steps,
-        "lr": settings.lr,
+        "lr": settings.lr if lr is None else lr,
     }
     keywords = {name: value for name, value in ours.items() if name in known} | given
     return settings.entry.make(model, **keywords)
@@ -126,7 +136,13 @@ def train(
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
-    method = make_method(settings, model, len(task.train))  # type: ignore[arg-type]
+    method = make_method(
+        settings,
+        model,
+        len(task.train),  # type: ignore[arg-type]
+        # The optimizer is made after the method, whose parameters it has too.
+        lambda: optimizer.param_groups[0]["lr"],
+    )
     optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
@@ -184,8 +200,8 @@ def _take_steps(
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
-        with _all_run(model) if step == first else contextlib.nullcontext():
-            scalars = method.backward(partial(task.learn, model, x, y))
+        with _all_run(model, method) if step == first else contextlib.nullcontext():
+            scalars = method.backward(_closure(settings, task, model, x, y))
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.schedule.step()
@@ -202,6 +218,18 @@ def _take_steps(
             on_step(step, settings.steps, stats)
         if step % save_every == 0 or step == settings.steps:
             state.save()
+
+
+def _closure(
+    settings: Settings, task: Task, model: ParticleModel, x: Any, y: Tensor
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The closure of a step. A method that splits batches gives each particle its own part, where
+    the task has no other way to learn and the batch can be shared equally."""
+    particles = model.num_particles
+    if not settings.entry.split_batch or task.learn is not call_and_pass or len(y) % particles:
+        return partial(task.learn, model, x, y)
+    x, y = tree_map(lambda t: t.unflatten(0, (particles, -1)), (x, y))
+    return partial(call_and_pass, model, x, y, per_particle=True)
 
 
 @torch.no_grad()
@@ -242,7 +270,7 @@ def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _all_run(model: ParticleModel) -> Iterator[None]:
+def _all_run(model: ParticleModel, method: Method) -> Iterator[None]:
     """Raise ValueError where a step inside leaves out what is to be trained.
 
     That is the case if no adapter is called or one of the heads is not, or if no adapter gets a
@@ -267,7 +295,9 @@ def _all_run(model: ParticleModel) -> Iterator[None]:
             f"none of the {len(layers)} adapters ran in the first step ({first}): the model reads "
             "the weights of these layers instead of calling them; choose other targets (--targets)"
         )
-    gradients = (layer.lora_B.grad for layer in layers.values())
+    means = method.params if method.trains_particles else method.parameters()
+    trained = dict(zip(method.params, means))
+    gradients = (trained[layer.lora_B].grad for layer in layers.values())
     if not any(g is not None and bool(g.any()) for g in gradients):
         raise ValueError(
             f"none of the {len(layers)} adapters got a gradient in the first step ({first}); "

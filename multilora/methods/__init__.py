@@ -4,6 +4,20 @@ from multilora.methods.base import Method
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
 from multilora.methods.registry import METHODS, Entry
+from multilora.methods.sam import SAM
+from multilora.methods.sgld import SGLD
 from multilora.methods.svgd import SVGD
+from multilora.methods.variational import BLoB, Variational
 
-__all__ = ["IBDR", "METHODS", "SVGD", "Ensemble", "Entry", "Method"]
+__all__ = [
+    "IBDR",
+    "METHODS",
+    "SAM",
+    "SGLD",
+    "SVGD",
+    "BLoB",
+    "Ensemble",
+    "Entry",
+    "Method",
+    "Variational",
+]

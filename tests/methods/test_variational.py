@@ -185,9 +185,7 @@ def test_the_optimum_of_a_quadratic():
         optimizer.step()
         schedule.step()
     precision = h + beta / tau**2
-    torch.testing.assert_close(
-        method.mean[0][0].float(), h * m / precision, rtol=0.01, atol=0.005
-    )
+    torch.testing.assert_close(method.mean[0][0].float(), h * m / precision, rtol=0.01, atol=0.005)
     std = method.log_std[0][0].exp().float()
     torch.testing.assert_close(std, (beta / precision).sqrt(), rtol=0.02, atol=0)
 

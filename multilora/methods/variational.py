@@ -31,13 +31,10 @@ class Variational(Method):
     better, with the shapes of one particle; the particles themselves get no gradient. μ starts at
     particle 0 of the model, and all particles are overwritten with draws at once.
 
-    The mean over K draws has the less variance the larger K. If the closure gives each particle its
-    own part of the batch, model(x, per_particle=True) with targets (K, B/K), K draws cost one
-    forward of B rows and no two rows share a draw.
+    If the closure gives each particle its own part of the batch, model(x, per_particle=True) with
+    targets (K, B/K), K draws cost one forward of B rows, which see K different draws.
 
-    `sample` draws from a generator of its own. `backward` returns ℓ as "nll", KL as "kl", their
-    weighted sum as "loss", and the mean σ. `state_dict` holds μ, log σ and both generators, not the
-    draws.
+    `backward` returns ℓ as "nll", KL as "kl", ℓ + β KL as "loss", and the mean σ as "sigma".
 
     Sources: Blundell et al. 2015 (BBB); Wang et al. 2024 (BLoB); Nguyen et al. 2023 (SA-BNN).
 
@@ -48,15 +45,12 @@ class Variational(Method):
         prior_std: τ > 0, the standard deviation of the Gaussian prior of every number.
         noise: "A" has noise on lora_A only (BLoB), "all" on every tensor.
         kl_weight: >= 0, what multiplies the ELBO's weight 1/N.
-        rho: ρ >= 0; each draw climbs by ρ g_k/‖g_k‖ before its gradient is taken (SA-BNN), for one
-            forward and backward more.
-        loss: ℓ. "particle", "label_smoothing", "soft_targets", "bce" or "gaussian_nll"
-            (`multilora.losses`), or a callable (logits, targets) -> (K,).
+        rho: ρ >= 0; each draw climbs ρ g_k/‖g_k‖ before its gradient is taken: twice the cost.
+        loss: ℓ, see `Ensemble`.
         seed: of the noise.
 
     Raises:
-        ValueError: if `noise` is "A" and the model is not a ParticleModel, or its lora_A are
-            frozen; and see `Method`.
+        ValueError: if `noise` is "A" and the model has no lora_A that is trained; and see `Method`.
         TypeError, RuntimeError: see `Method`.
     """
 
@@ -87,8 +81,8 @@ class Variational(Method):
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
         self._noise = Noise(self.passes, self.noise, self.seed)
-        # Evaluations draw from another sequence, so that they do not change the training. A CPU's
-        # generator looks at the lowest 32 bits of its seed only.
+        # Another sequence, so that evaluations do not change the training. A generator of the CPU
+        # takes only the lowest 32 bits of its seed.
         self._sampling = Noise(self.passes, self.noise, self.seed ^ 0x5EED5EED)
         self._posterior = Gaussian(self.passes, self._noise.noisy, self.sigma_init)
         self.mean, self.log_std = self._posterior.mean, self._posterior.log_std
@@ -132,8 +126,8 @@ class Variational(Method):
     def state_dict(self) -> dict[str, Any]:
         """The step, μ, log σ and the states of both generators."""
         sampling = {"sampling_generator": self._sampling.generator.get_state()}
-        own = self._noise.state_dict() | sampling | self._posterior.state_dict()
-        return super().state_dict() | own
+        noise = self._noise.state_dict() | sampling
+        return super().state_dict() | noise | self._posterior.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. The particles stay what they are until the next draw."""

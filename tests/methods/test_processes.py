@@ -240,7 +240,13 @@ def broken_batches(rank):
         # One example of the batch of one process.
         x = x.index_fill(0, torch.tensor([2]), torch.nan)
     results = {}
-    for kind, options in ((ml.Ensemble, {}), (ml.SVGD, {}), (ml.IBDR, {"sigma": 0.1})):
+    for kind, options in (
+        (ml.Ensemble, {}),
+        (ml.SVGD, {}),
+        (ml.IBDR, {"sigma": 0.1}),
+        (ml.SGLD, {"num_data": 9, "lr": 0.1}),
+        (ml.Variational, {"num_data": 9, "rho": 0.1}),
+    ):
         for chunk in (None, 1):
             model = make(mesh)
             method = kind(model, nonfinite="skip", particle_chunk=chunk, **options)
@@ -255,7 +261,7 @@ def broken_batches(rank):
 
 def test_a_broken_batch_is_skipped_in_all_processes(tmp_path):
     for result in in_processes(4, broken_batches, tmp_path):
-        assert len(result) == 6 and all(result.values()), result
+        assert len(result) == 10 and all(result.values()), result
 
 
 def test_a_digest_tells_tensors_apart():

@@ -47,9 +47,5 @@ class Ensemble(Method):
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
         loss, grads = self._separate(closure, self.loss, scale)
-        if self.prior_precision != 0:
-            decay = scale * self.prior_precision
-            grads = [g + decay * p.detach() for g, p in zip(grads, self.params)]
-            grads = self.passes.zero_skipped(grads)
-        accumulate(self.params, grads)
+        accumulate(self.params, self._with_prior(grads, self.prior_precision, scale))
         return {"loss": loss, "nll": loss}

@@ -112,6 +112,7 @@ TAKEN = {
     "particle_chunk": (None,),
     "divergence_of": (None,),
     "prior_precision": ZERO,
+    "floor": ZERO,
     "temperature": ZERO,
     "kl_weight": ZERO,
 }

@@ -6,7 +6,17 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
-from multilora.methods import DVERGE, IBDR, SVGD, Ensemble, MutualLearning
+from multilora.methods import (
+    DVERGE,
+    IBDR,
+    SAM,
+    SGLD,
+    SVGD,
+    BLoB,
+    Ensemble,
+    MutualLearning,
+    Variational,
+)
 from multilora.model import ParticleModel
 from multilora.ops import (
     BackendUnavailableError,
@@ -23,12 +33,16 @@ from multilora.prediction import mc_dropout, predict
 __all__ = [
     "DVERGE",
     "IBDR",
+    "SAM",
+    "SGLD",
     "SVGD",
+    "BLoB",
     "BackendUnavailableError",
     "Ensemble",
     "MutualLearning",
     "ParticleIsolationError",
     "ParticleModel",
+    "Variational",
     "__version__",
     "causal_targets",
     "clip_grad_norm_",

@@ -87,15 +87,16 @@ class Processes:
             gathered |= {t: p.reshape(-1, *t.shape[1:]) for t, p in zip(group, parts)}
         return [gathered[t] for t in tensors]
 
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its mean over the data, in one communication per dtype."""
-        if self.data_size == 1:
+    def mean_(self, tensors: Sequence[Tensor], axis: str = "data") -> None:
+        """Replace every tensor by its mean over the processes along an axis, in one communication
+        per dtype."""
+        if self._size(axis) == 1:
             return
         for dtype in {t.dtype: None for t in tensors}:
             group = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.flatten() for t in group])
-            dist.all_reduce(flat, group=self.data)
-            flat /= self.data_size
+            dist.all_reduce(flat, group=getattr(self, axis))
+            flat /= self._size(axis)
             for t, part in zip(group, flat.split([t.numel() for t in group])):
                 t.copy_(part.view(t.shape))
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from multilora import atomic, checks, losses, metrics
@@ -43,7 +44,14 @@ from multilora.app.settings import (
     read_settings,
 )
 from multilora.app.tasks import TASKS
-from multilora.app.tasks.task import ModelOptions, Normalisation, Report, Task, of_images
+from multilora.app.tasks.task import (
+    ModelOptions,
+    Normalisation,
+    Report,
+    Task,
+    call_and_pass,
+    of_images,
+)
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
@@ -85,15 +93,21 @@ def make_method(
     model: ParticleModel,
     num_data: int,
     normalisation: Normalisation | None = None,
+    lr: Callable[[], float] | None = None,
 ) -> Method:
-    """The method of the settings, with their `method_args` as keywords."""
+    """The method of the settings, with their `method_args` as keywords.
+
+    Args:
+        normalisation: that of the task's images.
+        lr: gives the optimizer's learning rate at each step; that of the settings where it is None.
+    """
     given = dict(settings.method_args)
     known = _check_method_args(settings.method, given)
     ours: dict[str, Any] = {
         "seed": settings.seed,
         "num_data": num_data,
         "total_steps": settings.steps,
-        "lr": settings.lr,
+        "lr": settings.lr if lr is None else lr,
     }
     if "mean" in known:
         ours["mean"], ours["std"] = of_images(settings.method, normalisation)
@@ -158,8 +172,14 @@ def train(
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
     model = particle_model(task, settings).to(device)
-    examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
-    method = make_method(settings, model, examples, task.normalisation)
+    method = make_method(
+        settings,
+        model,
+        len(task.train),  # type: ignore[arg-type]  # map-style data sets have a length
+        task.normalisation,
+        # The optimizer is made after the method, whose parameters it has too.
+        lambda: optimizer.param_groups[0]["lr"],
+    )
     optimizer = _optimizer(settings, model, method)
     schedule = _warm_up_and_cosine(optimizer, settings.steps)
     state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
@@ -234,12 +254,9 @@ def _take_steps(
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         x, y = _to(x, device), y.to(device)
-        call: Any = model
-        if settings.entry.batch is not None:
-            x, y = settings.entry.batch(method, x, y)
-            call = partial(model, per_particle=True)
-        with _all_run(model) if step == first else contextlib.nullcontext():
-            scalars = method.backward(partial(task.learn, call, x, y))
+        closure = _closure(settings, task, method, x, y)
+        with _all_run(model, method) if step == first else contextlib.nullcontext():
+            scalars = method.backward(closure)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.schedule.step()
@@ -256,6 +273,25 @@ def _take_steps(
             on_step(step, settings.steps, stats)
         if step % save_every == 0 or step == settings.steps:
             state.save()
+
+
+def _closure(
+    settings: Settings, task: Task, method: Method, x: Any, y: Tensor
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The closure of a step, over the batch or what the method makes of it.
+
+    A method that splits batches gives each particle its own part, where the task has no other way
+    to learn and the batch can be shared equally.
+    """
+    entry, model = settings.entry, method.model
+    own: Any = partial(model, per_particle=True)
+    particles = model.num_particles
+    if entry.batch is not None:
+        return partial(task.learn, own, *entry.batch(method, x, y))
+    if entry.split_batch and task.learn is call_and_pass and len(y) % particles == 0:
+        x, y = tree_map(lambda t: t.unflatten(0, (particles, -1)), (x, y))
+        return partial(task.learn, own, x, y)
+    return partial(task.learn, model, x, y)
 
 
 @torch.no_grad()
@@ -297,7 +333,7 @@ def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _all_run(model: ParticleModel) -> Iterator[None]:
+def _all_run(model: ParticleModel, method: Method) -> Iterator[None]:
     """Raise ValueError where a step inside leaves out what is to be trained.
 
     That is the case if no adapter is called or one of the heads is not, or if no adapter gets a
@@ -322,7 +358,9 @@ def _all_run(model: ParticleModel) -> Iterator[None]:
             f"none of the {len(layers)} adapters ran in the first step ({first}): the model reads "
             "the weights of these layers instead of calling them; choose other targets (--targets)"
         )
-    gradients = (layer.lora_B.grad for layer in layers.values())
+    means = method.params if method.trains_particles else method.parameters()
+    trained = dict(zip(method.params, means))
+    gradients = (trained[layer.lora_B].grad for layer in layers.values())
     if not any(g is not None and bool(g.any()) for g in gradients):
         raise ValueError(
             f"none of the {len(layers)} adapters got a gradient in the first step ({first}); "

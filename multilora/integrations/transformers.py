@@ -56,6 +56,10 @@ class ParticleTrainer(Trainer):
     lambda, ...), as means since the last line; grad_norm is the largest of the last step's
     grad_norm_particle_k.
 
+    A method that draws the particles (ml.Variational) draws them anew before each evaluation and
+    before they are saved, with its posterior beside them; max_grad_norm clips the posterior's
+    gradient as one.
+
     Evaluation is of the averaged predictive. Predictions are log((1/K) Σ_k p_k), (N, C) for a
     classifier. For tokens they are (N, L, V), with predictions[n, i] for the token label_ids[n, i]:
     outputs of a causal model are already shifted, and columns before the batch's first label are
@@ -149,6 +153,10 @@ class ParticleTrainer(Trainer):
             self._method = method
         return self._method
 
+    def _method_so_far(self) -> Method | None:
+        """Over several processes the method is made by `train`, and wraps the model."""
+        return self.method if self.args.world_size == 1 else self._method
+
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         # Trainer would clip, and measure, everything in the model as one gradient.
@@ -157,6 +165,8 @@ class ParticleTrainer(Trainer):
     def _clip_each(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """Clip every particle's gradient -> the largest norm."""
         self.accelerator.unscale_gradients()
+        if not self.method.trains_particles:
+            return nn.utils.clip_grad_norm_(self.method.parameters(), max_norm, norm_type)
         self._grad_norms = clip_grad_norm_(self.model, max_norm, norm_type)
         return self._grad_norms.max()
 
@@ -164,7 +174,7 @@ class ParticleTrainer(Trainer):
         own = self.method.parameters()
         if self.optimizer is None:
             kind, options = self._optimizer_class()
-            if not is_elementwise(kind):
+            if not is_elementwise(kind) and self.method.trains_particles:
                 self.optimizer = self._each_particle(kind, options, own)
         super().create_optimizer(*args, **kwargs)
         optimizer: Any = self.optimizer
@@ -371,9 +381,8 @@ class ParticleTrainer(Trainer):
         **__: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs, targets = self._task.split(self._prepare_inputs(inputs))
-        # As many particles at a time as the method runs. (Over several processes it is made by
-        # `train`, and wraps the model.)
-        method = self.method if self.args.world_size == 1 else self._method
+        # As many particles at a time as the method runs.
+        method = self._method_so_far()
         chunk = self.model.num_particles if method is None else method.passes.chunk
         with self.compute_loss_context_manager():
             logits = self.model.in_chunks(
@@ -397,6 +406,9 @@ class ParticleTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._eval_nll, self._eval_members = [], []
+        method = self._method_so_far()
+        if method is not None:
+            method.sample()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._eval_members:
             members, targets = map(torch.cat, zip(*self._eval_members))
@@ -418,6 +430,12 @@ class ParticleTrainer(Trainer):
             resume_from_checkpoint = _last_whole_checkpoint(Path(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        # In all processes, so that they go on with the same draws.
+        if self._method is not None:
+            self._method.sample()
+        super().save_model(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
@@ -426,18 +444,26 @@ class ParticleTrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        if self._method is not None and not self._method.trains_particles:
+            self._save_method(output_dir)
+
+    def _save_method(self, folder: str) -> None:
+        state = {"method": type(self.method).__name__, "state": self.method.state_dict()}
+        torch.save(state, Path(folder) / _METHOD)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            state = {"method": type(self.method).__name__, "state": self.method.state_dict()}
-            torch.save(state, Path(output_dir) / _METHOD)
+            self._save_method(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_particles(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_particles(self.model, self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        load_particles(self.model, best)
+        if not self.method.trains_particles:
+            _load_method(self.method, Path(best) / _METHOD)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

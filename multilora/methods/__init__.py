@@ -6,6 +6,22 @@ from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
 from multilora.methods.mutual import MutualLearning
 from multilora.methods.registry import METHODS, Entry
+from multilora.methods.sam import SAM
+from multilora.methods.sgld import SGLD
 from multilora.methods.svgd import SVGD
+from multilora.methods.variational import BLoB, Variational
 
-__all__ = ["DVERGE", "IBDR", "METHODS", "SVGD", "Ensemble", "Entry", "Method", "MutualLearning"]
+__all__ = [
+    "DVERGE",
+    "IBDR",
+    "METHODS",
+    "SAM",
+    "SGLD",
+    "SVGD",
+    "BLoB",
+    "Ensemble",
+    "Entry",
+    "Method",
+    "MutualLearning",
+    "Variational",
+]

@@ -61,8 +61,8 @@ class Method:
 
     #: Whether the particles' predictions interact; a step then calls the closure more than once.
     interacts = False
-    #: Whether the particles get gradients. Otherwise `parameters()` is the whole posterior, and the
-    #: particles are draws of it.
+    #: Whether the particles get gradients. Otherwise the particles are draws of a posterior, which
+    #: `parameters()` is, and which begins with a mean for each of `params`, in their order.
     trains_particles = True
     #: Processes along the particles compare their batches in every so many calls, by a digest of
     #: the targets and, where predictions interact, of the model's inputs. All need the same number.
@@ -148,13 +148,19 @@ class Method:
         raise NotImplementedError
 
     def _separate(
-        self, closure: Closure, loss: Loss, scale: float | Tensor
+        self, closure: Closure, loss: Loss, scale: float | Tensor, *, again: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """The mean of the particles' losses, and the gradients of scale · their sum."""
+        """The mean of the particles' losses, and the gradients of scale · their sum.
+
+        Args:
+            again: whether the particles have moved by a gradient of this step.
+        """
         losses, grads = self.passes.separate(closure, loss, scale)
         self.particle_nll = losses
-        # No particle is in another one's gradient, so that nothing has to run again.
-        self._leave_out_broken(losses, grads, scale)
+        # A GradScaler's gradient may have overflown, and have led the particles anywhere. No
+        # particle is in another one's gradient, so that nothing has to run again.
+        if not again or not isinstance(scale, Tensor):
+            self._leave_out_broken(losses, grads, scale)
         return self.passes.particle_mean(losses), self.passes.zero_skipped(grads)
 
     def _with_prior(

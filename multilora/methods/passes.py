@@ -14,6 +14,7 @@ from multilora import checks
 from multilora.losses import NAMES, Loss, RowLoss, own_targets
 from multilora.methods.parameters import check_wrapper, stacked_parameters, unwrap
 from multilora.methods.tensors import gradients, zero_if_finite
+from multilora.ops.common import accumulator
 from multilora.parallel import Processes
 from multilora.randomness import RandomState
 
@@ -248,6 +249,16 @@ class Passes:
     def particle_mean(self, values: Tensor) -> Tensor:
         """The mean of values (K,) of every process over all particles that take part."""
         return self.take(self.processes.gather(values)).mean()
+
+    def particle_means(self, tensors: list[Tensor]) -> list[Tensor]:
+        """(K, ...) of every process -> (...): the means over all particles that take part.
+
+        The others must be zero. Unlike `gather`, it never has the tensors of all processes.
+        """
+        part = 1.0 if self.participants is None else self.total / len(self.participants)
+        means = [t.mean(0, dtype=accumulator(t.dtype)) * part for t in tensors]
+        self.processes.mean_(means, "particle")
+        return means
 
     def losses(self, loss: Loss, logits: Tensor, targets: Any, particles: int) -> Tensor:
         """loss(logits, targets) (particles,), weighted by this process's share of the data.

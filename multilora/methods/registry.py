@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from multilora import checks
+from multilora.losses import Loss
 from multilora.methods.base import Method
 from multilora.methods.dverge import DVERGE
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
 from multilora.methods.mutual import MutualLearning
+from multilora.methods.sam import SAM
+from multilora.methods.sgld import SGLD
 from multilora.methods.svgd import SVGD
+from multilora.methods.variational import BLoB, Variational
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,29 @@ class Entry:
         return 1 if self.posthoc else particles
 
 
+def _maximum_a_posteriori(
+    model: Any,
+    *,
+    num_data: int,
+    prior_std: float = 1.0,
+    loss: str | Loss = "particle",
+    particle_chunk: int | None = None,
+    nonfinite: str = "raise",
+) -> Method:
+    """An ensemble under the prior N(0, τ²) of every number."""
+    num_data = checks.integer("num_data", num_data, 1)
+    prior_std = checks.number("prior_std", prior_std, 0, open_low=True)
+    return Ensemble(
+        model,
+        prior_precision=1 / num_data / prior_std / prior_std,
+        loss=loss,
+        particle_chunk=particle_chunk,
+        nonfinite=nonfinite,
+    )
+
+
+_VARIATIONAL = {"kl_weight": (1e-3, 1.0), "sigma": (1e-4, 1e-1), "prior_std": (1e-2, 1.0)}
+
 METHODS: dict[str, Entry] = {
     "single": Entry(Ensemble, 1, "one adapter, the baseline"),
     "ensemble": Entry(
@@ -93,5 +122,45 @@ METHODS: dict[str, Entry] = {
         "particles learn from each other's predictions; late in training, their weights and "
         "features are pushed apart",
         search={"alpha": (1e-1, 1e3), "beta": (1e-1, 1e3), "temperature": (1.0, 4.0)},
+    ),
+    "map": Entry(
+        _maximum_a_posteriori,
+        4,
+        "an ensemble under a Gaussian prior of the weights",
+        search={"prior_std": (1e-2, 1.0)},
+    ),
+    "sam": Entry(
+        SAM,
+        4,
+        "an ensemble that descends from the worst place nearby; a step runs the model twice",
+        search={"rho": (3e-3, 0.3)},
+    ),
+    "sgld": Entry(
+        SGLD,
+        4,
+        "SGD with noise, whose K chains sample the posterior; needs a larger --lr",
+        search={"temperature": (1e-3, 1.0), "prior_std": (1e-2, 1.0)},
+        optimizer="sgd",
+    ),
+    "bbb": Entry(
+        Variational,
+        10,
+        "learns one Gaussian of the weights, and draws the particles from it",
+        search=_VARIATIONAL,
+        split_batch=True,
+    ),
+    "blob": Entry(
+        BLoB,
+        10,
+        "bbb with noise in one factor of the adapters only",
+        search=_VARIATIONAL,
+        split_batch=True,
+    ),
+    "sa_bnn": Entry(
+        partial(Variational, rho=0.05),
+        10,
+        "bbb whose draws descend from a worse place nearby; a step runs the model twice",
+        search=_VARIATIONAL | {"rho": (3e-3, 0.3)},
+        split_batch=True,
     ),
 }

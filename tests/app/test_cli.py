@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import peft
 import pytest
@@ -20,6 +21,8 @@ from multilora.app import run as training
 from multilora.app.settings import Settings
 from multilora.app.tasks import digits, images
 from multilora.app.tasks.images import default_targets
+from multilora.app.tasks.task import Task
+from one_by_one import particle_model
 
 SHORT = ["--steps", "24", "--shots", "10", "--save-every", "8", "--lr", "0.02"]
 
@@ -157,6 +160,79 @@ def test_a_stopped_run_resumes_to_the_same_numbers(run, tmp_path, stop):
         training.train(settings, tmp_path / "run", save_every=8, on_step=interrupt)
     training.train(settings, tmp_path / "run", save_every=8, resume=True)
     assert numbers(tmp_path / "run") == numbers(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["map", "sam", "sgld", "bbb", "blob", "sa_bnn"])
+def test_the_baselines_train_and_load_again(method, tmp_path, capsys):
+    folder, command = tmp_path / "run", ["train", *SHORT, "--method", method, "--particles", "4"]
+    if method == "sgld":  # which would not get far, and draws from a wide posterior of 50 images
+        command += ["--lr", "0.3", "--method-args", "temperature=1e-4"]
+    assert cli.main([*command, "--out", str(folder)]) == 0
+    assert numbers(folder)["accuracy"] > 0.35
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == numbers(folder)["accuracy"]
+    # Draws that are saved differ.
+    model, _, _ = training.load_run(folder)
+    assert all(not torch.equal(*a.lora_A[:2]) for a in model.adapters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bbb", "sgld"])
+def test_noise_and_draws_resume_too(method, tmp_path):
+    options = digits.Options(shots=4)
+    settings = Settings(method=method, steps=6, lr=0.02, particles=2, options=options)
+
+    def interrupt(step, steps, stats):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    training.train(settings, tmp_path / "whole", save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(settings, tmp_path / "run", save_every=2, on_step=interrupt)
+    training.train(settings, tmp_path / "run", save_every=2, resume=True)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    for k in range(2):
+        file = f"particle_{k}/adapter_model.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    # A run that has ended draws the same particles when it is resumed once more.
+    training.train(settings, tmp_path / "run", save_every=2, resume=True)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+def test_the_learning_rate_of_sgld_is_the_schedules(tmp_path, monkeypatch):
+    made, seen, make = [], [], training.make_method
+    monkeypatch.setattr(
+        training, "make_method", lambda *given: (made.append(make(*given)), made[-1])[1]
+    )
+    options = digits.Options(shots=4)
+    settings = Settings(method="sgld", steps=20, lr=0.02, particles=1, options=options)
+    training.train(settings, tmp_path, on_step=lambda *_: seen.append(made[0].lr()))
+    assert seen[0] == 0.02 and seen == sorted(seen, reverse=True)
+    assert len(set(seen)) == 20 and made[0].num_data == 20
+
+
+def test_each_particle_has_its_part_of_a_batch_that_can_be_shared():
+    model = particle_model(3)
+    task = Task(model.base, [], None, [], [], [])
+
+    def called(method, x, y, task=task):
+        settings = Settings(method=method, particles=3)
+        return training._closure(settings, task, model, x, y)()
+
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 4
+    logits, targets = called("bbb", x, y)
+    assert torch.equal(targets, y.view(3, 2))
+    for k in range(3):
+        torch.testing.assert_close(logits[k], model(x[2 * k : 2 * k + 2])[k])
+    for method, rows in (("bbb", 5), ("ensemble", 6)):
+        logits, targets = called(method, x[:rows], y[:rows])
+        torch.testing.assert_close(logits, model(x[:rows]))
+        assert torch.equal(targets, y[:rows])
+    # A task that learns in another way gets the whole batch.
+    own = replace(task, learn=lambda model, x, y: (model(x) + 1, y))
+    torch.testing.assert_close(called("bbb", x, y, own)[0], model(x) + 1)
 
 
 def test_a_run_is_not_overwritten_or_continued_as_another(run, capsys):

@@ -420,7 +420,7 @@ def test_convolutions_with_an_arithmetic_of_their_own_do_not_count(kind):
 
 def test_a_training_with_a_loss_of_its_own_is_refused():
     with pytest.raises(ValueError, match="in training mode the model returns a tuple"):
-        task._call_and_pass(lambda x: (x, x), torch.zeros(1), torch.zeros(1))
+        task.call_and_pass(lambda x: (x, x), torch.zeros(1), torch.zeros(1))
 
 
 def test_a_head_with_batch_norm_trains_the_linears_inside(images, tmp_path):

@@ -18,7 +18,13 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama", "learnt"), ("gpt2", "svgd"), ("bert", "learnt"), ("bert", "ensemble")],
+    [
+        ("llama", "learnt"),
+        ("gpt2", "svgd"),
+        ("bert", "learnt"),
+        ("bert", "ensemble"),
+        ("bert", "drawn"),
+    ],
 )
 def test_a_resumed_run_ends_as_an_uninterrupted_one(name, method, tmp_path):
     """With dropout and noise that are drawn, shuffled data, and in the middle of an epoch."""

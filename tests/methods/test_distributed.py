@@ -17,6 +17,7 @@ import multilora as ml
 from documents import block
 from models import FAMILIES, logits_of, perturb
 from multilora.attach import particle_seeds
+from one_by_one import trained
 from processes import run_in_processes
 
 pytestmark = pytest.mark.processes
@@ -37,12 +38,17 @@ METHODS = {
     ),
     # Features are compared within each process's own examples.
     "mutual-features": (ml.MutualLearning, {"start": 0, "beta": 100.0}),
+    "map": (ml.Ensemble, {"prior_precision": 0.1}),
+    "sam": (ml.SAM, {}),
+    "sgld": (ml.SGLD, {"num_data": 50, "lr": 0.1}),
+    "variational": (ml.Variational, {"num_data": 50, "sigma": 0.01, "noise": "A"}),
+    "variational-sam": (ml.Variational, {"num_data": 50, "sigma": 0.01, "rho": 0.05}),
 }
 
 
 def methods_of(shape):
     """Those whose step over these processes is the step of one."""
-    return {n: m for n, m in METHODS.items() if shape[0] == 1 or n != "mutual-features"}
+    return [name for name in METHODS if shape[0] == 1 or name != "mutual-features"]
 
 
 def everything(family, ids, wrap, **options):
@@ -69,12 +75,22 @@ def set_particles(model, first):
             p.add_(noise[first : first + len(p)], alpha=0.3)
 
 
-def step(model, method, closure, forward):
+def step(model, name, closure, forward, **options):
+    """A step of a method that is made for it; a method that draws the particles leaves none."""
+    before = [p.detach().clone() for p in model.particle_parameters()]
+    kind, settings = METHODS[name]
+    method = kind(forward if hasattr(forward, "parameters") else model, **settings, **options)
     stats = method.backward(lambda: closure(forward), scale=0.5)
-    grads = [p.grad for p in [*model.particle_parameters(), *method.parameters()]]
+    grads = [p.grad for p in trained(method)]
     model.zero_grad()
-    state = [v for v in method.state_dict().values() if isinstance(v, torch.Tensor)]
-    return {"grads": grads, "stats": stats, "nll": method.particle_nll, "state": state}
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.particle_parameters()), before)
+    return {"grads": grads, "stats": stats, "nll": method.particle_nll}
+
+
+def share_of(name, tensor, particles):
+    """Of a gradient, that of these particles; a posterior has one for all."""
+    return tensor[particles] if METHODS[name][0].trains_particles else tensor
 
 
 def steps_of(rank, folder, shape, family, wrap):
@@ -98,10 +114,9 @@ def steps_of(rank, folder, shape, family, wrap):
             p.numel() for p in model.parameters() if not hasattr(p, "placements")
         )
     results = {}
-    for name, (kind, options) in methods_of(shape).items():
+    for name in methods_of(shape):
         for chunk in (None, 1):
-            method = kind(forward, **options, particle_chunk=chunk)
-            results[name, chunk] = step(model, method, closure, forward)
+            results[name, chunk] = step(model, name, closure, forward, particle_chunk=chunk)
     return results
 
 
@@ -134,15 +149,15 @@ def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
     perturb(model)
     results = run_in_processes(shape[0] * shape[1], steps_of, tmp_path, shape, family, wrap)
     tolerance = max(FAMILIES[family].tolerance, 1e-9)
-    for name, (kind, options) in methods_of(shape).items():
-        expected = step(model, kind(model, **options), closure, model)
+    for name in methods_of(shape):
+        expected = step(model, name, closure, model)
         for rank, result in enumerate(results):
             share = K // shape[1]
             first = rank % shape[1] * share
             for chunk in (None, 1):
                 got = result[name, chunk]
                 for a, b in zip(got["grads"], expected["grads"], strict=True):
-                    b = b[first : first + share]
+                    b = share_of(name, b, slice(first, first + share))
                     scale = tolerance * expected["grads"][0].abs().max().item()
                     torch.testing.assert_close(a, b, rtol=tolerance, atol=scale)
                 torch.testing.assert_close(
@@ -153,19 +168,23 @@ def test_processes_take_the_step_of_one(tmp_path, family, shape, wrap):
                 )
 
 
+def broken_at(particle, particles):
+    """model -> its forward, whose predictions of one particle are not finite."""
+    factor = torch.ones(particles, 1, 1, dtype=torch.float64)
+    if particle is not None:
+        factor[particle] = torch.nan
+    return lambda model: lambda **inputs: model(**inputs) * factor
+
+
 def skipping(rank, folder, nonfinite):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "particle"))
     data, particle = mesh.get_local_rank("data"), mesh.get_local_rank("particle")
     model, closure = everything("vit", torch.arange(data * 4, data * 4 + 4), "mesh", mesh=mesh)
     set_particles(model, particle * 2)
-    if particle == 1:
-        with torch.no_grad():
-            model.adapters()[0].lora_B[0] = torch.nan
-    results = {}
-    for name, (kind, options) in METHODS.items():
-        method = kind(model, **options, nonfinite=nonfinite)
+    results, broken = {}, broken_at(0 if particle == 1 else None, 2)
+    for name in METHODS:
         try:
-            results[name] = step(model, method, closure, model)
+            results[name] = step(model, name, closure, broken(model), nonfinite=nonfinite)
         except FloatingPointError as error:
             results[name] = str(error)
     return results
@@ -182,15 +201,15 @@ def test_a_broken_particle_is_named_in_all_processes(tmp_path):
 def test_all_processes_go_on_without_it(tmp_path):
     model, closure = everything("vit", torch.arange(B), "mesh")
     perturb(model)
-    with torch.no_grad():
-        model.adapters()[0].lora_B[2] = torch.nan
+    forward = broken_at(2, K)(model)
     results = run_in_processes(4, skipping, tmp_path, "skip")
-    for name, (kind, options) in methods_of((2, 2)).items():
-        expected = step(model, kind(model, **options, nonfinite="skip"), closure, model)
+    for name in methods_of((2, 2)):
+        expected = step(model, name, closure, forward, nonfinite="skip")
         for rank, result in enumerate(results):
             first = rank % 2 * 2
             for a, b in zip(result[name]["grads"], expected["grads"], strict=True):
-                torch.testing.assert_close(a, b[first : first + 2], rtol=1e-9, atol=1e-9)
+                b = share_of(name, b, slice(first, first + 2))
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(result[name]["stats"], expected["stats"])
 
 

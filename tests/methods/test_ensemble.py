@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import multilora as ml
 from multilora.attach import particle_seeds
+from multilora.methods import METHODS
 from one_by_one import (
     FP64,
     assert_same,
@@ -115,3 +116,49 @@ class TestEnsemble:
         assert_same(gradients_of(method, lambda: (theta, 0.5)), [theta])
         with pytest.raises(ValueError, match=r"\(3,\); got \(3, 4\)"):
             make([theta], loss=lambda z, _: z).backward(lambda: (theta, None))
+
+
+class TestPrior:
+    @pytest.mark.parametrize("K", [1, 3])
+    def test_the_optimum_is_that_of_ridge_regression(self, K):
+        # Σ_n (x_nᵀθ − y_n)²/2v + ‖θ‖²/2τ² has the minimum (XᵀX + (v/τ²) I)⁻¹ Xᵀy.
+        N, v, tau = 12, 0.5, 0.3
+        torch.manual_seed(0)
+        X, y = torch.randn(N, 3, dtype=torch.float64), torch.randn(N, dtype=torch.float64)
+        gram = X.T @ X + v / tau**2 * torch.eye(3, dtype=torch.float64)
+        exact = torch.linalg.solve(gram, X.T @ y)
+        theta = exact.repeat(K, 1).requires_grad_()
+        loss = ml.losses.GaussianNLL(variance=v)
+        method = ml.Ensemble([theta], prior_precision=1 / (N * tau**2), loss=loss)
+
+        def closure():
+            return (theta @ X.T)[..., None], y[:, None]
+
+        (grad,) = gradients_of(method, closure)
+        assert grad.abs().max() < 1e-14
+        # The objective is a quadratic, so that its gradient elsewhere is known too.
+        with torch.no_grad():
+            theta += 1
+        assert_same(gradients_of(method, closure), [(gram.sum(1) / (N * v)).expand(K, 3)])
+
+    def test_it_is_scaled_as_the_loss_and_logged_apart(self):
+        model, (x, y) = particle_model(), batch()
+        plain = gradients_of(ml.Ensemble(model), lambda: (model(x), y), 0.25)
+        method = ml.Ensemble(model, prior_precision=0.1)
+        got = gradients_of(method, lambda: (model(x), y), 0.25)
+        pull = [0.25 * 0.1 * p.detach() for p in model.particle_parameters()]
+        assert_same([a - b for a, b in zip(got, plain)], pull)
+        stats = ml.Ensemble(model).backward(lambda: (model(x), y))
+        torch.testing.assert_close(method.backward(lambda: (model(x), y)), stats)
+
+    @pytest.mark.filterwarnings("ignore:.*skipped, the others go on")
+    def test_it_does_not_pull_a_particle_that_is_left_out(self):
+        model, (x, y) = particle_model(), batch()
+        method = ml.Ensemble(model, prior_precision=0.1, nonfinite="skip")
+        factor = torch.tensor([1.0, torch.nan, 1.0])[:, None, None]
+        grads = gradients_of(method, lambda: (model(x) * factor, y))
+        assert all(not g[1].any() and g[0].any() for g in grads)
+
+    def test_a_method_by_name_has_the_precision_of_its_prior(self):
+        method = METHODS["map"].make(particle_model(), num_data=50, prior_std=0.2)
+        assert method.prior_precision == pytest.approx(1 / (50 * 0.2**2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import multilora as ml
-from one_by_one import assert_same, batch, gradients_of, particle_model
+from one_by_one import assert_same, batch, gradients_of, particle_model, trained
 from oracles import relative_error
 
 METHODS = {
@@ -22,6 +22,11 @@ METHODS = {
     "mutual-sigma": lambda m: ml.MutualLearning(
         m, alpha=5.0, beta=0.0, start=0, sigma=2**-6, learn_sigma=True, kl_weight=1e-3, seed=5
     ),
+    "map": lambda m: ml.Ensemble(m, prior_precision=0.1),
+    "sam": lambda m: ml.SAM(m, rho=0.3),
+    "sgld": lambda m: ml.SGLD(m, num_data=50, lr=0.1, prior_std=0.5, seed=5),
+    "variational": lambda m: ml.Variational(m, num_data=50, sigma=0.1, seed=5),
+    "variational-sam": lambda m: ml.Variational(m, num_data=50, sigma=0.1, rho=0.3),
 }
 every_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 # The methods that take targets (K, N): a loss of the mean prediction, and one that compares all
@@ -34,33 +39,32 @@ class TestEveryMethod:
     @every_method
     @pytest.mark.parametrize("scale", [1e-3, 4.0, 65536.0, torch.tensor(3.0)], ids=str)
     def test_scale_multiplies_the_gradient(self, make, scale):
-        model = particle_model()
         x, y = batch()
-        plain, scaled = make(model), make(model)
-        expected = [scale * g for g in gradients_of(plain, lambda: (model(x), y))]
+        plain, scaled = make(particle_model()), make(particle_model())
+        expected = [scale * g for g in gradients_of(plain, lambda: (plain.model(x), y))]
         own = [scale * s.grad for s in plain.parameters()]
         # 1e-6: IBDR keeps σ, and so its gradient, in float32.
-        assert_same(gradients_of(scaled, lambda: (model(x), y), scale), expected, 1e-6)
+        assert_same(gradients_of(scaled, lambda: (scaled.model(x), y), scale), expected, 1e-6)
         for got, wanted in zip(scaled.parameters(), own):
             assert relative_error(got.grad, wanted) < 1e-6
 
     @every_method
     def test_backward_accumulates(self, make):
-        model = particle_model()
         batches = [batch(), batch()]
-        closures = [lambda b=b: (model(b[0]), b[1]) for b in batches]
-        once = make(model)
-        expected = [a + b for a, b in zip(*[gradients_of(once, c) for c in closures])]
-        twice = make(model)
-        for p in twice.params:
-            p.grad = None
-        for closure in closures:
-            twice.backward(closure)
-        assert_same([p.grad for p in twice.params], expected)
 
-    @pytest.mark.parametrize("name", ["ensemble", "svgd", "svgd-textbook", "mutual"])
+        def closures(model):
+            return [lambda b=b: (model(b[0]), b[1]) for b in batches]
+
+        once, twice = make(particle_model()), make(particle_model())
+        each = [gradients_of(once, closure) for closure in closures(once.model)]
+        for closure in closures(twice.model):
+            twice.backward(closure)
+        tensors = twice.params if twice.trains_particles else trained(twice)
+        assert_same([p.grad for p in tensors], [a + b for a, b in zip(*each)])
+
+    @pytest.mark.parametrize("name", ["ensemble", "map", "svgd", "svgd-textbook", "mutual"])
     def test_micro_batches_are_the_batch(self, name):
-        # Not IBDR: there every micro-batch has its own ascent.
+        # In the others every micro-batch has its own ascent or noise.
         model = particle_model()
         x, y = batch(12, ignored=())
         method = METHODS[name](model)
@@ -83,14 +87,13 @@ class TestEveryMethod:
     @every_method
     def test_leading_axes_of_the_logits_are_rows(self, make):
         # A language model's (K, B, T, C) logits and (B, T) targets.
-        model = particle_model()
         x, y = batch(12)
-
-        def sequences():
-            return model(x).unflatten(1, (3, 4)), y.view(3, 4)
-
-        expected = gradients_of(make(model), lambda: (model(x), y))
-        assert_same(gradients_of(make(model), sequences), expected)
+        rows, sequences = make(particle_model()), make(particle_model())
+        expected = gradients_of(rows, lambda: (rows.model(x), y))
+        got = gradients_of(
+            sequences, lambda: (sequences.model(x).unflatten(1, (3, 4)), y.view(3, 4))
+        )
+        assert_same(got, expected)
 
     @independent
     @pytest.mark.parametrize("axes", [(6,), (2, 3)], ids=["rows", "sequences"])
@@ -98,16 +101,12 @@ class TestEveryMethod:
     def test_a_mini_batch_of_its_own_for_every_particle(self, make, axes):
         # Targets that happen to be shared, said once and said for every particle. No divergence:
         # IBDR has none between predictions of different examples.
-        model = particle_model()
         x, y = batch(6)
 
         def of(targets):
-            def closure():
-                return model(x).unflatten(1, axes), targets
-
-            method = make(model)
+            method = make(particle_model())
             method.alpha = 0.0
-            return gradients_of(method, closure)
+            return gradients_of(method, lambda: (method.model(x).unflatten(1, axes), targets))
 
         assert_same(of(y.view(axes).expand(3, *axes)), of(y.view(axes)))
 
@@ -156,10 +155,12 @@ class TestEveryMethod:
         used, unused = (torch.randn(3, n, dtype=torch.float64) for n in (4, 2))
         params = [used.requires_grad_(), unused.requires_grad_()]
         method = make(params)
-        method.gamma = method.alpha = method.beta = method.kl_weight = 0.0
+        method.gamma = method.alpha = method.beta = method.prior_precision = 0.0
+        method.temperature = 1.0 if isinstance(method, ml.MutualLearning) else 0.0
+        method.kl_weight = 0.0
         grads = gradients_of(method, lambda: (used[:, None], torch.tensor([1])))
         assert grads[0].abs().max() > 0
-        assert torch.equal(grads[1], torch.zeros_like(unused))
+        assert grads[1].shape[-1:] == unused.shape[-1:] and not grads[1].any()
 
     @every_method
     @pytest.mark.parametrize(
@@ -174,6 +175,25 @@ class TestEveryMethod:
         with pytest.raises(ValueError, match="the closure must return") as error:
             method.backward(lambda: (torch.randn(logits, requires_grad=True), y))
         assert str(logits) in str(error.value) and str(targets) in str(error.value)
+
+    @every_method
+    def test_the_documented_loop_moves_what_gets_gradients(self, make):
+        # Weight decay moves a tensor without a gradient in no optimizer of torch.optim.
+        model = particle_model()
+        method, (x, y) = make(model), batch()
+        optimizer = torch.optim.AdamW(
+            [*model.particle_parameters(), *method.parameters()], lr=0.1, weight_decay=0.5
+        )
+        for _ in range(2):
+            optimizer.zero_grad()
+            method.backward(lambda: (model(x), y))
+            before = [p.detach().clone() for p in model.particle_parameters()]
+            own = [p.detach().clone() for p in method.parameters()]
+            optimizer.step()
+            for p, old in zip(model.particle_parameters(), before):
+                assert torch.equal(p, old) != method.trains_particles
+                assert (p in optimizer.state) == method.trains_particles
+            assert all(not torch.equal(p, old) for p, old in zip(method.parameters(), own))
 
     @every_method
     def test_wrong_models(self, make):
@@ -204,6 +224,11 @@ class TestEveryMethod:
         (ml.IBDR, {"lambda_init": 6.0}, "lambda_bounds"),
         (ml.IBDR, {"lambda_bounds": (0.0, 5.0)}, "lambda_bounds"),
         (ml.IBDR, {"sigma": 0.1, "noise": "A"}, "needs a ParticleModel"),
+        (ml.Ensemble, {"prior_precision": -1.0}, "prior_precision must be .* >= 0; got -1.0"),
+        (ml.SAM, {"rho": -0.1}, "rho must be .* >= 0; got -0.1"),
+        (ml.Variational, {"num_data": 9, "noise": "B"}, "noise must be"),
+        (ml.Variational, {"num_data": 9, "noise": "A"}, "needs a ParticleModel"),
+        (ml.Variational, {"num_data": 9, "sigma": 0.0}, "sigma must be .* > 0; got 0.0"),
     ],
     ids=str,
 )

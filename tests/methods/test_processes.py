@@ -251,6 +251,8 @@ def broken_batches(rank):
         (ml.SVGD, {}),
         (ml.IBDR, {"sigma": 0.1}),
         (mutual, {"sigma": 0.1}),
+        (ml.SGLD, {"num_data": 9, "lr": 0.1}),
+        (ml.Variational, {"num_data": 9, "rho": 0.1}),
     ):
         for chunk in (None, 1):
             model = make(mesh)
@@ -266,7 +268,7 @@ def broken_batches(rank):
 
 def test_a_broken_batch_is_skipped_in_all_processes(tmp_path):
     for result in in_processes(4, broken_batches, tmp_path):
-        assert len(result) == 8 and all(result.values()), result
+        assert len(result) == 12 and all(result.values()), result
 
 
 def test_a_digest_tells_tensors_apart():

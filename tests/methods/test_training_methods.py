@@ -1,12 +1,12 @@
 """Refusals and skipped steps of a method, and its checks of parameters and chunks."""
 
 import copy
-import functools
 import inspect
 import math
 import pickle
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import peft
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import multilora as ml
+from one_by_one import trained
 
 K = 4
 METHODS = {
@@ -27,9 +28,12 @@ METHODS = {
         ml.MutualLearning,
         {"beta": 0.0, "start": 0, "sigma": 0.1, "learn_sigma": True, "kl_weight": 1e-3},
     ),
+    "map": (ml.Ensemble, {"prior_precision": 0.1}),
+    "sam": (ml.SAM, {}),
+    "sgld": (ml.SGLD, {"num_data": 50, "lr": 0.1, "prior_std": 0.5}),
+    "variational": (ml.Variational, {"num_data": 50, "sigma": 0.1, "noise": "A"}),
+    "variational-sam": (ml.Variational, {"num_data": 50, "sigma": 0.1, "rho": 0.1}),
 }
-# Without features, for which the network has no tokens.
-mutual = functools.partial(ml.MutualLearning, beta=0.0, start=0, total_steps=9)
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -66,10 +70,12 @@ def batch():
 
 
 def everything(model, method):
-    """All that a step may change, as tensors."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in method.params]
+    """All that a step may change, as tensors; but draws of the particles are no part of it."""
+    kept = [p for p in model.parameters() if method.trains_particles or not p.requires_grad]
+    tensors = [*method.params, *method.parameters()]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in tensors]
     state = [v for k, v in method.state_dict().items() if k != "step"]
-    return [t.clone() for t in (*model.parameters(), *grads, *state)]
+    return [t.clone() for t in (*kept, *grads, *state)]
 
 
 def same(a, b):
@@ -113,22 +119,38 @@ TAKEN = {
     "features": (None,),
     "start": ZERO,
     "total_steps": (None,),
+    "prior_precision": ZERO,
+    "floor": ZERO,
+    "temperature": ZERO,
     "kl_weight": ZERO,
 }
+NEEDED = {
+    ml.SGLD: {"num_data": 9, "lr": 0.1},
+    ml.Variational: {"num_data": 9},
+    # Without features, for which the network has no tokens.
+    ml.MutualLearning: {"beta": 0.0, "start": 0, "total_steps": 9},
+}
+KINDS = [ml.Ensemble, ml.SVGD, ml.IBDR, ml.SAM, ml.SGLD, ml.Variational, ml.MutualLearning]
+every_kind = pytest.mark.parametrize(
+    "kind", [partial(kind, **NEEDED.get(kind, {})) for kind in KINDS], ids=lambda k: k.func.__name__
+)
 
 
-def taken(argument, value):
-    return any(type(t) is type(value) and t == value for t in TAKEN.get(argument, ()))
+def taken(kind, argument, value):
+    # A σ of zero has no logarithm to train.
+    these = () if (kind, argument) == (ml.Variational, "sigma") else TAKEN.get(argument, ())
+    these = (math.inf,) if (kind, argument) == (ml.SGLD, "prior_std") else these
+    return any(type(t) is type(value) and t == value for t in these)
 
 
-@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR, mutual])
+@every_kind
 def test_every_argument_has_a_range(kind):
     arguments = [p for p in inspect.signature(kind).parameters if p != "model"]
     assert {"particle_chunk", "nonfinite", "loss"} <= set(arguments)
     for argument in arguments:
         for value in NONSENSE:
             options = {argument: value} | ({"sigma": 0.1} if argument == "learn_sigma" else {})
-            if taken(argument, value):
+            if taken(kind.func, argument, value):
                 kind(make(), **options)
                 continue
             with pytest.raises(ValueError, match=argument) as error:
@@ -177,8 +199,7 @@ def test_the_range_of_scale(name):
     assert all(p.grad is None for p in method.params) and method.step == 0
     # A micro-batch that counts nothing.
     method.backward(lambda: (model(x), y), scale=0)
-    nothing = [torch.zeros_like(p) for p in method.params]
-    assert same([p.grad for p in method.params], nothing) and method.step == 1
+    assert all(not p.grad.any() for p in trained(method)) and method.step == 1
     with pytest.raises(TypeError, match=r"needs a callable .* got Tensor"):
         method.backward(model(x))
 
@@ -214,7 +235,7 @@ def test_a_broken_batch_is_skipped(name, chunk, broken):
     assert same(before, everything(model, method)) and method.step == 2
     assert stats.keys() == whole.keys()
     for key, value in stats.items():
-        assert value.isnan() == (key not in ("lambda", "sigma")), key
+        assert value.isnan() == (key not in ("lambda", "sigma", "kl")), key
         assert value.shape == whole[key].shape, key
     # And the run goes on as one that never saw it.
     with warnings.catch_warnings():
@@ -230,18 +251,18 @@ def test_a_broken_particle_is_reported_where_backward_was_called(name):
     kind, options = METHODS[name]
     model, (x, y), calls = make(), batch(), []
     method = kind(model, **options, nonfinite="skip")
-    with torch.no_grad():
-        model.adapters()[0].lora_B[2] = math.nan
+    broken = torch.tensor([1.0, 1.0, math.nan, 1.0])[:, None, None]
 
     def closure():
         calls.append(None)
-        return model(x), y
+        return model(x) * broken, y
 
     with pytest.warns(UserWarning, match="particle 2 .*; skipped, the others go on") as said:
         method.backward(closure)
     assert [w.filename for w in said] == [__file__]
     # Only where predictions interact has the pass that broke to run again.
-    assert len(calls) == {ml.IBDR: 3, ml.MutualLearning: 2}.get(kind, 1)
+    passes = 2 if name in ("variational-sam", "mutual", "mutual-noise") else 1
+    assert len(calls) == (3 if isinstance(method, ml.IBDR) else passes)
 
 
 @every_method
@@ -260,7 +281,7 @@ def test_a_model_that_is_broken_is_no_broken_batch(name):
     model = make()
     method, (x, y) = kind(model, **options, nonfinite="skip"), batch()
     with torch.no_grad():
-        model.adapters()[0].lora_B.fill_(math.nan)
+        trained(method)[0].fill_(math.nan)
     with pytest.raises(FloatingPointError, match="parameters of all particles are not finite"):
         method.backward(lambda: (model(x), y))
 
@@ -339,7 +360,7 @@ def test_a_closure_that_reaches_no_parameter(name, chunk, how):
     assert same(before, everything(model, method))
 
 
-@pytest.mark.parametrize("kind", [ml.Ensemble, ml.SVGD, ml.IBDR, mutual])
+@every_kind
 def test_plain_tensors(kind):
     start = torch.randn(K, 8, 5)
     tensors, y = [start.clone().requires_grad_()], torch.arange(8) % 5
@@ -367,9 +388,14 @@ def test_another_dtype_after_the_method_was_made(name):
     x, y = batch()
     x = x.double()
     method.backward(lambda: (model(x), y))
-    kind(reference, **options).backward(lambda: (reference(x), y))
-    for p, q in zip(model.particle_parameters(), reference.particle_parameters()):
-        assert p.grad.dtype == torch.float64 and torch.equal(p.grad, q.grad)
+    other = kind(reference, **options)
+    other.backward(lambda: (reference(x), y))
+    for p, q in zip(trained(method), trained(other)):
+        if method.trains_particles:
+            assert p.grad.dtype == p.dtype and torch.equal(p.grad, q.grad)
+        else:  # a posterior keeps its dtype
+            assert p.grad.dtype == torch.float32
+            torch.testing.assert_close(p.grad, q.grad.float())
 
 
 # ----- copies

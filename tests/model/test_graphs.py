@@ -30,6 +30,10 @@ METHODS = {
     "svgd": (ml.SVGD, {}),
     "svgd, one bandwidth": (ml.SVGD, {"scope": "global", "bandwidth": 0.5}),
     "svgd, stein": (ml.SVGD, {"drive": "mix", "repulse": "stein"}),
+    "map": (ml.Ensemble, {"prior_precision": 0.1}),
+    "sgld": (ml.SGLD, {"num_data": 50, "lr": 0.1}),
+    "variational": (ml.Variational, {"num_data": 50, "noise": "A"}),
+    "variational, climb": (ml.Variational, {"num_data": 50, "rho": 0.05}),
 }
 
 

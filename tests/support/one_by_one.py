@@ -50,12 +50,17 @@ def stack(per_particle) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*per_particle)]
 
 
+def trained(method) -> list[Tensor]:
+    """What gets gradients: the particles and the method's own tensors, or the latter alone."""
+    return [*(method.params if method.trains_particles else ()), *method.parameters()]
+
+
 def gradients_of(method, closure, scale=1.0) -> list[Tensor]:
-    """The change of .grad by one backward."""
-    for p in method.params:
+    """The change of .grad by one backward: of the particles, or of the posterior they are from."""
+    for p in trained(method):
         p.grad = None
     method.backward(closure, scale)
-    return [p.grad for p in method.params]
+    return [p.grad for p in (method.params if method.trains_particles else trained(method))]
 
 
 def assert_same(got, expected, tolerance=FP64):

@@ -14,7 +14,10 @@ METHODS = {
     "svgd": ml.SVGD,
     "ibdr": lambda model: ml.IBDR(model, alpha=0.02),
 }
-EVERY = METHODS | {"learnt": lambda model: ml.IBDR(model, sigma=5e-2, learn_sigma=True)}
+EVERY = METHODS | {
+    "learnt": lambda model: ml.IBDR(model, sigma=5e-2, learn_sigma=True),
+    "drawn": lambda model: ml.Variational(model, num_data=16, sigma=5e-2),
+}
 NAMES = ["llama", "gpt2", "bert"]
 
 

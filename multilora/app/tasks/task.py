@@ -22,8 +22,12 @@ def _call(model: nn.Module, x: Any) -> Tensor:
     return model(x)
 
 
-def _call_and_pass(model: nn.Module, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-    logits = model(x)
+def call_and_pass(
+    model: nn.Module, x: Any, y: Tensor, **per_particle: bool
+) -> tuple[Tensor, Tensor]:
+    """The logits of inputs x, and y as their targets; of a part of the batch for each particle, if
+    per_particle=True is given."""
+    logits = model(x, **per_particle)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"in training mode the model returns a {type(logits).__name__} instead of class "
@@ -64,7 +68,7 @@ class Task:
     normalisation: Normalisation | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
     predict: Callable[[nn.Module, Any], Tensor] = _call
-    learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = _call_and_pass
+    learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = call_and_pass
     evaluation_batch: int = 256
 
 

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         self.vision_model = model.vision_model
         self.visual_projection = model.visual_projection
         self.head = nn.Linear(classes.shape[1], classes.shape[0], bias=False, device="meta")
-        self.head.weight = nn.Parameter(classes, requires_grad=False)
+        self.head.weight = nn.Parameter(classes)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         image = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)

@@ -114,11 +114,11 @@ def test_the_rank_is_that_of_the_largest_soup():
 
 def test_a_particle_of_weight_zero_may_be_broken(tmp_path):
     model, inputs = made("vit")
-    weights = torch.tensor([[0.5, 0, 0.5], [0, 0, 1]], dtype=torch.float64)
+    weights = torch.tensor([[0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     expected = soups_of(model, weights, inputs)
     with torch.no_grad():
         for p in model.particle_parameters():
-            p[1] = math.nan
+            p[0] = math.nan
     torch.testing.assert_close(soups_of(model, weights, inputs), expected)
     model.soup(tmp_path, weights=weights[0])
     of_file = load_peft(FAMILIES["vit"].build(), tmp_path)(**inputs)

@@ -44,9 +44,9 @@ _DEFAULTS = """\
 Defaults are in brackets. For vtab, clip and the commonsense tasks, a recipe replaces some of them
 (multilora/app/recipes/*.json).
 """
-#: The options that `evaluate` and `export` take from the user in place of a run's folder.
 #: The methods of `train --compare`.
 _COMPARED = ("single", "ensemble", "svgd", "ibdr")
+#: The options that `evaluate` and `export` take from the user in place of a run's folder.
 _OWN = ("model", "data", "model_args", "trust_remote_code")
 
 

@@ -1,6 +1,6 @@
 """multilora: K interacting LoRA particles trained at once over one frozen model."""
 
-from multilora import losses, metrics, robustness, soups
+from multilora import losses, metrics, posthoc, robustness, soups
 from multilora._version import __version__
 from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
@@ -56,6 +56,7 @@ __all__ = [
     "metrics",
     "pairwise_frobenius",
     "particle_loss",
+    "posthoc",
     "predict",
     "robustness",
     "soups",

@@ -275,6 +275,27 @@ class ParticleModel(nn.Module):
                 module._parameters[name] = parameter
             self.num_particles, self.every, self.window, self.processes, self.thread = before
 
+    @torch.no_grad()
+    def repeat(self, num_particles: int) -> None:
+        """Turn this model of one particle into one of `num_particles` equal ones, in place.
+
+        The trainable tensors are other parameters then; an optimizer would still hold the old ones.
+        The seeds are those that get_particle_model gives to as many particles of the same seed.
+
+        Raises:
+            ValueError: the model has several particles, or the number is below 1.
+        """
+        checks.integer("num_particles", num_particles, 1)
+        if len(self.seeds) != 1:
+            raise ValueError(f"repeat needs a model of one particle; got {len(self.seeds)}")
+        whole = {p: p.expand(num_particles, *p.shape[1:]).contiguous() for _, _, p in self._slots()}
+        repeated = {p: nn.Parameter(values, p.requires_grad) for p, values in whole.items()}
+        for module, name, p in self._slots():
+            module._parameters[name] = repeated[p]
+        self.num_particles = self.every = num_particles
+        self.window = slice(0, num_particles)
+        self.seeds = tuple((self.seeds[0] + k) % 2**63 for k in range(num_particles))
+
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
         """The result (K, ...) of run(), computed for `particle_chunk` particles at a time."""
         if checks.integer("particle_chunk", particle_chunk, 1) >= self.num_particles:

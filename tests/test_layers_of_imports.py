@@ -32,6 +32,7 @@ LAYERS = [
     ["robustness"],
     ["attach", "methods", "metrics"],
     ["checkpoint"],
+    ["posthoc"],
     ["integrations"],
     ["tools"],
     ["app", "cli", "__main__"],

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         wanted = {
             "triton": "the kernels need the package triton",
+            "laplace": "the method laplace needs the extra: pip install 'multilora[laplace]'",
             "datasets": "a folder of Hugging Face's datasets needs the package datasets",
         }.get(error.name or "", "the tasks need the extra: pip install 'multilora[vision]'")
         print(f"multilora: {error}; {wanted}", file=sys.stderr)
@@ -239,7 +240,7 @@ def _train(args: argparse.Namespace) -> int:
     result = _run(args, settings, out)
     print_table([(settings.method, [result])])
     _print_sets(settings, result)
-    last = settings.entry.trained(settings.particles) - 1
+    last = settings.entry.saved(settings.particles) - 1
     print(
         f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} (PEFT adapters) and "
         f"metrics.json.\nPictures: {out / RELIABILITY} (calibration), {out / HISTORY_PICTURE} "

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from multilora import atomic, checks, losses, metrics
-from multilora.app import untrusted
+from multilora.app import posthoc, untrusted
 from multilora.app.folders import (
     HISTORY,
     HISTORY_PICTURE,
@@ -102,7 +102,8 @@ def make_method(
         lr: gives the optimizer's learning rate at each step; that of the settings where it is None.
     """
     given = dict(settings.method_args)
-    known = _check_method_args(settings.method, given)
+    _check_method_args(settings.method, given)
+    known = inspect.signature(settings.entry.make).parameters
     ours: dict[str, Any] = {
         "seed": settings.seed,
         "num_data": num_data,
@@ -115,21 +116,24 @@ def make_method(
         if "loss" not in known:
             raise ValueError(f"{settings.method} has a loss that label_smoothing cannot change")
         ours["loss"] = losses.CrossEntropy(label_smoothing=settings.label_smoothing)
-    keywords = {name: value for name, value in ours.items() if name in known} | given
+    # The others are those of what comes after the training.
+    keywords = {name: value for name, value in (ours | given).items() if name in known}
     return settings.entry.make(model, **keywords)
 
 
-def _check_method_args(method: str, given: dict[str, Any]) -> list[str]:
-    """The keywords of the method. Raises ValueError if it does not take those that are given."""
-    parameters = inspect.signature(METHODS[method].make).parameters
-    known = [p for p in parameters if p not in ("model", "seed")]
+def _check_method_args(method: str, given: dict[str, Any]) -> None:
+    """Raise ValueError if the method does not take the keywords that are given."""
+    entry = METHODS[method]
+    parameters = inspect.signature(entry.make).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    defaults |= posthoc.arguments(entry.posthoc)
+    known = [name for name in defaults if name not in ("model", "seed")]
     unknown = sorted(given.keys() - set(known))
     if unknown:
         raise ValueError(f"{method} has the arguments {known}; got {unknown}")
     for key, value in given.items():
-        if isinstance(value, str) and isinstance(parameters[key].default, (int, float)):
+        if isinstance(value, str) and isinstance(defaults[key], (int, float)):
             raise ValueError(f"{key} of {method} is a number or true or false; got {value!r}")
-    return [*parameters]
 
 
 def train(
@@ -165,6 +169,7 @@ def train(
     """
     checks.integer("save_every", save_every, 1, MAX_STEPS)
     _check_method_args(settings.method, dict(settings.method_args))
+    after = posthoc.of(settings)
     out = Path(out)
     make_run_folder(out, settings, resume)
     task = make_task(settings, report)
@@ -191,7 +196,8 @@ def train(
     model.train()
     _take_steps(state, training, device, save_every, on_step)
     method.sample()
-    model.save_pretrained(out)
+    state.model = after(model, task)
+    state.model.save_pretrained(out)
     return _write_results(out, state, task)
 
 
@@ -420,7 +426,7 @@ def load_run(
         return load_particle_model(task.base, [adapter]), task, settings
     particles = load_particle_model(task.base, folder)
     for name, theirs, here in (
-        ("particles", settings.entry.trained(settings.particles), particles.num_particles),
+        ("particles", settings.entry.saved(settings.particles), particles.num_particles),
         ("rank", settings.rank, particles.peft_config.r),
     ):
         if theirs != here:

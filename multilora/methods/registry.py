@@ -59,6 +59,10 @@ class Entry:
         """How many particles are trained for a result of K."""
         return 1 if self.posthoc else particles
 
+    def saved(self, particles: int) -> int:
+        """How many particles are saved for a result of K: masks are drawn in each evaluation."""
+        return 1 if self.posthoc == "mc_dropout" else particles
+
 
 def _maximum_a_posteriori(
     model: Any,
@@ -162,5 +166,18 @@ METHODS: dict[str, Entry] = {
         "bbb whose draws descend from a worse place nearby; a step runs the model twice",
         search=_VARIATIONAL | {"rho": (3e-3, 0.3)},
         split_batch=True,
+    ),
+    "laplace": Entry(
+        Ensemble,
+        10,
+        "one adapter is trained; then a Gaussian of the loss's curvature around it, K draws of it",
+        posthoc="laplace",
+    ),
+    "tfb": Entry(
+        Ensemble,
+        10,
+        "one adapter is trained; then the largest noise on it that training examples tolerate",
+        search={"tolerance": (1e-3, 0.3)},
+        posthoc="tfb",
     ),
 }

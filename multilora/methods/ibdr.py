@@ -10,15 +10,15 @@ from torch import Tensor
 from multilora import checks, losses
 from multilora.losses import Loss
 from multilora.methods.ascent import ASCENTS, climb, move, moving
-from multilora.methods.base import Method, warn
+from multilora.methods.base import warn
 from multilora.methods.divergence import ClassesOf, Objective, Seen, output_distance
-from multilora.methods.noise import Spread
+from multilora.methods.noise import WithSpread
 from multilora.methods.parameters import require_different_particles
 from multilora.methods.passes import Closure
 from multilora.methods.tensors import accumulate, flatten
 
 
-class IBDR(Method):
+class IBDR(WithSpread):
     """min over μ, σ and λ >= 0 of λρ + Σ_i max_{θ'_i} [ℓ(θ'_i) + α ℓ_div − λ c(θ_i, θ'_i)]
     + β Σ_i [‖μ_i‖²/τ² + d (σ_i²/τ² − log σ_i²)],  θ_i = μ_i + σ_i ε_i.
 
@@ -119,9 +119,7 @@ class IBDR(Method):
         self.lambda_bounds = _checked_bounds(lambda_bounds)
         name = "lambda_init (inside lambda_bounds)"
         self.lambda_init = checks.number(name, lambda_init, *self.lambda_bounds)
-        self.learn_sigma = checks.flag("learn_sigma", learn_sigma)
-        name = "sigma (with learn_sigma)" if learn_sigma else "sigma"
-        self.sigma_init = checks.number(name, sigma, 0, open_low=learn_sigma)
+        self._check_spread(sigma, learn_sigma, prior_std, seed)
         if divergence_of is not None and not callable(divergence_of):
             raise ValueError(f"divergence_of must be a callable or None; got {divergence_of!r}")
         self.alpha = checks.number("alpha", alpha, 0)
@@ -133,14 +131,12 @@ class IBDR(Method):
         self.cost = checks.choice("cost", cost, ("parameter", "output"))
         self.noise = checks.choice("noise", noise, ("all", "A"))
         self.beta = checks.number("beta", beta, 0)
-        self.prior_std = checks.number("prior_std", prior_std, 0, open_low=True)
         self.divergence = checks.choice("divergence", divergence, ("joint", "cross"))
         self.loss = losses.named(loss, "ensemble")
         self.divergence_of = divergence_of
         self.kind = checks.choice("kind", kind, ("logdet", "det"))
         # `gram_volume` has narrower bounds for logits of less than float64.
         self.eps = checks.number("eps", eps, 1e-12, 1e6)
-        self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
         self._objective = Objective(
             self.passes,
@@ -157,12 +153,7 @@ class IBDR(Method):
         self._warn_loose_bound()
         device = self.params[0].device
         self.lambda_ = torch.tensor(self.lambda_init, dtype=torch.float64, device=device)
-        self._spread = Spread(self.passes, self.noise, self.seed, self.sigma_init, self.learn_sigma)
-
-    @property
-    def sigma(self) -> Tensor:
-        """σ_i (K,) of this process's particles."""
-        return self._spread.sigma
+        self._make_spread(self.noise)
 
     def _warn_loose_bound(self) -> None:
         farthest = (self.clip / (2 * self.lambda_bounds[0])) ** 2
@@ -200,11 +191,9 @@ class IBDR(Method):
             grads = self.passes.zero_skipped([g + decay * m for g, m in zip(grads, mu)])
         accumulate(self.params, grads)
         stats = self.passes.log(seen.stats)
-        if self.learn_sigma:
-            stats["sigma"] = self.passes.particle_mean(self.sigma)
         if self.ascent == "prox":
             stats |= self._update_lambda(moved, at_theta, seen)
-        return stats
+        return self._with_sigma(stats)
 
     def _gradients(
         self, closure: Closure, scale: float | Tensor, at_theta: Seen | None
@@ -230,28 +219,20 @@ class IBDR(Method):
         self.lambda_.copy_(torch.where(torch.isfinite(cost), lambda_, self.lambda_))
         return {"lambda": self.lambda_.clone(), "cost": cost}
 
-    def parameters(self) -> list[Tensor]:
-        """log σ where it is trained."""
-        return self._spread.parameters()
-
     def state_dict(self) -> dict[str, Any]:
         """The step, λ, log σ of this process's particles and the state of the noise's generator."""
-        state = super().state_dict() | {"lambda": self.lambda_.clone()}
-        return state | self._spread.state_dict()
+        return super().state_dict() | {"lambda": self.lambda_.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         with torch.no_grad():
             self.lambda_.copy_(state["lambda"])
-        self._spread.load_state_dict(state)
 
     def _skipped(self) -> dict[str, Tensor]:
         stats = super()._skipped()
         nothing = stats["loss"]
         if self.alpha != 0:
             stats["divergence"] = nothing
-        if self.learn_sigma:
-            stats["sigma"] = self.passes.particle_mean(self.sigma)
         if self.ascent == "prox":
             stats |= {"lambda": self.lambda_.clone(), "cost": nothing}
         return stats

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from multilora import checks
 from multilora.methods.ascent import move
-from multilora.methods.base import is_captured
+from multilora.methods.base import Method, is_captured
 from multilora.methods.passes import Passes
 from multilora.methods.tensors import accumulate, flatten
 
@@ -144,3 +144,46 @@ class Spread(Noise):
         super().load_state_dict(state)
         with torch.no_grad():
             self.log_sigma.copy_(state["log_sigma"])
+
+
+class WithSpread(Method):
+    """A method whose particles are draws θ_i = μ_i + σ_i ε_i; the model's parameters are μ."""
+
+    _spread: Spread
+
+    def _check_spread(self, sigma: float, learn_sigma: bool, prior_std: float, seed: int) -> None:
+        """Set these settings, before the constructor of `Method`."""
+        self.learn_sigma = checks.flag("learn_sigma", learn_sigma)
+        name = "sigma (with learn_sigma)" if learn_sigma else "sigma"
+        self.sigma_init = checks.number(name, sigma, 0, open_low=learn_sigma)
+        self.prior_std = checks.number("prior_std", prior_std, 0, open_low=True)
+        self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
+
+    def _make_spread(self, noise: str = "all") -> None:
+        self._spread = Spread(self.passes, noise, self.seed, self.sigma_init, self.learn_sigma)
+
+    @property
+    def sigma(self) -> Tensor:
+        """σ_i (K,) of this process's particles."""
+        return self._spread.sigma
+
+    def _with_sigma(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """stats, with the mean σ where it is trained."""
+        return (
+            stats | {"sigma": self.passes.particle_mean(self.sigma)} if self.learn_sigma else stats
+        )
+
+    def _skipped(self) -> dict[str, Tensor]:
+        return self._with_sigma(super()._skipped())
+
+    def parameters(self) -> list[Tensor]:
+        """log σ where it is trained."""
+        return self._spread.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, log σ of this process's particles and the state of the noise's generator."""
+        return super().state_dict() | self._spread.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._spread.load_state_dict(state)

@@ -219,7 +219,7 @@ def test_each_particle_has_its_part_of_a_batch_that_can_be_shared():
 
     def called(method, x, y, task=task):
         settings = Settings(method=method, particles=3)
-        return training._closure(settings, task, model, x, y)()
+        return training._closure(settings, task, ml.Ensemble(model), x, y)()
 
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 4
     logits, targets = called("bbb", x, y)

@@ -286,6 +286,19 @@ def test_half_precision_particles_have_a_float32_posterior():
         assert t.dtype == t.grad.dtype == torch.float32 and t.grad.abs().max() > 0
 
 
+def test_autocast_sees_the_draws():
+    x, y, start = torch.randn(3, 6, 8), torch.arange(6) % 5, torch.randn(3, 8, 5)
+    grads = []
+    for cached in (True, False):
+        weight = start.clone().requires_grad_()
+        method = ml.Variational([weight], num_data=N, sigma=1.0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            torch.bmm(x, weight)  # puts a copy into the cache
+            method.backward(lambda weight=weight: (torch.bmm(x, weight), y))
+        grads.append(method.mean[0].grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("rho", [0.0, 0.1])
 def test_an_overflow_is_the_scalers_business(rho):
     p = torch.randn(3, 8, 5, dtype=torch.float64, requires_grad=True)

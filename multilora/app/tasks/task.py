@@ -22,12 +22,9 @@ def _call(model: nn.Module, x: Any) -> Tensor:
     return model(x)
 
 
-def call_and_pass(
-    model: nn.Module, x: Any, y: Tensor, **per_particle: bool
-) -> tuple[Tensor, Tensor]:
-    """The logits of inputs x, and y as their targets; of a part of the batch for each particle, if
-    per_particle=True is given."""
-    logits = model(x, **per_particle)
+def call_and_pass(model: Callable[[Any], Any], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of inputs x, and y as their targets."""
+    logits = model(x)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"in training mode the model returns a {type(logits).__name__} instead of class "

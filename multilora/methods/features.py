@@ -114,8 +114,10 @@ class Features:
         return t if t.ndim == 3 else t.flatten(2).mT
 
 
-def checked_names(features: Any) -> str | tuple[str, str] | None:
+def checked_names(features: Any, beta: float) -> str | tuple[str, str] | None:
     """Return "auto", None or two names. Raises ValueError for anything else."""
+    if beta > 0 and features is None:
+        raise ValueError(f"features=None needs beta=0; got beta={beta!r}")
     if features is None or (isinstance(features, str) and features == "auto"):
         return features
     pair = isinstance(features, (tuple, list)) and len(features) == 2

@@ -65,6 +65,24 @@ class Gaussian:
         return kl, of_mean, of_log_std
 
     @torch.no_grad()
+    def descend(
+        self, means: list[Tensor], weight: float | Tensor, prior_std: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """KL(q‖N(0, τ²I)), and the gradients in every μ and then log σ.
+
+        Args:
+            means: mean_k g_k of every parameter, and then mean_k g_k∘ε_k of those that have noise.
+            weight: of the KL divergence.
+            prior_std: τ.
+        """
+        kl, of_mean, of_log_std = self.kl(prior_std)
+        grads = means[: len(self.mean)]
+        for i, pull in zip(self.noisy, of_mean):
+            grads[i] = grads[i] + weight * pull
+        rest = zip(self.log_std, means[len(self.mean) :], of_log_std)
+        return kl, grads + [log_std.exp() * m + weight * pull for log_std, m, pull in rest]
+
+    @torch.no_grad()
     def mean_std(self) -> Tensor:
         """The mean of σ over all numbers that have noise."""
         return flatten([t[None] for t in self.log_std]).exp().mean()

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from multilora import checks, losses
+from multilora import checks
 from multilora.losses import Loss
 from multilora.methods.ascent import moving
-from multilora.methods.base import is_captured, warn
+from multilora.methods.base import is_captured
 from multilora.methods.features import Features, checked_names
 from multilora.methods.noise import WithSpread
-from multilora.methods.pairs import DISTANCES, Weights
+from multilora.methods.pairs import Weights, checked_distance
 from multilora.methods.parameters import require_different_particles
 from multilora.methods.passes import Closure
-from multilora.methods.peers import Terms, first_step, push_apart
+from multilora.methods.peers import Terms, class_loss, first_step, push_apart
 from multilora.methods.tensors import accumulate
 
 
@@ -41,8 +41,7 @@ class MutualLearning(WithSpread):
         model, particle_chunk, nonfinite: see `Method`.
         features: the shallow and the deep module whose features F compares, by their names in the
             base; "auto", the middle and the last of its blocks; None with beta=0.
-        alpha, beta: α, β >= 0.
-        temperature: T > 0.
+        alpha, beta, temperature: α, β >= 0, T > 0.
         start: the call of `backward` from which W and F act, or a fraction of `total_steps`.
         total_steps: how many calls of `backward` there will be.
         distance: "root", W_ij = √(D_ij + d (σ_i − σ_j)² + 1e-12)/√d with D_ij the squared distance
@@ -50,8 +49,7 @@ class MutualLearning(WithSpread):
             without root and d, W₂² of the paper, which has no bound; or "relative", in [0, 2].
         sigma: σ >= 0. Particles are draws θ_i = μ_i + σ_i ε_i, as in IBDR, and the parameters μ.
         learn_sigma: log σ_i is trained, `method.parameters()`, by all terms.
-        kl_weight: >= 0, weight of KL(N(μ_i, σ_i²)‖N(0, τ²)), 1/N for N training examples.
-        prior_std: τ > 0.
+        kl_weight: >= 0, weight of KL(N(μ_i, σ_i²)‖N(0, τ²)), 1/N for N examples; prior_std: τ > 0.
         loss: ℓ, with classes: "particle", "label_smoothing" or "soft_targets"
             (`multilora.losses`), or a callable (logits, targets) -> (K,).
         seed: of the noise.
@@ -85,21 +83,15 @@ class MutualLearning(WithSpread):
         particle_chunk: int | None = None,
         nonfinite: str = "raise",
     ):
-        self.features = checked_names(features)
         self.alpha = checks.number("alpha", alpha, 0)
         self.beta = checks.number("beta", beta, 0)
-        if self.beta > 0 and self.features is None:
-            raise ValueError(f"features=None needs beta=0; got beta={beta!r}")
+        self.features = checked_names(features, self.beta)
         self.temperature = checks.number("temperature", temperature, 0, open_low=True)
         self.start = first_step(start, total_steps)
-        self.distance = checks.choice("distance", distance, DISTANCES)
-        if self.distance == "squared" and self.alpha > 0:
-            warn('MutualLearning: distance="squared" has no bound, and alpha pulls it up for ever')
+        self.distance = checked_distance(distance, self.alpha)
         self._check_spread(sigma, learn_sigma, prior_std, seed)
         self.kl_weight = checks.number("kl_weight", kl_weight, 0)
-        self.loss = losses.named(loss)
-        if isinstance(self.loss, (losses.BCE, losses.GaussianNLL)):
-            raise ValueError(f"MutualLearning needs a loss with classes; got {loss!r}")
+        self.loss = class_loss(loss)
         super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
         if self.sigma_init == 0:
             require_different_particles(self.model, self.params, "mutual learning")
@@ -139,13 +131,10 @@ class MutualLearning(WithSpread):
         super()._require_capturable()
         later = (self.alpha > 0 or self.beta > 0) and self.step < self.start
         if later and is_captured(self.params[0]):
-            raise RuntimeError(
-                "a CUDA graph repeats one step of MutualLearning, and its terms change at the call "
-                f"{self.start}; this is call {self.step}: capture from there on, or take start=0"
-            )
+            message = "a CUDA graph repeats one step, and MutualLearning changes at call"
+            raise RuntimeError(f"{message} {self.start}: capture from there on, or take start=0")
 
     def _skipped(self) -> dict[str, Tensor]:
         acting = {"weight_distance": self.alpha, "feature_distance": self.beta}
-        names = ["mutual", *(name for name, weight in acting.items() if self._acts(weight))]
-        stats = super()._skipped()
-        return stats | dict.fromkeys(names, stats["loss"])
+        stats, names = super()._skipped(), [n for n, weight in acting.items() if self._acts(weight)]
+        return stats | dict.fromkeys(["mutual", *names], stats["loss"])

@@ -167,6 +167,11 @@ class WithSpread(Method):
         """σ_i (K,) of this process's particles."""
         return self._spread.sigma
 
+    @property
+    def generator(self) -> torch.Generator:
+        """That of the noise, which a CUDA graph has to know."""
+        return self._spread.generator
+
     def _with_sigma(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
         """stats, with the mean σ where it is trained."""
         return (

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multilora import checks
+from multilora.methods.base import warn
 from multilora.ops import lora_gram, pairwise_frobenius
 from multilora.ops.common import IGNORE_INDEX, accumulator
 
@@ -17,6 +19,13 @@ DISTANCES = ("root", "squared", "relative")
 _DELTA = 1e-12
 # Added to every similarity of two examples, so that its logarithm is finite.
 _SIMILAR = 1e-7
+
+
+def checked_distance(distance: str, alpha: float) -> str:
+    """One of DISTANCES. Warns where it has no bound, and is pulled up for ever."""
+    if checks.choice("distance", distance, DISTANCES) == "squared" and alpha > 0:
+        warn('MutualLearning: distance="squared" has no bound, and alpha pulls it up for ever')
+    return distance
 
 
 def distillation(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

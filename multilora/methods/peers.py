@@ -67,6 +67,14 @@ class Terms:
         return distillation(self.passes.take(classes[0]), classes[1], self.temperature) * share
 
 
+def class_loss(loss: str | Loss) -> Loss:
+    """The loss of that name. Raises ValueError for one that is known to have no classes."""
+    found = losses.named(loss)
+    if isinstance(found, (losses.BCE, losses.GaussianNLL)):
+        raise ValueError(f"MutualLearning needs a loss with classes; got {loss!r}")
+    return found
+
+
 def push_apart(
     passes: Passes,
     weights: Weights,

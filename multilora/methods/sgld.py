@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from multilora import checks
@@ -86,6 +87,11 @@ class SGLD(Ensemble):
                 noise = unflatten(scale * size * self._noise.draw(), self.params)
                 accumulate(self.params, self.passes.zero_skipped(noise))
         return stats
+
+    @property
+    def generator(self) -> torch.Generator:
+        """That of the noise, which a CUDA graph has to know."""
+        return self._noise.generator
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the state of the noise's generator."""

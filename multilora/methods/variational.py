@@ -81,8 +81,7 @@ class Variational(Method):
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
         self._noise = Noise(self.passes, self.noise, self.seed)
-        # Another sequence, so that evaluations do not change the training. A generator of the CPU
-        # takes only the lowest 32 bits of its seed.
+        # Another sequence, in the 32 bits of a seed that a CPU's generator takes.
         self._sampling = Noise(self.passes, self.noise, self.seed ^ 0x5EED5EED)
         self._posterior = Gaussian(self.passes, self._noise.noisy, self.sigma_init)
         self.mean, self.log_std = self._posterior.mean, self._posterior.log_std
@@ -103,14 +102,9 @@ class Variational(Method):
                     nll, grads = self._separate(closure, self.loss, scale, again=True)
             pulls = [grads[i] * e for i, e in zip(self._noise.noisy, epsilon)]
             means = self.passes.particle_means([*grads, *pulls])  # of g_k, then of g_k∘ε_k
-        kl, of_mean, of_log_std = self._posterior.kl(self.prior_std)
         beta = self.kl_weight / self.num_data
-        with torch.no_grad():
-            for i, pull in zip(self._noise.noisy, of_mean):
-                means[i] = means[i] + scale * beta * pull
-            for i, (log_std, pull) in enumerate(zip(self.log_std, of_log_std), len(grads)):
-                means[i] = log_std.exp() * means[i] + scale * beta * pull
-        accumulate(self.parameters(), means)
+        kl, grads = self._posterior.descend(means, scale * beta, self.prior_std)
+        accumulate(self.parameters(), grads)
         return {"loss": nll + beta * kl, "nll": nll, **self._of_posterior(kl)}
 
     def _of_posterior(self, kl: Tensor) -> dict[str, Tensor]:
@@ -118,6 +112,11 @@ class Variational(Method):
 
     def _skipped(self) -> dict[str, Tensor]:
         return super()._skipped() | self._of_posterior(self._posterior.kl(self.prior_std)[0])
+
+    @property
+    def generator(self) -> torch.Generator:
+        """That of the noise, which a CUDA graph has to know."""
+        return self._noise.generator
 
     def parameters(self) -> list[Tensor]:
         """μ of every tensor, and then log σ of those that have noise."""

@@ -25,6 +25,8 @@ from multilora.targets import (
     Target,
     check_base,
     check_config,
+    check_copied,
+    check_plain,
     check_targets,
     just_created,
     resolve,
@@ -42,7 +44,7 @@ _MOST = 2**20
 
 def get_particle_model(
     base: nn.Module,
-    config: peft.LoraConfig,
+    config: peft.LoraConfig | None,
     num_particles: int,
     seed: int | Sequence[int] = 0,
     head_init: str | None = None,
@@ -53,11 +55,17 @@ def get_particle_model(
     batch_axes: Axes | None = None,
     output_axes: Mapping[str, int | None] | int | None = None,
     check_isolation: bool = True,
+    head: str | Sequence[str] = (),
 ) -> ParticleModel:
     """K LoRA particles over `base`, which is frozen and changed in place.
 
     The adapters differ from the start: each particle has its own random A, and B is zero. Adapters
     of half-precision layers are float32 masters. BatchNorm of the base stays in eval mode.
+
+    With config=None, the particles are K copies of the whole base, in the memory of K + 1 models:
+    all that requires gradients in it is trained, at float32 or better. `model.base` holds them, and
+    `base` itself is not changed. They start equal but for the modules in `head`. With fold="batch"
+    they run under torch.func.vmap, and a model whose path depends on its data needs fold="loop".
 
     Args:
         base: any module. Its targets are nn.Linear, transformers' Conv1D and nn.Conv2d (one group,
@@ -69,16 +77,17 @@ def get_particle_model(
             lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
             alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
             modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
+            None: full copies.
         num_particles: K >= 1.
         seed: an integer, or K of them, one for each particle. With one integer, particle k starts
             from `particle_seeds(seed, K)[k]`, whatever K is.
-        head_init: how `modules_to_save` start. "reset" redraws every particle's copy at the scale
-            of the original, so that the particles start from different functions. "copy" keeps the
-            original's weights, as is right for a module that was trained. By default, modules are
-            copied, except those that were just created, which are redrawn with a warning: their
-            weights were in no checkpoint that transformers read, or a timm classifier has another
-            number of classes than its checkpoint, or the model is of neither library. Token
-            embeddings and language-model heads are always copied.
+        head_init: how `modules_to_save`, or with full copies `head`, start. "reset" redraws every
+            particle's copy at the scale of the original, so that the particles start from different
+            functions. "copy" keeps the original's weights, as is right for a module that was
+            trained. By default, modules are copied, except those that were just created, which are
+            redrawn with a warning: their weights were in no checkpoint that transformers read, or a
+            timm classifier has another number of classes than its checkpoint, or the model is of
+            neither library. Token embeddings and language-model heads are always copied.
         share_trunk: your promise that nothing below the first adapted block is random, keeps state
             or has hooks; it then runs once for all particles that share their inputs. True: the cut
             lies before the first block with an adapter, in the innermost nn.ModuleList or
@@ -100,31 +109,32 @@ def get_particle_model(
             states other than buffers, tensors and numbers that are attributes of modules, or
             whether a scalar such as `.loss` is more than a mean. It does not run in calls with a
             key-value cache, or under torch.compile.
+        head: with config=None, names of modules that are heads: `head_init` is about these.
 
     Returns:
         The particle model, in the mode of `base`.
 
     Raises:
         NotImplementedError: a field of LoraConfig is not supported for particles.
-        TypeError: a target is neither a linear nor a convolution.
+        TypeError: a target is neither a linear nor a convolution; or, for full copies, the base has
+            BatchNorm, packed weights, or embeddings with padding_idx or max_norm.
         ValueError: a number is out of range, or weights of the base have no memory (meta).
             `base` is left unchanged by all of these.
     """
-    check_config(config)
+    if config is not None:
+        check_config(config)
     _check_options(num_particles, head_init, share_trunk, fold, check_isolation)
     _check_axes(base, batch_axes, output_axes)
     check_base(base)
     processes = Processes.of_mesh(mesh)
     seeds = _seeds(seed, num_particles)
     own_seeds = processes.own(seeds)
-    config, targets, saved = resolve(base, config)
-    check_targets(targets, saved)
-    if isinstance(share_trunk, str):
-        base.get_submodule(share_trunk)
-    redrawn = _redrawn_heads(base, saved, head_init)
-    base.requires_grad_(False)
-    layers = [_adapt(base, name, target, len(own_seeds)) for name, target in targets.items()]
-    heads = {name: _stack(base, name, module, len(own_seeds)) for name, module in saved.items()}
+    if config is None:
+        base, redrawn = _copied(base, own_seeds, head, head_init, share_trunk)
+    elif head:
+        raise ValueError(f"head = {head!r} is for config=None; LoraConfig has modules_to_save")
+    else:
+        config, redrawn = _adapted(base, config, own_seeds, head_init, share_trunk)
     if head_init is None and redrawn:
         warnings.warn(
             f"modules_to_save {list(redrawn)} start from weights drawn anew for every particle, "
@@ -132,13 +142,6 @@ def get_particle_model(
             'head_init="reset" says that this is meant',
             stacklevel=2,
         )
-    for particle, particle_seed in enumerate(own_seeds):
-        generator = torch.Generator().manual_seed(particle_seed)
-        for layer in layers:
-            layer.reset_particle(particle, generator, config.init_lora_weights)
-        for name in redrawn:
-            heads[name].reset_particle(particle, generator)
-    _disable_fast_paths(base)
     return ParticleModel(
         base,
         config,
@@ -151,6 +154,62 @@ def get_particle_model(
         output_axes,
         check_isolation,
     )
+
+
+def _adapted(
+    base: nn.Module,
+    config: peft.LoraConfig,
+    seeds: Sequence[int],
+    head_init: str | None,
+    share_trunk: bool | str,
+) -> tuple[peft.LoraConfig, dict[str, str]]:
+    """Put the particles' layers into the base; the complete configuration, and `_redrawn_heads`."""
+    config, targets, saved = resolve(base, config)
+    check_targets(targets, saved)
+    if isinstance(share_trunk, str):
+        base.get_submodule(share_trunk)
+    redrawn = _redrawn_heads(base, saved, head_init)
+    base.requires_grad_(False)
+    layers = [_adapt(base, name, target, len(seeds)) for name, target in targets.items()]
+    heads = {name: _stack(base, name, module, len(seeds)) for name, module in saved.items()}
+    for particle, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in layers:
+            layer.reset_particle(particle, generator, config.init_lora_weights)
+        for name in redrawn:
+            heads[name].reset_particle(particle, generator)
+    _disable_fast_paths(base)
+    return config, redrawn
+
+
+def _copied(
+    base: nn.Module,
+    seeds: Sequence[int],
+    head: str | Sequence[str],
+    head_init: str | None,
+    share_trunk: bool | str,
+) -> tuple[StackedModule, dict[str, str]]:
+    """Copies of the whole base, and `_redrawn_heads`."""
+    check_plain(base)
+    check_copied(base)
+    if share_trunk:
+        raise ValueError("share_trunk needs adapters: full copies have nothing in common")
+    names = [head] if isinstance(head, str) else list(head)
+    modules = dict(base.named_modules())
+    if missing := [name for name in names if name not in modules or not name]:
+        raise ValueError(f"head: {type(base).__name__} has no modules {missing}")
+    if head_init == "reset" and not names:
+        raise ValueError('head_init="reset" needs the names of the modules to redraw: head')
+    redrawn = _redrawn_heads(base, {name: modules[name] for name in names}, head_init)
+    copies = StackedModule(base, len(seeds))
+    copies.train(base.training)
+    for parameter, original in zip(copies.module.parameters(), base.parameters()):
+        parameter.requires_grad_(original.requires_grad)
+    for particle, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        for name in redrawn:
+            copies.reset_particle(particle, generator, name)
+    return copies, redrawn
 
 
 def particle_seeds(seed: int, num_particles: int) -> list[int]:

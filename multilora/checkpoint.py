@@ -1,4 +1,4 @@
-"""K PEFT adapter folders -> one particle model, or the particles of a model that is there."""
+"""K folders of PEFT adapters or full copies -> a particle model, or the particles of one."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ def load_particle_model(
             others or `base`. The message names the file and the mismatch.
     """
     saved = particle_folders.read(path)
+    if not saved.configs:
+        return _load_copies(base, saved, mesh, options)
     config, file = saved.configs[0], saved.config_files[0]
     rows = embeddings.tokens_in_files(base, saved.tensor_files, saved.tensors)
     with _fitting(file, Exception):
@@ -81,6 +83,17 @@ def load_particle_model(
     return model
 
 
+def _load_copies(
+    base: nn.Module, saved: particle_folders.Saved, mesh: DeviceMesh | None, options: dict[str, Any]
+) -> ParticleModel:
+    expected = peft_tensors.expected_copies(base)
+    particle_folders.check(saved, expected, "the base model")
+    particles = len(saved.tensors)
+    model = get_particle_model(base, None, particles, seed=saved.seeds, mesh=mesh, **options)
+    peft_tensors.fill(model.base, model.processes.own(saved.tensors))
+    return model
+
+
 def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]) -> None:
     """Put the particles that `save_pretrained` wrote to `path` into `model`, in place.
 
@@ -98,10 +111,14 @@ def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]
     """
     model.require_whole("load_particles")
     saved = particle_folders.read(path)
-    if len(saved.configs) != len(model.seeds):
+    if len(saved.tensors) != len(model.seeds):
         raise ValueError(
-            f"{saved.source} has {len(saved.configs)} particles; the model has {len(model.seeds)}"
+            f"{saved.source} has {len(saved.tensors)} particles; the model has {len(model.seeds)}"
         )
+    if model.peft_config is None or not saved.configs:
+        particle_folders.check(saved, peft_tensors.expected(model.base), "the model")
+        peft_tensors.fill(model.base, model.processes.own(saved.tensors))
+        return
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         theirs, ours = getattr(saved.configs[0], key), getattr(model.peft_config, key)
         if theirs != ours:

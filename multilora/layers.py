@@ -312,7 +312,7 @@ class LoraConv2d(LoraLayer):
 
 
 class StackedModule(ParticleLayer):
-    """K copies of a module to save, such as the head, with stacked parameters (K, ...).
+    """K copies of a module, a head or a whole model, with stacked parameters (K, ...).
 
     nn.Linear runs as one batched product and nn.Embedding as one look-up. Any other module runs
     under torch.func.vmap, or as it is for one particle. The particles share the buffers.
@@ -321,16 +321,20 @@ class StackedModule(ParticleLayer):
     def __init__(self, module: nn.Module, num_particles: int):
         super().__init__()
         # The structure without storage, to be run with other tensors. It is not registered as a
-        # module, so state_dict leaves it out.
-        self.__dict__["template"] = copy.deepcopy(module).to("meta")
-        self.module = copy.deepcopy(module)
-        for i, (name, parameter) in enumerate(list(self.module.named_parameters())):
+        # module, so state_dict leaves it out. Tied parameters stay one, which `to` would part.
+        parameters = dict(module.named_parameters())
+        empty: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to("meta")) for p in parameters.values()
+        }
+        self.__dict__["template"] = copy.deepcopy(module, empty).to("meta")
+        stacks: dict[int, Any] = {}
+        for i, parameter in enumerate(parameters.values()):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             stacked = parameter.detach().to(dtype).expand(num_particles, *parameter.shape)
-            _set_parameter(self.module, name, nn.Parameter(stacked.clone()))
+            stacks[id(parameter)] = nn.Parameter(stacked.clone())
             # Kept beside the float32 masters for the frozen base, and for its dtype.
-            original = module.get_parameter(name).detach()
-            self.register_buffer(f"original_{i}", original, persistent=False)
+            self.register_buffer(f"original_{i}", parameter.detach(), persistent=False)
+        self.module = copy.deepcopy(module, stacks)
 
     @property
     def num_particles(self) -> int:
@@ -366,11 +370,16 @@ class StackedModule(ParticleLayer):
                 if parameter is not None:
                     yield module, name, parameter
 
-    def reset_particle(self, particle: int, generator: torch.Generator) -> None:
-        """Redraw this particle's matrices, keeping the standard deviation of each."""
+    def reset_particle(
+        self, particle: int, generator: torch.Generator, within: str | None = None
+    ) -> None:
+        """Redraw this particle's matrices, keeping the standard deviation of each.
+
+        within: the submodule whose matrices are redrawn, in place of all.
+        """
         with torch.no_grad():
-            for stacked in self.module.parameters():
-                if stacked.ndim < 3:
+            for name, stacked in self.module.named_parameters():
+                if stacked.ndim < 3 or not (within is None or name.startswith(f"{within}.")):
                     continue
                 std = stacked[particle].std().item()
                 if not std > 0:
@@ -434,6 +443,10 @@ class StackedModule(ParticleLayer):
         """The module for one particle."""
         tensors = (parameters, dict(self.module.named_buffers()))
         return torch.func.functional_call(self.template, tensors, args, kwargs)
+
+    def originals(self) -> dict[Tensor, Tensor]:
+        """The tensor that each stacked parameter (K, ...) began as a copy of."""
+        return {p: getattr(self, f"original_{i}") for i, p in enumerate(self.module.parameters())}
 
     def _original(self) -> dict[str, Tensor]:
         names = (name for name, _ in self.module.named_parameters())
@@ -537,11 +550,6 @@ def _linear_weight(base_layer: Any) -> Tensor:
 def _low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """scaling · (x_k A_kᵀ) B_kᵀ for x (K, T, d_in) -> (K, T, d_out)."""
     return torch.bmm(torch.bmm(x, lora_A.to(x.dtype).mT), lora_B.to(x.dtype).mT * scaling)
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, parameter)
 
 
 # The names of version 0.1, for one more release.

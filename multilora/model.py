@@ -68,7 +68,7 @@ class ParticleModel(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        config: peft.LoraConfig,
+        config: peft.LoraConfig | None,
         num_particles: int,
         seeds: Sequence[int],
         share_trunk: bool | str = False,
@@ -215,7 +215,8 @@ class ParticleModel(nn.Module):
         the mean of all heads where the weights of a soup sum to zero. The factors of a soup are
         those of its particles side by side, of rank n·r where n is the largest number of particles
         in a soup, so that nothing is approximated. A particle of weight 0 is left out, even if it
-        is not finite. Nothing can be saved or trained inside.
+        is not finite. Nothing can be saved or trained inside. Of full copies, every tensor is
+        (1 − Σ_k w_mk) θ_0 + Σ_k w_mk θ_k, where θ_0 is the base.
 
         Args:
             weights: (M, K) floating numbers; K counts the particles of all processes. Every process
@@ -233,8 +234,12 @@ class ParticleModel(nn.Module):
         for _, layer in self.lora_layers():
             A, B = whole[layer.lora_A], whole[layer.lora_B]
             parts[layer.lora_A], parts[layer.lora_B] = adapters.factors(A, B)
+        originals = self.base.originals() if isinstance(self.base, StackedModule) else {}
         for p in stacked:
-            if p not in parts:
+            if p in originals:
+                rest = (1 - weights.sum(1)).to(whole[p]).view(-1, *[1] * (p.ndim - 1))
+                parts[p] = adapters.sums(whole[p]) + rest * originals[p]
+            elif p not in parts:
                 parts[p] = heads.sums(whole[p])
         count = len(weights)
         with self._swapped(parts, count, trained=False):
@@ -284,8 +289,10 @@ class ParticleModel(nn.Module):
 
         Raises:
             ValueError: the model has several particles, or the number is below 1.
+            RuntimeError: this is inside `particles` or `mixtures`.
         """
         checks.integer("num_particles", num_particles, 1)
+        self.require_whole("repeat")
         if len(self.seeds) != 1:
             raise ValueError(f"repeat needs a model of one particle; got {len(self.seeds)}")
         whole = {p: p.expand(num_particles, *p.shape[1:]).contiguous() for _, _, p in self._slots()}
@@ -374,8 +381,15 @@ class ParticleModel(nn.Module):
         return cosines(gram if per_layer else gram.sum(0))
 
     def heads(self) -> list[tuple[str, dict[str, nn.Parameter]]]:
-        """(name, stacked parameters by name) for every module in `modules_to_save`."""
-        return [(n, dict(m.module.named_parameters())) for n, m in self.stacked_modules()]
+        """(name, stacked parameters by name) for every module in `modules_to_save`; of full copies,
+        for every module of the base that has parameters itself."""
+        if not isinstance(self.base, StackedModule):
+            return [(n, dict(m.module.named_parameters())) for n, m in self.stacked_modules()]
+        found: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in self.base.module.named_parameters():
+            module, _, own = name.rpartition(".")
+            found.setdefault(module, {})[own] = parameter
+        return list(found.items())
 
     def lora_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """The adapted layers in module order, by their names in the base model."""
@@ -406,7 +420,9 @@ class ParticleModel(nn.Module):
         """Write path/particle_k for every particle and path/multilora.json.
 
         Each folder is a plain PEFT adapter: peft.PeftModel.from_pretrained(base, path/particle_k)
-        gives the outputs of particle k. multilora.json lists the size and SHA-256 of every file.
+        gives the outputs of particle k. That of a full copy has model.safetensors, the state_dict
+        of the base, with tied tensors under the first of their names. multilora.json lists the size
+        and SHA-256 of every file.
 
         All files are replaced or none. If the process is killed, and at any moment in which another
         process reads, `load_particle_model` finds either the old particles or the new ones, never a
@@ -457,11 +473,15 @@ class ParticleModel(nn.Module):
             update ΔW; 0 with "exact".
 
         Raises:
-            ValueError: the weights have another shape or dtype, or the sum is not finite; nothing
-                is written then.
+            ValueError: the weights have another shape or dtype, or the sum is not finite, or the
+                particles are full copies; nothing is written then.
             RuntimeError: the call is inside `particles` or `mixtures`.
         """
         self.require_whole("soup")
+        if self.peft_config is None:
+            raise ValueError(
+                "a soup is a PEFT adapter, and full copies have none: `mixtures` runs soups of them"
+            )
         return soups.save_soup(self.base, self.peft_config, self.processes, path, kind, weights)
 
 

@@ -1,4 +1,4 @@
-"""Folders of K particles: PEFT adapters side by side, and the index that makes them one set."""
+"""Folders of K particles: PEFT adapters, or whole models, and the index that makes them one set."""
 
 from __future__ import annotations
 
@@ -32,32 +32,45 @@ if TYPE_CHECKING:
 # Format 1 has no list of its files; it is still read.
 FORMAT = 2
 _INDEX = "multilora.json"
+# The file of a full copy.
+_MODEL = "model.safetensors"
 
 
 def save(
     base: nn.Module,
-    config: peft.LoraConfig,
+    config: peft.LoraConfig | None,
     processes: Processes,
     path: str | Path,
     seeds: Sequence[int],
     save_embedding_layers: bool | Literal["auto"],
 ) -> None:
-    """Write every particle's adapter and the index; see `ParticleModel.save_pretrained`."""
+    """Write every particle and the index; see `ParticleModel.save_pretrained`.
+
+    config: that of the adapters; None for full copies.
+    """
     whole = peft_tensors.of_all_processes(base, processes)
-    shared = embeddings.to_save(base, save_embedding_layers)
+    shared = {} if config is None else embeddings.to_save(base, save_embedding_layers)
+    kind = "full" if config is None else "lora"
 
     def write(folder: Path) -> None:
         for particle in range(len(seeds)):
             tensors = peft_tensors.of_particle(base, particle, whole) | shared
-            write_adapter(folder / f"particle_{particle}", tensors, config)
+            own = folder / f"particle_{particle}"
+            if config is None:
+                own.mkdir()
+                _write_tensors(own / _MODEL, tensors)
+            else:
+                write_adapter(own, tensors, config)
         listed = {
             name: {
                 "bytes": (folder / name).stat().st_size,
                 "sha256": atomic.digest(folder / name),
             }
-            for name in _names(len(seeds))
+            for name in _names(len(seeds), kind)
         }
         index = {"format": FORMAT, "num_particles": len(seeds), "seeds": seeds, "files": listed}
+        if kind != "lora":
+            index["kind"] = kind
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     replace(base, processes, path, write)
@@ -77,30 +90,34 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.Lora
     config = copy.deepcopy(config)
     config.inference_mode = True
     config.save_pretrained(folder)
+    _write_tensors(folder / WEIGHTS, tensors)
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     contiguous = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, {"format": "pt"})
+    save_file(contiguous, file, {"format": "pt"})
 
 
 class Saved(NamedTuple):
-    """K adapters as they were read, each with the file that it is from."""
+    """K particles as they were read, each with the file that it is from."""
 
     source: str
     seeds: int | list[int]  # that the particles were made with; 0 where they are not known
-    configs: list[peft.LoraConfig]
+    configs: list[peft.LoraConfig]  # none for full copies
     config_files: list[Path]
     tensors: list[dict[str, Tensor]]
     tensor_files: list[Path]
 
 
-class _Adapter(NamedTuple):
-    config: peft.LoraConfig
+class _Particle(NamedTuple):
+    config: peft.LoraConfig | None  # None for a full copy
     config_file: Path
     tensors: dict[str, Tensor]
     tensor_file: Path
 
 
 def read(path: str | Path | Sequence[str | Path]) -> Saved:
-    """The adapters of a folder or of a sequence of them, checked as far as no model is needed."""
+    """The particles of a folder, or adapters of a sequence, checked as far as it needs no model."""
     seeds: int | list[int] = 0
     if isinstance(path, (str, os.PathLike)):
         root = Path(path)
@@ -112,34 +129,39 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
             raise ValueError("at least one adapter folder is needed; got none")
         source = "the list of folders"
         adapters = [_read_folder(folder) for folder in folders]
-    configs, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
-    check_same(config_files, configs)
+    found, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
+    configs = [config for config in found if config is not None]
+    if configs:
+        check_same(config_files, configs)
     return Saved(source, seeds, configs, config_files, tensors, tensor_files)
 
 
-def _read_root(root: Path) -> tuple[list[int], list[_Adapter]]:
+def _read_root(root: Path) -> tuple[list[int], list[_Particle]]:
     """The seeds of the K particles, and their adapters."""
     index = atomic.newest(root, _INDEX)
-    seeds, listed = _read_index(index)
+    seeds, listed, kind = _read_index(index)
     adapters = []
     for particle in range(len(seeds)):
-        names = [f"particle_{particle}/{name}" for name in (CONFIG, WEIGHTS)]
+        names = [f"particle_{particle}/{name}" for name in _FILES[kind]]
         found = [atomic.newest(root, name) for name in names]
         for name, file in zip(names, found):
             _require(file)
             if listed is not None:
                 _check_listed(file, listed[name], index)
-        adapters.append(_read_adapter(*found))
+        if kind == "full":
+            adapters.append(_Particle(None, index, read_tensors(*found), *found))
+        else:
+            adapters.append(_read_adapter(*found))
     return seeds, adapters
 
 
-def _read_folder(folder: Path) -> _Adapter:
+def _read_folder(folder: Path) -> _Particle:
     """An adapter folder, which may be a particle's that is saved with the others."""
     root, marker, inner = folder, CONFIG, ""
     if atomic.newest(folder.parent, _INDEX).is_file() and folder.name.startswith("particle_"):
         root, marker, inner = folder.parent, _INDEX, f"{folder.name}/"
 
-    def read() -> _Adapter:
+    def read() -> _Particle:
         config, weights, pickled = (
             atomic.newest(root, f"{inner}{name}") for name in (CONFIG, WEIGHTS, PICKLED)
         )
@@ -156,17 +178,22 @@ def _require(file: Path) -> None:
     atomic.require_file(file, f"{file.parent} is not a PEFT adapter folder")
 
 
-def _read_adapter(config: Path, weights: Path) -> _Adapter:
-    return _Adapter(read_config(config), config, read_tensors(weights), weights)
+def _read_adapter(config: Path, weights: Path) -> _Particle:
+    return _Particle(read_config(config), config, read_tensors(weights), weights)
 
 
-def _names(num_particles: int) -> list[str]:
+#: The files of a particle, by its kind.
+_FILES = {"lora": (CONFIG, WEIGHTS), "full": (_MODEL,)}
+
+
+def _names(num_particles: int, kind: str) -> list[str]:
     """The files of K particles, relative to their folder."""
-    return [f"particle_{k}/{name}" for k in range(num_particles) for name in (CONFIG, WEIGHTS)]
+    return [f"particle_{k}/{name}" for k in range(num_particles) for name in _FILES[kind]]
 
 
-def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None]:
-    """The seeds of the K particles; the size and digest of each file, None in format 1."""
+def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None, str]:
+    """The seeds of the K particles; the size and digest of each file, None in format 1; the kind of
+    the particles, a key of `_FILES`."""
     atomic.require_file(file, f"{file.parent} holds no particle model")
     index = atomic.read_json(file)
     if lacking := [key for key in ("format", "num_particles", "seeds") if key not in index]:
@@ -182,11 +209,16 @@ def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"{file} is damaged: its seed {seed!r} is not an integer in [0, 2^63)")
     if version == 1:
-        return seeds, None
+        return seeds, None, "lora"
+    kind = index.get("kind", "lora")
+    if not isinstance(kind, str) or kind not in _FILES:
+        raise ValueError(
+            f"{file} has particles of the kind {kind!r}; this version reads {[*_FILES]}"
+        )
     listed = index.get("files")
     if not isinstance(listed, dict):
         raise ValueError(f"{file} is damaged: its files are a {type(listed).__name__}")
-    names = _names(particles)
+    names = _names(particles, kind)
     if sorted(listed) != sorted(names):
         raise ValueError(
             f"{file} is damaged: it lists {sorted(listed)}, and {particles} particles have {names}"
@@ -194,7 +226,7 @@ def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None
     for name, entry in listed.items():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise ValueError(f"{file} is damaged: {name} has {entry!r} for bytes and sha256")
-    return seeds, listed
+    return seeds, listed, kind
 
 
 def _check_listed(file: Path, listed: dict[str, Any], index: Path) -> None:

@@ -1,4 +1,5 @@
-"""Stacked tensors of K particles <-> the tensors of K PEFT adapters, under PEFT's names."""
+"""Stacked tensors of K particles <-> the tensors of K PEFT adapters, under PEFT's names, or of K
+whole models, under the model's."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def of_particle(
         tensors |= of_adapter(name, layer, A, B)
     for name, stacked in stacked_modules(base):
         for inner, parameter in stacked.module.named_parameters():
-            tensors[f"{PREFIX}{name}.{inner}"] = whole[parameter][particle]
+            tensors[_key(name, inner)] = whole[parameter][particle]
         tensors |= of_buffers(name, stacked.module)
     return tensors
 
@@ -46,9 +47,9 @@ def of_adapter(name: str, layer: LoraLayer, A: Tensor, B: Tensor) -> dict[str, T
 
 def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers of a module to save, which the particles share."""
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     return {
-        f"{PREFIX}{name}.{inner}": value
+        _key(name, inner): value
         for inner, value in module.state_dict().items()
         if inner not in parameters
     }
@@ -68,6 +69,16 @@ def expected(base: nn.Module) -> dict[str, Expected]:
     return found
 
 
+def expected_copies(base: nn.Module) -> dict[str, Expected]:
+    """What the file of a full copy of the plain model `base` must hold."""
+    parameters = {
+        name: Expected(tuple(p.shape), torch.promote_types(p.dtype, torch.float32))
+        for name, p in base.named_parameters()
+    }
+    buffers = of_buffers("", base).items()
+    return parameters | {name: Expected(tuple(t.shape), t.dtype, True) for name, t in buffers}
+
+
 def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
     """Copy the tensors of each particle of this process, which must fit, into `base`."""
     slots: dict[str, Tensor] = {}
@@ -76,13 +87,18 @@ def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
         slots[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         slots[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
     for name, stacked in stacked_modules(base):
-        slots |= {f"{PREFIX}{name}.{n}": p for n, p in stacked.module.named_parameters()}
+        slots |= {_key(name, n): p for n, p in stacked.module.named_parameters()}
         shared |= of_buffers(name, stacked.module)
     with torch.no_grad():
         for particle, tensors in enumerate(particles):
             for key, tensor in tensors.items():
                 slot = shared[key] if key in shared else slots[key][particle]
                 slot.copy_(tensor.reshape(slot.shape))
+
+
+def _key(name: str, inner: str) -> str:
+    """The key of a module to save's tensor; a whole base has no name, and its keys are its own."""
+    return f"{PREFIX}{name}.{inner}" if name else inner
 
 
 def _stacked(base: nn.Module) -> list[Tensor]:

@@ -27,6 +27,7 @@ from multilora.fold import (
 )
 from multilora.forward_state import ForwardState
 from multilora.isolation import IsolationCheck, ParticleIsolationError
+from multilora.layers import StackedModule
 from multilora.ops._library import FrozenTensorError
 from multilora.trunk import Reached, TrunkOutput
 
@@ -239,7 +240,7 @@ class Runner:
         layers = adapters | dict(model.stacked_modules())
         names = {name for name, layer in layers.items() if layer in ran}
         base = type(model.base).__name__
-        if not names & adapters.keys():
+        if adapters and not names & adapters.keys():
             raise _AdaptersDoNotRun(
                 f"none of the {len(adapters)} adapters ran: {base} reads the weights of "
                 f"{', '.join(sorted(adapters)[:3])} instead of calling them, and adapters there "
@@ -286,11 +287,14 @@ class Runner:
     def _names_of(self, model: ParticleModel, name: str) -> Names:
         if name not in self._names:
             method = _method(model.base, name)
+            if isinstance(method, StackedModule):  # copies of the whole base
+                method = method.template
             self._names[name] = Names(method.forward if isinstance(method, nn.Module) else method)
         return self._names[name]
 
     def _without_cache(self, model: ParticleModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if model.training and "use_cache" in self._names_of(model, "forward").order:
+        whole = isinstance(model.base, StackedModule)  # vmap returns tensors, which a cache is not
+        if (model.training or whole) and "use_cache" in self._names_of(model, "forward").order:
             return {"use_cache": False} | kwargs
         return kwargs
 

@@ -169,30 +169,42 @@ def _is_conv1d(layer: nn.Module) -> bool:
     return module is not None and isinstance(layer, module.Conv1D)
 
 
+def check_copied(base: nn.Module) -> None:
+    """Raise TypeError or ValueError where particles cannot be copies of the whole base."""
+    parameters = list(base.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            f"full copies train what requires gradients in the base, and none of the "
+            f"{len(parameters)} parameters of {type(base).__name__} does"
+        )
+    _check_saved("", base)
+
+
 def _check_saved(name: str, module: nn.Module) -> None:
+    """name: "" for a whole base, which is copied."""
+    what = f"modules_to_save {name!r}" if name else f"the base {type(module).__name__}"
     for inner in module.modules():
         if has_own_forward(inner) and not _is_trainable(inner):
             raise TypeError(
-                f"modules_to_save {name!r} contains a {type(inner).__name__}, whose packed weight "
+                f"{what} contains a {type(inner).__name__}, whose packed weight "
                 "cannot be trained; adapt it, or keep it out of the quantisation"
             )
     if any(isinstance(m, _BatchNorm) for m in module.modules()):
         raise TypeError(
-            f"modules_to_save {name!r} contains BatchNorm, whose running statistics cannot "
-            "be kept for each particle"
+            f"{what} contains BatchNorm, whose running statistics cannot be kept for each particle"
         )
     for inner in module.modules():
         if type(inner).__name__ == "_SpectralNorm" or any(
             type(hook).__name__ == "SpectralNorm" for hook in inner._forward_pre_hooks.values()
         ):
             raise TypeError(
-                f"modules_to_save {name!r} has spectral normalisation, whose running vectors "
+                f"{what} has spectral normalisation, whose running vectors "
                 "cannot be kept for each particle"
             )
         plain = inner is module and type(inner) is nn.Embedding and inner.max_norm is None
         if isinstance(inner, nn.Embedding) and not plain and _has_special_rows(inner):
             raise TypeError(
-                f"modules_to_save {name!r} contains {inner}: inside another module, particles "
+                f"{what} contains {inner}: inside another module, particles "
                 "support embeddings without padding_idx and max_norm"
             )
 

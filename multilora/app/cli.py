@@ -241,8 +241,9 @@ def _train(args: argparse.Namespace) -> int:
     print_table([(settings.method, [result])])
     _print_sets(settings, result)
     last = settings.entry.saved(settings.particles) - 1
+    kind = "whole models" if settings.full else "PEFT adapters"
     print(
-        f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} (PEFT adapters) and "
+        f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} ({kind}) and "
         f"metrics.json.\nPictures: {out / RELIABILITY} (calibration), {out / HISTORY_PICTURE} "
         "(the course of training)."
     )

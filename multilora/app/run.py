@@ -304,7 +304,7 @@ def _closure(
 def _distance(model: ParticleModel) -> dict[str, float]:
     """The mean Frobenius distance ‖ΔW_i − ΔW_j‖ of two particles, over all adapted layers."""
     particles = model.num_particles
-    if particles == 1:
+    if particles == 1 or model.peft_config is None:
         return {}
     A, B, scaling = zip(*((a.lora_A, a.lora_B, a.scaling) for a in model.adapters()))
     squared = pairwise_frobenius(A, B, scaling).sum(0)
@@ -321,10 +321,10 @@ def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
     result = {
         "method": settings.method,
         "particles": settings.particles,
-        "rank": settings.rank,
+        "rank": None if settings.full else settings.rank,
         "seed": settings.seed,
         **result,
-        "vendi_weights": metrics.vendi(model.cosines()),
+        **({} if settings.full else {"vendi_weights": metrics.vendi(model.cosines())}),
         "step_ms": statistics.median(state.step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }
@@ -359,6 +359,8 @@ def _all_run(model: ParticleModel, method: Method) -> Iterator[None]:
     first, idle_heads = ", ".join([*layers][:5]), sorted(idle & heads.keys())
     if idle_heads:
         raise ValueError(f"the head {idle_heads[0]} did not run in the first step: it cannot learn")
+    if not layers:  # full copies
+        return
     if idle >= layers.keys():
         raise ValueError(
             f"none of the {len(layers)} adapters ran in the first step ({first}): the model reads "
@@ -377,21 +379,24 @@ def _all_run(model: ParticleModel, method: Method) -> Iterator[None]:
 def particle_model(task: Task, settings: Settings) -> ParticleModel:
     import peft
 
-    heads = [task.head] if isinstance(task.head, str) else task.head
+    heads = [task.head] if isinstance(task.head, str) else [*(task.head or ())]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=task.targets,
-        modules_to_save=heads and list(heads),
+        modules_to_save=heads or None,
     )
     # A task's heads are new.
     return get_particle_model(
         task.base,
-        config,
+        None if settings.full else config,
         settings.entry.trained(settings.particles),
         seed=settings.seed,
-        head_init="reset",
+        head_init="reset" if heads else None,
+        head=heads if settings.full else (),
+        # Copies of a model share no layers, and a loop is right for any model.
+        fold="loop" if settings.full else "batch",
     )
 
 
@@ -424,10 +429,14 @@ def load_run(
     task = make_task(settings, report)
     if adapter is not None:
         return load_particle_model(task.base, [adapter]), task, settings
-    particles = load_particle_model(task.base, folder)
+    particles = load_particle_model(task.base, folder, fold="loop" if settings.full else "batch")
     for name, theirs, here in (
         ("particles", settings.entry.saved(settings.particles), particles.num_particles),
-        ("rank", settings.rank, particles.peft_config.r),
+        (
+            "rank",
+            None if settings.full else settings.rank,
+            getattr(particles.peft_config, "r", None),
+        ),
     ):
         if theirs != here:
             raise ValueError(

@@ -47,6 +47,7 @@ class Settings(Checked):
         METHODS[DEFAULT_METHOD].particles,
         shown="that of the method",
     )
+    full: bool = option(FLAG, "train K copies of the whole model in place of adapters", False)
     rank: int = option(integer(1, 2**16), "rank of the adapters", 8)
     lora_alpha: float | None = option(
         number(1e6, positive=True),
@@ -121,6 +122,8 @@ class Settings(Checked):
             raise TypeError(f"options must be those of a task; got {self.options!r}")
         if self.particles > (self.entry.most_particles or self.particles):
             raise ValueError(f"{self.method} has 1 particle; got {self.particles}")
+        if self.full and self.entry.posthoc:
+            raise ValueError(f"{self.method} makes particles of an adapter, and full has none")
         if self.label_smoothing and "loss" in dict(self.method_args):
             raise ValueError(
                 "label_smoothing is part of the loss, cross-entropy: leave out one of it and the "

@@ -17,6 +17,7 @@ import torch
 from multilora import checks
 from multilora._version import __version__
 from multilora.app import info, soup
+from multilora.app.evaluation import evaluate, predictive
 from multilora.app.folders import (
     HISTORY_PICTURE,
     RELIABILITY,
@@ -29,7 +30,7 @@ from multilora.app.folders import (
 from multilora.app.options import add_argument, described
 from multilora.app.report import Progress, averaged, print_sets, print_table
 from multilora.app.robust import attacked_accuracies
-from multilora.app.run import evaluate, load_run, predictive, train
+from multilora.app.run import load_run, train
 from multilora.app.settings import DEFAULT_METHOD, MEASURED, SETTINGS, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
 from multilora.methods import METHODS

@@ -9,7 +9,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_colla
 
 from multilora import atomic, checks, losses, metrics
 from multilora.app import posthoc, untrusted
+from multilora.app.evaluation import evaluate, predictive
 from multilora.app.folders import (
     HISTORY,
     HISTORY_PICTURE,
@@ -57,7 +58,6 @@ from multilora.checkpoint import load_particle_model
 from multilora.methods import METHODS, Method
 from multilora.model import ParticleModel
 from multilora.ops import pairwise_frobenius
-from multilora.prediction import mc_dropout
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -470,80 +470,6 @@ def _vouched(options: Any, folder: Path, own: Mapping[str, Any]) -> Any:
         model_args=tuple((dict(theirs) | own_args).items()),
         from_file="model" not in given,
     )
-
-
-def predictive(model: ParticleModel, settings: Settings) -> contextlib.AbstractContextManager[None]:
-    """Inside, the model's particles are those that the run's measures are of."""
-    if settings.entry.posthoc == "mc_dropout":
-        return mc_dropout(model, settings.particles, seed=settings.seed)
-    return contextlib.nullcontext()
-
-
-def evaluate(
-    model: ParticleModel,
-    task: Task,
-    batch_size: int | None = None,
-    particle_chunk: int | None = None,
-    combine: str = "prob",
-) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Measures on the test set, and on the shifted and out-of-distribution sets of the task.
-
-    Args:
-        batch_size: Examples per forward; the task's own number where it is None.
-        particle_chunk: Particles per forward; all where it is None.
-        combine: As for `metrics.evaluate`.
-
-    Returns:
-        The measures, and the predictions p_k (K, N, C) on the test set with their targets (N,).
-        Measures of the test set are at the top. "shifted" has the measures of each shifted set by
-        name, and how well the entropy ("auroc") and the mutual information ("auroc_mi") tell it
-        from the test set; "corrupted" has their means over the sets. "ood" has each set's entropy,
-        mutual information and AUROCs, whose means are auroc_ood, auroc_ood_mi, ... at the top.
-    """
-    size = task.evaluation_batch if batch_size is None else batch_size
-    checks.integer("batch_size", size, 1)
-    chunk = model.num_particles if particle_chunk is None else particle_chunk
-
-    def predictions(data: Dataset) -> tuple[Tensor, Tensor]:
-        loader = DataLoader(data, size, collate_fn=task.collate)
-        return metrics.predict_loader(model, loader, chunk, forward=task.predict)
-
-    log_p, targets = predictions(task.test)
-
-    def told_apart(other: Tensor) -> dict[str, float]:
-        """How the predictions `other` differ from those on the test set: the ..._ood measures."""
-        every = metrics.evaluate(log_p, targets, combine, ood_logits=other)
-        return {name: value for name, value in every.items() if "ood" in name.split("_")}
-
-    result = metrics.evaluate(log_p, targets, combine)
-    ood = {name: told_apart(predictions(data)[0]) for name, data in task.ood.items()}
-    if ood:
-        result |= _means(ood.values()) | {"ood": {n: _plain(each) for n, each in ood.items()}}
-    shifted = {}
-    for name, data in task.shifted.items():
-        other, labels = predictions(data)
-        own = metrics.evaluate(other, labels, combine)
-        shifted[name] = {m: own[m] for m in _ON_SHIFTED} | _plain(told_apart(other))
-    if shifted:
-        means = _means([{m: each[m] for m in _ON_SHIFTED} for each in shifted.values()])
-        accuracies = {f"{name}_accuracy": each["accuracy"] for name, each in shifted.items()}
-        result |= {"shifted": shifted, "corrupted": means | accuracies}
-    return result, log_p.exp(), targets
-
-
-#: The measures of a set that has labels.
-_ON_SHIFTED = ("accuracy", "nll", "ece", "brier", "mutual_information")
-
-
-def _means(sets: Iterable[dict[str, float]]) -> dict[str, float]:
-    """The mean of each measure over data sets."""
-    rows = list(sets)
-    return {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
-
-
-def _plain(measures: dict[str, float]) -> dict[str, float]:
-    """auroc_ood_mi -> auroc_mi: the measures of a set that is named already."""
-    return {"_".join(w for w in n.split("_") if w != "ood"): v for n, v in measures.items()}
 
 
 def _to(x: Tensor | dict[str, Tensor], device: str | torch.device) -> Any:

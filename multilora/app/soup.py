@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from multilora import soups
-from multilora.app.run import evaluate
+from multilora.app.evaluation import evaluate
 from multilora.app.settings import Settings
 from multilora.app.tasks.task import Task
 from multilora.model import ParticleModel

@@ -64,8 +64,8 @@ class Features:
     def _see(self, name: str, module: nn.Module, _inputs: tuple, output: Any) -> None:
         t, fits = next(tensors(output)), True
         if not torch.compiler.is_compiling():
-            # A checkpoint's second run, the isolation check and one particle's view do not count.
-            state = None if forward_state.in_backward() else forward_state.current()
+            # The isolation check, the frozen base and one particle's view do not count.
+            state = forward_state.current()
             particles = self.model.num_particles
             if state is None or state.owner is not self.model or state.particles != particles:
                 return

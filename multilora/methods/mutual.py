@@ -96,7 +96,9 @@ class MutualLearning(WithSpread):
         if self.sigma_init == 0:
             require_different_particles(self.model, self.params, "mutual learning")
         self._terms = Terms(self.passes, self.loss, self.temperature)
-        self._features = Features(self.model, self.features) if self.features and beta else None
+        self._features = None
+        if self.features is not None and self.beta > 0 and self.passes.total > 1:
+            self._features = Features(self.model, self.features)
         self._weights = Weights(self.model, self.params)
         self._make_spread()
 
@@ -105,16 +107,17 @@ class MutualLearning(WithSpread):
         return weight > 0 and self.step >= self.start and self.passes.total > 1
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
-        features = self._features if self._acts(self.beta) else None
-        nothing = contextlib.nullcontext()
+        features, nothing = self._features, contextlib.nullcontext()
+        taps = features if features is not None and self._acts(self.beta) else tuple
         with (
             self._spread.undone_on_error(),
             moving(self.params) if self.sigma_init > 0 else nothing,
+            # In the first stage too: torch.compile keeps the hooks that it finds in its first call.
             features.watched() if features is not None else nothing,
         ):
             epsilon = self._spread.move()  # θ = μ + σε
             terms = partial(self._terms, self.beta)
-            grads, stats = self._together(closure, self.loss, terms, scale, taps=features or tuple)
+            grads, stats = self._together(closure, self.loss, terms, scale, taps=taps)
         self._spread.pull(grads, epsilon, scale, self.kl_weight, self.prior_std)
         accumulate(self.params, self._with_prior(grads, self.kl_weight / self.prior_std**2, scale))
         stats = self.passes.log(stats)

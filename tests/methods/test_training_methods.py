@@ -121,7 +121,6 @@ TAKEN = {
     "total_steps": (None,),
     "prior_precision": ZERO,
     "floor": ZERO,
-    "temperature": ZERO,
     "kl_weight": ZERO,
 }
 NEEDED = {
@@ -139,6 +138,7 @@ every_kind = pytest.mark.parametrize(
 def taken(kind, argument, value):
     # A σ of zero has no logarithm to train.
     these = () if (kind, argument) == (ml.Variational, "sigma") else TAKEN.get(argument, ())
+    these = ZERO if (kind, argument) == (ml.SGLD, "temperature") else these
     these = (math.inf,) if (kind, argument) == (ml.SGLD, "prior_std") else these
     return any(type(t) is type(value) and t == value for t in these)
 

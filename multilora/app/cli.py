@@ -332,6 +332,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     out = Path(args.out)
+    if args.alpha is not None:
+        checks.number("--alpha", args.alpha, 0, 1)
     check_export(out)
     model, task, settings = _load(args, _OWN)
     weights = soup.weights(model, task, settings, args.soup, args.alpha)

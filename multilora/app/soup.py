@@ -26,7 +26,7 @@ def weights(
 
     Args:
         kind: "greedy" and "wise" are chosen by the accuracy on the task's validation examples.
-        alpha: the weight of the mean, with kind "wise", in place of that choice.
+        alpha: the weight of the mean in [0, 1], with kind "wise", in place of that choice.
 
     Raises:
         ValueError: There are no validation examples, or alpha is given for another kind.

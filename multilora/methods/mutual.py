@@ -96,9 +96,8 @@ class MutualLearning(WithSpread):
         if self.sigma_init == 0:
             require_different_particles(self.model, self.params, "mutual learning")
         self._terms = Terms(self.passes, self.loss, self.temperature)
-        self._features = None
-        if self.features is not None and self.beta > 0 and self.passes.total > 1:
-            self._features = Features(self.model, self.features)
+        names = self.features if self.beta > 0 and self.passes.total > 1 else None
+        self._features = Features(self.model, names) if names else None
         self._weights = Weights(self.model, self.params)
         self._make_spread()
 
@@ -112,8 +111,7 @@ class MutualLearning(WithSpread):
         with (
             self._spread.undone_on_error(),
             moving(self.params) if self.sigma_init > 0 else nothing,
-            # In the first stage too: torch.compile keeps the hooks that it finds in its first call.
-            features.watched() if features is not None else nothing,
+            features.watched() if features is not None else nothing,  # in the first stage too
         ):
             epsilon = self._spread.move()  # θ = μ + σε
             terms = partial(self._terms, self.beta)
@@ -126,8 +124,7 @@ class MutualLearning(WithSpread):
                 self.passes, self._weights, self._spread, self.distance, scale * self.alpha
             )
             accumulate([*self.params, *self.parameters()], grads)
-            stats["loss"] = stats["loss"] - self.alpha * distance
-            stats["weight_distance"] = distance
+            stats |= {"loss": stats["loss"] - self.alpha * distance, "weight_distance": distance}
         return self._with_sigma(stats)
 
     def _require_capturable(self) -> None:

@@ -110,9 +110,9 @@ class Groups:
         """The smallest 2h² (G,): of an adapter, floor · s² mean_i ‖A_i‖²."""
         floors = D.new_full((len(D),), _FLOOR)
         if self.lora_A:
-            norms = torch.stack(torch._foreach_norm([theta[A] for A in self.lora_A])).to(D)
-            s = D.new_tensor(self.scaling)
-            floors[: len(norms)] += floor * (s * norms).square() / D.shape[-1]
+            norms = torch._foreach_norm([theta[A] for A in self.lora_A])
+            scaled = torch.stack(torch._foreach_mul(norms, self.scaling)).to(D)
+            floors[: len(scaled)] += floor * scaled.square() / D.shape[-1]
         return floors
 
     def _adapter_directions(

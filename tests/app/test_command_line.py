@@ -192,7 +192,9 @@ def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
 
 NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
-MEANT = {"seed": [0], "weight_decay": [0]}
+MEANT = dict.fromkeys(
+    ["seed", "weight_decay", "lora_dropout", "label_smoothing", "mixup", "validation", "alpha"], [0]
+)
 #: One of each kind: a setting is a field of one of them.
 SETTINGS = [
     Settings(),
@@ -227,7 +229,7 @@ def test_a_setting_that_means_nothing_is_refused_by_name(name, value):
 
 
 def test_other_fields_are_refused_by_name_too():
-    assert len(NUMBERS) == 10
+    assert len(NUMBERS) == 15
     for settings in SETTINGS:
         for field in fields(settings):
             # No file and no option gives these two.
@@ -254,7 +256,7 @@ def options():
 
 def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
     numeric = options()
-    by_command = {"train": {*NUMBERS, *OTHERS}, "kernels": {*OF_KERNELS}}
+    by_command = {"train": {*NUMBERS, *OTHERS}, "kernels": {*OF_KERNELS}, "export": {"alpha"}}
     assert {(c, dest) for c, _, dest in numeric} == {
         (c, dest) for c, dests in by_command.items() for dest in dests
     }
@@ -265,7 +267,8 @@ def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
             task = ["--compare"] if dest == "seeds" else []
             if dest == "max_length":
                 task = ["--task", "boolq", "--model", "m", "--data", "d"]
-            arguments = [command, *task, option, str(value)]
+            folders = ["no run", str(tmp_path / "out")] if command == "export" else []
+            arguments = [command, *folders, *task, option, str(value)]
             if command == "train":
                 arguments += ["--out", str(tmp_path / "run")]
             try:

@@ -114,9 +114,10 @@ def test_evaluate_measures_the_accuracy_under_attack(run, capsys):
 def test_images_are_attacked_in_the_normalisation_of_their_model():
     base = images.create_base("vit_tiny_patch16_224", 2, pretrained=False, img_size=32)
     options = images.Options(model="vit_tiny_patch16_224", data="-", model_args=(("img_size", 32),))
-    task = images.image_task(options, base, [], [], ["a", "b"])
+    task = images.image_task(options, base, [], [], ["a", "b"], None)
     config = images.data_config(base)
-    assert task.pixels == (config["mean"], config["std"]) and len(task.pixels[0]) == 3
+    mean, std = task.normalisation
+    assert (mean, std) == (config["mean"], config["std"]) and len(mean) == 3
 
 
 def test_other_inputs_are_refused(run):
@@ -125,7 +126,7 @@ def test_other_inputs_are_refused(run):
     with pytest.raises(ValueError, match="--fgsm needs a task whose inputs are images"):
         attacked_accuracies(model, text)
     with pytest.raises(ValueError, match="dverge needs a task whose inputs are images"):
-        training.make_method(settings(), model, 10, text.pixels)
+        training.make_method(settings(), model, 10, text.normalisation)
 
 
 def test_one_particle_is_refused(tmp_path, capsys):

@@ -192,9 +192,8 @@ def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
 
 NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
-MEANT = dict.fromkeys(
-    ["seed", "weight_decay", "lora_dropout", "label_smoothing", "mixup", "validation", "alpha"], [0]
-)
+FROM_ZERO = "seed weight_decay lora_dropout label_smoothing mixup validation alpha".split()
+MEANT = {name: [0] for name in FROM_ZERO}
 #: One of each kind: a setting is a field of one of them.
 SETTINGS = [
     Settings(),

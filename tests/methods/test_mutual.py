@@ -356,7 +356,7 @@ class TestTheSchedule:
         for name in ("mutual", "base"):
             monkeypatch.setattr(f"multilora.methods.{name}.is_captured", lambda _: True)
         method = ml.MutualLearning(model, start=2, nonfinite="ignore")
-        with pytest.raises(RuntimeError, match="MutualLearning changes at call 2: capture from there on"):
+        with pytest.raises(RuntimeError, match="changes at call 2: capture from there on"):
             method.backward(lambda: (model(x), y))
         # In its last stage only the weights act: nothing of them needs the capturing device.
         method.step = 2

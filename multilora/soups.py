@@ -117,7 +117,8 @@ def wise(model: Any, score: Score, alphas: Tensor | Sequence[float] | None = Non
     All α are scored in one call, with the weights α/K for every particle. WiSE-FT interpolates a
     head only where the base had one for the same classes. So it is for models without
     `modules_to_save`: language models, or CLIP with the frozen head of its text encoder. With a
-    module to save, α scales the adapters alone, below the mean head, and this function warns.
+    module to save, α scales the adapters alone, below the mean head, and this function warns. For
+    full copies α interpolates every tensor.
 
     Args:
         model: a ParticleModel.
@@ -139,7 +140,7 @@ def wise(model: Any, score: Score, alphas: Tensor | Sequence[float] | None = Non
     ).double()
     if tried.ndim != 1 or not tried.numel() or not tried.isfinite().all():
         raise ValueError(f"alphas must be a list of finite numbers; got {alphas!r}")
-    heads = [name for name, _ in model.stacked_modules()]
+    heads = [name for name, _ in model.stacked_modules() if name]  # a whole base has no name
     if heads:
         warnings.warn(
             f"wise scales the adapters below the mean of {', '.join(heads)}, which the base did "

@@ -106,6 +106,8 @@ class ParticleTrainer(Trainer):
             raise TypeError(f"model must be a ParticleModel; got {type(model).__name__}")
         if not callable(method):
             raise TypeError(f"method must be a callable, model -> Method; got {method!r}")
+        if model.peft_config is None:
+            raise ValueError("ParticleTrainer trains adapters; full copies need a loop of your own")
         if model.processes.data is not None or model.processes.particle is not None:
             raise ValueError("make the model without a mesh: Trainer shares the data by itself")
         _check_options(args, options)

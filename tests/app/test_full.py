@@ -15,16 +15,19 @@ SHORT = ["--steps", "6", "--shots", "4", "--lr", "1e-3", "--particles", "2", "--
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The digits ViT is pretrained once for this file, a little and on a third of the data."""
+    """The digits ViT is pretrained once for this file, a little and on a part of the data."""
     images, labels = digits._load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(digits._PRETRAINING, "steps", 60)
-        patch.setattr(digits, "_load_digits", lambda: (images[:600], labels[:600]))
+        patch.setattr(digits, "_load_digits", lambda: (images[:250], labels[:250]))
         yield
 
 
-@pytest.mark.parametrize("method", ["ensemble", "svgd", "ibdr", "bbb"])
+@pytest.mark.parametrize(
+    "method",
+    ["ensemble", *(pytest.param(m, marks=pytest.mark.slow) for m in ("svgd", "ibdr", "bbb"))],
+)
 def test_methods_train_copies_of_the_whole_model(method, tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["train", *SHORT, "--full", "--method", method, "--out", str(out)]) == 0

@@ -17,12 +17,12 @@ SHORT = {"steps": 8, "shots": 4, "lr": 0.02, "particles": 3}
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """The digits ViT is pretrained once for this file, a little and on a third of the data."""
+    """The digits ViT is pretrained once for this file, a little and on a part of the data."""
     images, labels = digits._load_digits()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setitem(digits._PRETRAINING, "steps", 60)
-        patch.setattr(digits, "_load_digits", lambda: (images[:600], labels[:600]))
+        patch.setattr(digits, "_load_digits", lambda: (images[:250], labels[:250]))
         yield
 
 
@@ -53,8 +53,15 @@ def test_one_particle_is_trained_and_k_are_saved(method, tmp_path, capsys):
     assert again["member_nll"] == pytest.approx(result["member_nll"], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["tfb", "laplace"])
-@pytest.mark.parametrize("stop", ["training", "particles"])
+@pytest.mark.parametrize(
+    "method, stop",
+    [
+        ("tfb", "particles"),
+        pytest.param("tfb", "training", marks=pytest.mark.slow),
+        pytest.param("laplace", "particles", marks=pytest.mark.slow),
+        pytest.param("laplace", "training", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_to_the_same_numbers(method, stop, tmp_path, monkeypatch):
     whole = training.train(settings(method), tmp_path / "whole", save_every=4)
 

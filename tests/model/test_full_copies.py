@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 import multilora as ml
 from models import FAMILIES, logits_of
 from multilora.checkpoint import load_particles
+from multilora.integrations.transformers import ParticleTrainer
 from oracles import relative_error
 
 
@@ -145,7 +147,13 @@ def test_tied_weights_stay_one(tmp_path):
     assert torch.equal(logits_of(loaded(**x)), expected)
 
 
-def test_half_precision_has_float32_masters():
+def test_half_precision_has_float32_masters(tmp_path):
+    base, model = copies("mlp", dtype=torch.float16)
+    with torch.no_grad():
+        model.particle_parameters()[0][0, 0, 0] = 1e5  # beyond float16, not beyond the masters
+    model.save_pretrained(tmp_path)
+    loaded = ml.load_particle_model(base, tmp_path)
+    assert loaded.particle_parameters()[0][0, 0, 0] == 1e5
     base, model = copies("mlp", dtype=torch.bfloat16)
     assert all(p.dtype == torch.float32 for p in model.particle_parameters())
     x = FAMILIES["mlp"].inputs(dtype=torch.bfloat16)
@@ -261,6 +269,23 @@ def test_mixtures_interpolate_between_the_base_and_the_copies():
             for n, p in plain.items()
         }
         assert relative_error(row, functional_call(base, mixed, (), x)) < 1e-6
+
+
+def test_wise_soups_begin_at_the_base():
+    base, model = copies()
+    x = FAMILIES["vit"].inputs(4)
+    seen = []
+
+    def score(weights):
+        with model.mixtures(weights), torch.no_grad():
+            seen.append(model(**x))
+        return torch.tensor([0.0, 2.0, 1.0])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "wise scales the adapters")
+        weights = ml.soups.wise(model, score, [0.0, 0.5, 1.0])
+    assert weights.tolist() == pytest.approx([0.5 / 3] * 3)
+    assert relative_error(seen[0][0], base(**x)) < 1e-6
 
 
 class TestFiles:
@@ -424,6 +449,8 @@ class TestRefusals:
         assert not (tmp_path / "soup").exists()
         with pytest.raises(ValueError, match="needs an adapted layer; this model has none"):
             model.cosines()
+        with pytest.raises(ValueError, match="full copies need a loop of your own"):
+            ParticleTrainer(model, method=ml.Ensemble)
         one = ml.get_particle_model(FAMILIES["vit"].build(), None, 1)
         with pytest.raises(ValueError, match="ΔW of its 0 adapters is zero"):
             ml.posthoc.bayesianize(one, lambda model: 0.0, 0.1)

@@ -19,7 +19,7 @@ from multilora.layers import (
     StackedModule,
     has_own_forward,
 )
-from multilora.model import ParticleModel
+from multilora.model import MOST_PARTICLES, ParticleModel
 from multilora.parallel import Processes
 from multilora.targets import (
     Target,
@@ -37,9 +37,6 @@ from multilora.trunk import check_cut
 if TYPE_CHECKING:
     import peft
     from torch.distributed.device_mesh import DeviceMesh
-
-#: No machine has memory for more particles.
-_MOST = 2**20
 
 
 def get_particle_model(
@@ -225,7 +222,7 @@ def _check_options(
     fold: str,
     check_isolation: bool,
 ) -> None:
-    checks.integer("num_particles", num_particles, 1, _MOST)
+    checks.integer("num_particles", num_particles, 1, MOST_PARTICLES)
     if head_init is not None:
         checks.choice("head_init", head_init, ("reset", "copy"))
     checks.choice("fold", fold, ("batch", "loop"))

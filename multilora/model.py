@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     import peft
 
 
+#: No machine has memory for more particles.
+MOST_PARTICLES = 2**20
+
+
 class Adapter(NamedTuple):
     """One adapted layer: ΔW_k = scaling · lora_B[k] @ lora_A[k]."""
 

@@ -45,6 +45,7 @@ def test_methods_train_copies_of_the_whole_model(method, tmp_path, capsys):
     assert again["nll"] == pytest.approx(metrics["nll"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_numbers(tmp_path):
     settings = recommended("digits", "ensemble", full=True, steps=6, shots=4, lr=1e-3, particles=2)
 

@@ -50,6 +50,7 @@ def settings(**changes):
     return Settings.of({"task": "digits", "shots": 5, **given})
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_numbers(run, tmp_path):
     def killed(step, *_):
         if step == 3:

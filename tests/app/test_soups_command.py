@@ -75,7 +75,10 @@ def test_evaluate_measures_a_soup_beside_the_particles(run, kind, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:wise scales the adapters")
-@pytest.mark.parametrize("options", [["greedy"], ["wise"], ["wise", "--alpha", "0.25"]])
+@pytest.mark.parametrize(
+    "options",
+    [["greedy"], pytest.param(["wise"], marks=pytest.mark.slow), ["wise", "--alpha", "0.25"]],
+)
 def test_an_exported_soup_measures_as_it_did(run, options, tmp_path, capsys):
     out = tmp_path / "soup"
     assert cli.main(["export", str(run), str(out), "--soup", *options]) == 0
@@ -166,6 +169,7 @@ def test_label_smoothing_and_mixup_reach_the_loss(tmp_path, monkeypatch):
     assert history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_mixup_resumes_to_the_same_numbers(tmp_path):
     settings = recommended(
         "digits", "ensemble", shots=10, particles=2, steps=8, mixup=0.4, label_smoothing=0.1

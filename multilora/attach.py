@@ -198,6 +198,13 @@ def _copied(
     if head_init == "reset" and not names:
         raise ValueError('head_init="reset" needs the names of the modules to redraw: head')
     redrawn = _redrawn_heads(base, {name: modules[name] for name in names}, head_init)
+    if len(seeds) > 1 and not redrawn and head_init is None:
+        warnings.warn(
+            f"the {len(seeds)} copies of {type(base).__name__} start equal, and stay so on equal "
+            'batches: name a head to redraw (head, head_init="reset"), set them apart, or say with '
+            'head_init="copy" that this is meant',
+            stacklevel=3,
+        )
     copies = StackedModule(base, len(seeds))
     copies.train(base.training)
     for parameter, original in zip(copies.module.parameters(), base.parameters()):

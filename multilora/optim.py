@@ -55,7 +55,8 @@ def clip_grad_norm_(
         The norms before clipping, (K,), on the device of the first tensor; zeros without gradients.
 
     Raises:
-        ValueError: an argument is out of range, or the tensors are not stacked.
+        ValueError: an argument is out of range, the tensors are not stacked, or the method draws
+            its particles from a posterior (`Method.trains_particles`), whose gradients they are.
         TypeError: the parameters are separate ones.
         RuntimeError: a norm is not finite and error_if_nonfinite is set; nothing is clipped then.
     """
@@ -63,6 +64,11 @@ def clip_grad_norm_(
     if not max_norm >= 0 or not norm_type > 0:
         raise ValueError(
             f"clipping needs max_norm >= 0 and norm_type > 0; got {max_norm} and {norm_type}"
+        )
+    if not getattr(model, "trains_particles", True):
+        raise ValueError(
+            f"the particles of {type(model).__name__} have no gradients to clip: use "
+            "torch.nn.utils.clip_grad_norm_(method.parameters(), max_norm)"
         )
     params = stacked_tensors(model)
     grads, device = [p.grad for p in params if p.grad is not None], params[0].device

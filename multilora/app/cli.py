@@ -310,7 +310,11 @@ def _load(args: argparse.Namespace, names: Sequence[str], adapter: str | None = 
 def _evaluate(args: argparse.Namespace) -> int:
     if args.adapter is not None and args.soup is not None:
         raise ValueError("--adapter is one soup already: leave out --soup")
+    if args.data is not None and args.soup in ("greedy", "wise"):
+        raise ValueError(f"--soup {args.soup} is chosen on the run's own data: leave out --data")
     model, task, settings = _load(args, (*_OWN, *MEASURED), args.adapter)
+    if args.fgsm and settings.combine == "logit":
+        raise ValueError("--fgsm attacks the mean probabilities: give --combine prob")
     name, chunk = "adapter", None
     with contextlib.ExitStack() as stack:
         if args.adapter is None:
@@ -335,6 +339,9 @@ def _export(args: argparse.Namespace) -> int:
     if args.alpha is not None:
         checks.number("--alpha", args.alpha, 0, 1)
     check_export(out)
+    chosen = args.soup in ("greedy", "wise") and args.alpha is None
+    if args.data is not None and chosen:
+        raise ValueError(f"--soup {args.soup} is chosen on the run's own data: leave out --data")
     model, task, settings = _load(args, _OWN)
     weights = soup.weights(model, task, settings, args.soup, args.alpha)
     lost = model.soup(out, "svd" if args.soup == "svd" else "exact", weights)

@@ -37,8 +37,8 @@ def add_sets(task: Task, settings: Settings, report: Report) -> Task:
 def _transform(task: Task, settings: Settings) -> Callable[[Any], Any]:
     if task.transform is None:
         raise ValueError(
-            "--shift and --ood are for tasks that read images from files, images and vtab; got the "
-            f"task {settings.task!r}"
+            "--shift and --ood are for tasks that read images from files: images, vtab, clip; got "
+            f"the task {settings.task!r}"
         )
     return task.transform
 

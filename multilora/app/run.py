@@ -121,13 +121,17 @@ def make_method(
     return settings.entry.make(model, **keywords)
 
 
+#: Keywords of methods that other settings decide.
+_NOT_GIVEN = ("model", "seed", "lr", "num_data", "total_steps", "accumulation", "mean", "std")
+
+
 def _check_method_args(method: str, given: dict[str, Any]) -> None:
     """Raise ValueError if the method does not take the keywords that are given."""
     entry = METHODS[method]
     parameters = inspect.signature(entry.make).parameters
     defaults = {name: p.default for name, p in parameters.items()}
     defaults |= posthoc.arguments(entry.posthoc)
-    known = [name for name in defaults if name not in ("model", "seed")]
+    known = [name for name in defaults if name not in _NOT_GIVEN]
     unknown = sorted(given.keys() - set(known))
     if unknown:
         raise ValueError(f"{method} has the arguments {known}; got {unknown}")
@@ -388,7 +392,7 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
         modules_to_save=heads or None,
     )
     # A task's heads are new.
-    return get_particle_model(
+    model = get_particle_model(
         task.base,
         None if settings.full else config,
         settings.entry.trained(settings.particles),
@@ -398,6 +402,21 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
         # Copies of a model share no layers, and a loop is right for any model.
         fold="loop" if settings.full else "batch",
     )
+    if settings.full and not heads and settings.method != "single":
+        _set_apart(model)
+    return model
+
+
+@torch.no_grad()
+def _set_apart(model: ParticleModel) -> None:
+    """Add noise to each copy's matrices, of 1 % of their standard deviation: copies of a pretrained
+    model without a new head would stay equal for ever."""
+    for particle, seed in enumerate(model.processes.own(model.seeds)):
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.particle_parameters():
+            if p.ndim > 2:
+                noise = torch.randn(p.shape[1:], generator=generator).to(p)
+                p[particle] += 0.01 * p[particle].std() * noise
 
 
 def load_run(
@@ -425,6 +444,8 @@ def load_run(
     settings = read_settings(folder)
     measured = {n: own.pop(n) for n in MEASURED if n in own}
     given = {name: value for name, value in measured.items() if value is not None}
+    if own.get("data") is not None:
+        given["validation"] = 0  # that part is of the run's own data
     settings = replace(settings, options=_vouched(settings.options, folder, own), **given)
     task = make_task(settings, report)
     if adapter is not None:

@@ -57,7 +57,12 @@ class Settings(Checked):
     )
     seed: int = option(integer(0, 2**32 - 1), "seed of the data, the particles and the noise", 0)
     steps: int = option(integer(1, MAX_STEPS), "number of optimizer steps", 200)
-    batch_size: int = option(integer(1, 2**20), "batch size; all particles see the same batch", 16)
+    batch_size: int = option(
+        integer(1, 2**20),
+        "batch size; all particles see the same batch, or in bbb, blob and sa_bnn each a part",
+        16,
+        shown="16; rounded up to a multiple of K where it is split",
+    )
     lr: float = option(number(1e3, positive=True), "learning rate of the optimizer", 3e-3)
     method_lr: float | None = option(
         number(1e3, positive=True),
@@ -122,6 +127,10 @@ class Settings(Checked):
             raise TypeError(f"options must be those of a task; got {self.options!r}")
         if self.particles > (self.entry.most_particles or self.particles):
             raise ValueError(f"{self.method} has 1 particle; got {self.particles}")
+        if self.entry.posthoc == "mc_dropout" and self.lora_dropout == 0:
+            raise ValueError("mc_dropout needs lora_dropout > 0; got 0")
+        if self.full and self.method in ("blob", "dverge"):
+            raise ValueError(f"{self.method} needs adapters, and full has none")
         if self.full and self.entry.posthoc:
             raise ValueError(f"{self.method} makes particles of an adapter, and full has none")
         if self.label_smoothing and "loss" in dict(self.method_args):
@@ -219,6 +228,11 @@ def recommended(
         recipe = {"particles": entry.particles, "lora_dropout": entry.lora_dropout}
     if task in TASKS:
         recipe |= TASKS[task].Options.recipe(task, method, given)
+    if method in METHODS and METHODS[method].split_batch and "batch_size" not in given:
+        # A part of the same size for each particle.
+        particles = given.get("particles", recipe["particles"])
+        size = recipe.get("batch_size", described(Settings)["batch_size"].default)
+        recipe["batch_size"] = -(-size // particles) * particles
     method_args = recipe.pop("method_args", {}) | dict(given.pop("method_args", ()))
     chosen = {"task": task, "method": method} | recipe | given
     return Settings.of(chosen | {"method_args": tuple(method_args.items())})

@@ -36,7 +36,7 @@ _SIZES = {
             num_heads heads num_kv_heads cardinality growth_rate
             num_attention_heads num_key_value_heads n_head
         """,
-        2048: "img_size",
+        2048: "img_size image_size",
         2**16: """
             embed_dim embed_dims dim dims width widths channels num_features head_dim key_dim
             head_hidden_size hidden_sizes base_width stem_width stem_size stem_chs

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         self.vision_model = model.vision_model
         self.visual_projection = model.visual_projection
         self.head = nn.Linear(classes.shape[1], classes.shape[0], bias=False, device="meta")
-        self.head.weight = nn.Parameter(classes)
+        self.head.weight = nn.Parameter(classes, requires_grad=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         image = self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
@@ -79,7 +79,7 @@ def classifier(
     if tokenizer is None:
         raise ValueError("beside a CLIPModel its tokenizer is needed: classifier(tokenizer=...)")
     model.eval()
-    prompts = [template.format(name) for name in class_names]
+    prompts = [template.replace("{}", name) for name in class_names]
     tokens = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
     longest, limit = tokens.input_ids.shape[1], model.config.text_config.max_position_embeddings
     if longest > limit:

@@ -180,6 +180,8 @@ class ParticleTrainer(Trainer):
                 self.optimizer = self._each_particle(kind, options, own)
         super().create_optimizer(*args, **kwargs)
         optimizer: Any = self.optimizer
+        if self.method.needs_plain_sgd:
+            _require_plain_sgd(self.method, optimizer, self.args)
         given = {
             id(p.stacked if isinstance(p, SeparateParameter) else p)
             for group in optimizer.param_groups
@@ -536,6 +538,19 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, model: ParticleModel) -> 
             f"{type(optimizer).__name__} may take a stacked tensor (K, ...) for one parameter: "
             "make it over model.particle_parameters(separate=True), or one for every particle, "
             "multilora.optim.EachParticle"
+        )
+
+
+def _require_plain_sgd(method: Method, optimizer: Any, args: TrainingArguments) -> None:
+    inner = getattr(optimizer, "optimizer", optimizer)
+    plain = type(inner) is torch.optim.SGD and not any(
+        group["momentum"] or group["weight_decay"] for group in inner.param_groups
+    )
+    if not plain or args.max_grad_norm:
+        raise ValueError(
+            f"{type(method).__name__} needs plain SGD, whose steps give its noise the right size: "
+            f'optim="sgd", weight_decay=0 and max_grad_norm=0; got {type(inner).__name__} and '
+            f"max_grad_norm={args.max_grad_norm}"
         )
 
 

@@ -64,6 +64,8 @@ class Method:
     #: Whether the particles get gradients. Otherwise the particles are draws of a posterior, which
     #: `parameters()` is, and which begins with a mean for each of `params`, in their order.
     trains_particles = True
+    #: Whether only plain SGD steps right along the gradients: no momentum, decay or clipping.
+    needs_plain_sgd = False
     #: Processes along the particles compare their batches in every so many calls, by a digest of
     #: the targets and, where predictions interact, of the model's inputs. All need the same number.
     compare_batches = 1

@@ -67,6 +67,8 @@ class DVERGE(Ensemble):
             )
         taps = [name for name, _ in self.model.lora_layers()] if tap is None else tap
         self.taps = [taps] if isinstance(taps, str) else list(taps)
+        if not self.taps:
+            raise ValueError("DVERGE needs adapted layers, or the names of modules to tap: tap")
 
     def batch(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """What the particles learn from a batch: images of other particles, and their labels.
@@ -103,4 +105,4 @@ class DVERGE(Ensemble):
             particle_chunk=self.passes.chunk,
         )
         z = processes.own(processes.gather(z).roll(shift, 0))
-        return z, y.roll(1, 0).expand(len(z), -1)
+        return z, y.roll(1, 0).expand(len(z), *y.shape)

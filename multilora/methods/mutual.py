@@ -87,7 +87,7 @@ class MutualLearning(WithSpread):
         self.beta = checks.number("beta", beta, 0)
         self.features = checked_names(features, self.beta)
         self.temperature = checks.number("temperature", temperature, 0, open_low=True)
-        self.start = first_step(start, total_steps)
+        self.start = first_step(start, total_steps) if self.alpha > 0 or self.beta > 0 else 0
         self.distance = checked_distance(distance, self.alpha)
         self._check_spread(sigma, learn_sigma, prior_std, seed)
         self.kl_weight = checks.number("kl_weight", kl_weight, 0)

@@ -39,6 +39,8 @@ class Noise:
         if which == "A":
             if not hasattr(passes.model, "adapters"):
                 raise ValueError('noise="A" needs a ParticleModel, whose tensors have names')
+            if not passes.model.adapters():
+                raise ValueError('noise="A" needs adapters, and full copies have none')
             noisy &= {adapter.lora_A for adapter in passes.model.adapters()}
             if not noisy:
                 raise ValueError('noise="A" needs a lora_A that is trained, and all are frozen')

@@ -31,7 +31,8 @@ class Groups:
         self.scaling = [a.scaling for a in adapters]
         # A head's weight and bias belong together.
         self.dense = [[p] for p in params]
-        if hasattr(model, "heads"):
+        self.has_modules = hasattr(model, "heads")
+        if self.has_modules:
             self.dense = [list(head.values()) for _, head in model.heads()]
         self.params = params
 
@@ -107,13 +108,21 @@ class Groups:
         return {p: group_of[p] for p in self.params}
 
     def _floors(self, theta: dict[Tensor, Tensor], D: Tensor, floor: float) -> Tensor:
-        """The smallest 2h² (G,): of an adapter, floor · s² mean_i ‖A_i‖²."""
-        floors = D.new_full((len(D),), _FLOOR)
+        """The smallest 2h² (G,): of an adapter, floor · s² mean_i ‖A_i‖²; of a module, floor ·
+        mean_i ‖θ_i‖². Plain tensors have none, as their origin may mean nothing."""
+        norms: list[Tensor] = []
         if self.lora_A:
-            norms = torch._foreach_norm([theta[A] for A in self.lora_A])
-            scaled = torch.stack(torch._foreach_mul(norms, self.scaling)).to(D)
-            floors[: len(scaled)] += floor * scaled.square() / D.shape[-1]
+            norms += torch._foreach_norm([theta[A] for A in self.lora_A])
+            norms = list(torch._foreach_mul(norms, self.scaling))
+        if self.has_modules:
+            norms += [self._flat_norm(theta, group) for group in self.dense]
+        floors = D.new_full((len(D),), _FLOOR)
+        if norms:
+            floors[: len(norms)] += floor * torch.stack(norms).to(D).square() / D.shape[-1]
         return floors
+
+    def _flat_norm(self, theta: dict[Tensor, Tensor], group: list[Tensor]) -> Tensor:
+        return torch.stack(torch._foreach_norm([theta[t] for t in group])).norm()
 
     def _adapter_directions(
         self,

@@ -48,6 +48,8 @@ class SGLD(Ensemble):
         TypeError, RuntimeError: see `Method`.
     """
 
+    needs_plain_sgd = True
+
     def __init__(
         self,
         model: Any,
@@ -79,7 +81,8 @@ class SGLD(Ensemble):
         self._noise = Noise(self.passes, "all", self.seed)
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
-        lr = checks.number("lr", self.lr() if callable(self.lr) else self.lr, 0, open_low=True)
+        lr = float(self.lr()) if callable(self.lr) else self.lr
+        lr = checks.number("lr", lr, 0, open_low=True)
         size = math.sqrt(2 * self.temperature * self.accumulation / self.num_data / lr)
         with self._noise.undone_on_error():
             stats = super()._backward(closure, scale)

@@ -48,9 +48,10 @@ class SVGD(Method):
             that γ means the same in both.
         bandwidth: "median", 2h² = median of the off-diagonal D / log(K + 1), without gradient; or
             a number, h, in [1e-6, 1e18].
-        floor: the smallest 2h² of an adapter under "median", in units of s² mean_i ‖A_i‖². All
-            distances are zero at B = 0, and without a floor the repulsion would be many times the
-            drive in the first steps.
+        floor: the smallest 2h² under "median", in units of s² mean_i ‖A_i‖² for an adapter and of
+            mean_i ‖θ_i‖² for a head or another module. Distances are zero at B = 0 and between
+            copies, and without a floor the repulsion would be many times the drive in the first
+            steps. Plain tensors have none.
         drive: "own", particle i moves by its own gradient (Bella's eq. 4); or "mix", the textbook
             (1/K) Σ_j k_ij ∇_j ℓ_j.
         repulse: "own", +∇_{θ_i} k_ij under descent (eq. 4 prints a minus, which would attract); or

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from multilora import checks, particle_folders, peft_tensors
 from multilora.checkpoint import load_particle_model
 from multilora.model import MOST_PARTICLES, ParticleModel
+from multilora.prediction import chosen
 
 
 def laplace(
@@ -50,7 +51,8 @@ def laplace(
         structure: of the Hessian: Kronecker-factored per layer ("kron"), "diag" or "full".
         prior_precision: δ > 0, or "marglik", the one that maximises the marginal likelihood.
         forward: forward(model, input) -> logits (B, C), where that is not model(input), or
-            model(**input) for a mapping. A language model's gives those of the answers.
+            model(**input) for a mapping, nor their `.logits`. A language model's gives those of the
+            answers.
         seed: of the draws.
         **laplace_args: further arguments of `laplace.Laplace`, such as temperature.
 
@@ -129,7 +131,7 @@ class _Network(nn.Module):
             x = {name: tensor for name, tensor in x.items() if name != _LABELS}
         if self.logits is not None:
             return self.logits(self.model, x)
-        return self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        return chosen(self.model(**x) if isinstance(x, Mapping) else self.model(x), None)
 
 
 #: The key under which laplace-torch finds the labels of a batch that is a mapping.

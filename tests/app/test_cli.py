@@ -18,7 +18,7 @@ import multilora as ml
 from command import numbers, refused
 from multilora.app import cli, report
 from multilora.app import run as training
-from multilora.app.settings import Settings
+from multilora.app.settings import Settings, recommended
 from multilora.app.tasks import digits, images
 from multilora.app.tasks.images import default_targets
 from multilora.app.tasks.task import Task
@@ -448,3 +448,40 @@ def test_without_qkv_all_linears_of_tokens_are_targets():
     assert default_targets(model, {"0": 2, "2": 4}) == ["0", "2"]
     with pytest.raises(ValueError, match="ModuleList has no layer that particles can adapt"):
         default_targets(model, {})
+
+
+def test_the_batch_of_draws_is_a_multiple_of_them():
+    # 16 is the default, and the batch is split among ten draws.
+    for method, size in (("bbb", 20), ("sa_bnn", 20), ("ensemble", 16)):
+        assert recommended("digits", method).batch_size == size
+    assert recommended("digits", "bbb", particles=4).batch_size == 16
+    assert recommended("digits", "bbb", batch_size=16).batch_size == 16
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"method": "sgld", "method_args": (("lr", 0.1),)}, "sgld has the arguments"),
+        ({"method": "sgld", "method_args": (("accumulation", 2),)}, "sgld has the arguments"),
+        ({"method": "mutual", "method_args": (("total_steps", 2),)}, "mutual has the arguments"),
+    ],
+    ids=str,
+)
+def test_what_other_settings_decide_is_no_argument_of_the_method(more, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        training.train(Settings(**more), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"method": "mc_dropout", "particles": 3}, "mc_dropout needs lora_dropout > 0"),
+        ({"method": "blob", "full": True}, "blob needs adapters"),
+        ({"method": "dverge", "full": True}, "dverge needs adapters"),
+    ],
+    ids=str,
+)
+def test_settings_that_would_do_nothing(more, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**more)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import warnings
 
 import peft
 import pytest
 import torch
 from PIL import Image
+from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
@@ -15,9 +17,11 @@ from command import numbers, refused
 from documents import block, recipe
 from models import load_peft, particles_of
 from multilora.app import cli
+from multilora.app import run as application
 from multilora.app.settings import recommended
 from multilora.app.tasks import clip as task
 from multilora.integrations import clip
+from multilora.integrations.image_files import read_image
 
 NAMES = ["red fox", "owl", "blue whale"]
 WORDS = "a photo sketch of red fox owl blue whale . pad end".split()
@@ -172,7 +176,7 @@ def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch):
     out = tmp_path / "runs" / "clip"
     settings = json.loads((out / "run.json").read_text())
     assert (settings["particles"], settings["rank"]) == (5, 4)
-    assert dict(settings["method_args"]) == {"gamma": 0.01}
+    assert dict(settings["method_args"]) == {"gamma": 0.002}
     assert numbers(out)["accuracy"] > 0.8
     adapter = json.loads((out / "particle_0" / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {"fc1", "fc2"} and not adapter["modules_to_save"]
@@ -186,6 +190,11 @@ def test_the_task_is_zero_shot_clip_with_its_images(folders, tokenizer):
     assert made.classes == ["blue_whale", "owl", "red_fox"] and made.head is None
     image, label = made.test[13]
     assert (tuple(image.shape), label) == ((3, 16, 16), 2)
+    # What --shift, --corrupt, --fgsm and DVERGE need; and the text's head is frozen.
+    raw = read_image(sorted((folders / "images" / "val" / "red_fox").iterdir())[0])
+    assert made.transform(raw).shape == image.shape
+    assert made.normalisation[0] == OPENAI_CLIP_MEAN and made.normalisation[1] == OPENAI_CLIP_STD
+    assert not made.base.head.weight.requires_grad
     # CLIP's own mean and standard deviation of red.
     pixels = image[0] * 0.26862954 + 0.48145466
     assert pixels.min() > 150 / 255 - 0.01 and pixels.max() < 1 and 0.75 < pixels.mean() < 0.82
@@ -206,6 +215,23 @@ def test_recommended_settings_are_bellas():
         settings = recommended("clip", method, **data)
         assert (settings.particles, settings.rank) == (particles, 4)
         assert settings.options.targets == ("fc1", "fc2")
+
+
+def test_full_copies_of_a_model_without_a_new_head_are_set_apart(folders):
+    data = {"model": str(folders / "model"), "data": str(folders / "images")}
+    settings = recommended("clip", "ensemble", particles=2, full=True, **data)
+    made = task.make(settings.options, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = application.particle_model(made, settings)
+    apart = [p for p in model.particle_parameters() if p.ndim > 2]
+    assert len(apart) > 5
+    for p in apart:
+        off = (p[0] - p[1]).std() / p[0].std()
+        assert 0.005 < off < 0.03
+    single = recommended("clip", "single", full=True, **data)
+    (copy,) = application.particle_model(task.make(single.options, 0), single).stacked_modules()
+    assert all(torch.equal(p[0], q) for p, q in copy[1].originals().items())
 
 
 def test_a_random_model_is_drawn_by_the_seed(folders):

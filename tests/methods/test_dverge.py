@@ -136,6 +136,16 @@ def method_of(model, tap="blocks.1", steps=2, **options):
 
 
 class TestTraining:
+    def test_targets_may_be_probabilities(self):
+        model, x, y = vit(), images(), torch.arange(5) % 4
+        method = method_of(model)
+        soft = torch.nn.functional.one_hot(y, 4).double()
+        torch.manual_seed(3)
+        _, hard = method.batch(x, y)
+        torch.manual_seed(3)
+        _, targets = method.batch(x, soft)
+        assert targets.shape == (*hard.shape, 4) and torch.equal(targets.argmax(-1), hard)
+
     def test_no_particle_gets_its_own_and_all_others_come(self):
         model, x, y = vit(), images(), torch.tensor([3, 0, 4, 1, 2])
         own = dverge(model, x, x.roll(1, 0), "blocks.1", steps=2, **NORMALISED)
@@ -217,6 +227,10 @@ class TestTraining:
             method_of(model).batch(x[:1], torch.arange(1))
         with pytest.raises(ValueError, match="DVERGE needs two particles or more"):
             method_of(vit(1))
+        with pytest.warns(UserWarning, match="copies of .* start equal"):
+            copies = ml.get_particle_model(FAMILIES["vit"].build(), None, 2)
+        with pytest.raises(ValueError, match=r"DVERGE needs adapted layers, or .*: tap"):
+            ml.DVERGE(copies)
         with pytest.raises(TypeError, match="a ParticleModel; got list"):
             method_of([torch.ones(3, 2, requires_grad=True)])
         with pytest.raises(ValueError, match="has no module 'nowhere'"):

@@ -148,7 +148,8 @@ def test_the_prediction_is_the_loop_over_laplace_torch_s_samples(name, tmp_path)
         3,
         structure="diag",
         prior_precision=50.0,
-        forward=forward,
+        # A transformers classifier's logits are found without help.
+        forward=None if name == "bert" else forward,
         seed=7,
     )
     predicted = logits_of(model(**x))

@@ -308,6 +308,9 @@ class TestTheTerms:
 
 
 class TestTheSchedule:
+    def test_without_diversity_there_is_none(self):
+        assert ml.MutualLearning(token_model(), alpha=0.0, beta=0.0).start == 0
+
     def run(self, model, method, steps):
         x, y = token_batch()
         optimizer = torch.optim.SGD(method.params, 0.1)

@@ -51,9 +51,14 @@ def naive_svgd(
     if bandwidth == "median":
         apart = [D[i, j] for i, j in itertools.combinations(range(K), 2)]
         width = torch.stack(apart).quantile(0.5, dim=0) / math.log(K + 1)
-        for layer in (0, 1):
-            norms = [(1.5 * t[2 * layer]).square().sum() for t in particles]
-            width[layer] = max(width[layer], floor * torch.stack(norms).mean().item())
+        for group in range(3):
+            norms = [
+                t[4].square().sum() + t[5].square().sum()
+                if group == 2
+                else (1.5 * t[2 * group]).square().sum()
+                for t in particles
+            ]
+            width[group] = max(width[group], floor * torch.stack(norms).mean().item())
     else:
         width = torch.full((3,), 2.0 * bandwidth**2, dtype=torch.float64)
 
@@ -139,6 +144,25 @@ class TestSVGD:
             )
             repulsion = torch.cat([(a - b).flatten() for a, b in zip(both[:4], drive)])
             return (repulsion.norm() / torch.cat([d.flatten() for d in drive[:4]]).norm()).item()
+
+        assert ratio(floor=0.0) > 100
+        assert ratio() < 0.1
+
+    @pytest.mark.parametrize("scope", ["layer", "global"])
+    def test_no_burst_between_heads_that_were_copied(self, scope):
+        model = particle_model(5)
+        x, y = batch()
+        with torch.no_grad():
+            for p in model.particle_parameters()[4:]:
+                p.copy_(p[:1] + 1e-5 * torch.randn_like(p))
+
+        def ratio(**options):
+            both, drive = (
+                gradients_of(ml.SVGD(model, gamma=g, scope=scope, **options), lambda: (model(x), y))
+                for g in (0.01, 0.0)
+            )
+            repulsion = torch.cat([(a - b).flatten() for a, b in zip(both[4:], drive[4:])])
+            return (repulsion.norm() / torch.cat([d.flatten() for d in drive[4:]]).norm()).item()
 
         assert ratio(floor=0.0) > 100
         assert ratio() < 0.1

@@ -72,6 +72,13 @@ def objective(method, epsilon, x, y, noise, prior_std, beta):
     return nll + beta * kl, nll, kl, [*mean, *log_std]
 
 
+def test_gradients_of_a_posterior_are_not_those_of_particles():
+    model = particle_model()
+    method = ml.Variational(model, num_data=9)
+    with pytest.raises(ValueError, match=r"clip_grad_norm_\(method.parameters\(\)"):
+        ml.clip_grad_norm_(method, 1.0)
+
+
 class TestGradients:
     @pytest.mark.parametrize("noise", ["all", "A"])
     @pytest.mark.parametrize("K", [1, 3])

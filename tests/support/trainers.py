@@ -16,6 +16,7 @@ METHODS = {
 }
 EVERY = METHODS | {
     "learnt": lambda model: ml.IBDR(model, sigma=5e-2, learn_sigma=True),
+    "chains": lambda model: ml.SGLD(model, num_data=16, lr=1e-2),
     "drawn": lambda model: ml.Variational(model, num_data=16, sigma=5e-2),
 }
 NAMES = ["llama", "gpt2", "bert"]

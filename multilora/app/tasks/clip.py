@@ -10,7 +10,7 @@ from typing import Any
 from multilora.app import recipes, untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, option
 from multilora.app.tasks.commonsense import create_base, create_tokenizer
-from multilora.app.tasks.images import class_names, image_folder
+from multilora.app.tasks.images import class_names, image_folder, transforms
 from multilora.app.tasks.task import ModelOptions, Report, Task, existing
 from multilora.integrations.clip import TARGETS, TEMPLATE, classifier
 
@@ -56,16 +56,22 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
     )
     base = classifier(model, names, options.template, create_tokenizer(options.model))
     size = model.config.vision_config.image_size
-    train, test, classes = image_folder(
-        options.data,
-        base,
-        options.augment,
-        seed,
-        input_size=(3, size, size),
-        interpolation="bicubic",
-        crop_pct=1.0,
-        mean=OPENAI_CLIP_MEAN,
-        std=OPENAI_CLIP_STD,
-    )
+    preparation = {
+        "input_size": (3, size, size),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": OPENAI_CLIP_MEAN,
+        "std": OPENAI_CLIP_STD,
+    }
+    train, test, classes = image_folder(options.data, base, options.augment, seed, **preparation)
     targets = existing(base, options.targets or TARGETS)
-    return Task(base=base, targets=targets, head=None, classes=classes, train=train, test=test)
+    return Task(
+        base=base,
+        targets=targets,
+        head=None,
+        classes=classes,
+        train=train,
+        test=test,
+        transform=transforms(base, **preparation)[1],
+        normalisation=(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    )

@@ -101,6 +101,6 @@ def test_chains_step_by_plain_sgd_only(tmp_path):
     plain = {"optim": "sgd", "weight_decay": 0.0, "max_grad_norm": 0.0}
     for change in ({"optim": "adamw_torch"}, {"weight_decay": 0.1}, {"max_grad_norm": 1.0}):
         trainer = trainer_of("bert", "chains", tmp_path, **plain | change)
-        with pytest.raises(ValueError, match="SGLD needs plain SGD.*max_grad_norm=0; got"):
+        with pytest.raises(ValueError, match=r"SGLD needs plain SGD.*max_grad_norm=0; got"):
             trainer.train()
     trainer_of("bert", "chains", tmp_path, **plain).train()

@@ -40,6 +40,7 @@ def _contractions() -> dict[str, str]:
         "'m": "i",
     }
     whole = [stem + ending for ending, stems in endings.items() for stem in stems.split()]
+    whole += ["o'clock", "y'all", "ma'am"]
     return {word.replace("'", ""): word for word in whole}
 
 
@@ -61,13 +62,13 @@ def normalize(answer: str) -> str:
 
     Letters become lower case, number words become digits (none is 0), and articles go. A
     contraction without its apostrophe gets it. Full stops go except in decimals, and commas between
-    digits go. All other punctuation becomes a space, but for apostrophes (girl's) and colons
-    (2:50).
+    digits go. Brackets, quotation marks and ; / = + - _ < > @ ? ! and the like become spaces;
+    apostrophes (girl's), colons (2:50), % and $ stay.
     """
     text = answer.lower()
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     text = re.sub(r"\.(?!\d)", "", text)
-    text = re.sub(r"[^\w\s':.]|_", " ", text)
+    text = re.sub(r"[^\w\s':.%$&#*]|_", " ", text)
     words = (_DIGITS.get(word, word) for word in text.split() if word not in _ARTICLES)
     return " ".join(_CONTRACTIONS.get(word, word) for word in words)
 

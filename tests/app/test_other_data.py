@@ -272,6 +272,7 @@ def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     command = [*TRAIN, "--data", data / "photos", "--shift", f"art={data / 'art'}"]
     command += ["--ood", f"blue={data / 'other'}", "--combine", "logit", "--out", out]
+    command += ["--validation", "3"]
     assert cli.main([str(word) for word in command]) == 0
     return out
 
@@ -340,6 +341,9 @@ def test_other_data_is_measured_in_place_of_the_runs(run, data, tmp_path, capsys
     other, _ = evaluated(capsys, run, "--data", tmp_path / "swapped")
     assert other["num_examples"] == 6
     assert own["accuracy"] > 0.5 > other["accuracy"]
+    # Its two training images hold out none, and choose no soup.
+    how = ["evaluate", run, "--data", tmp_path / "swapped", "--soup", "greedy"]
+    refused(how, capsys, "--soup greedy is chosen on the run's own data: leave out --data")
     (tmp_path / "swapped" / "train" / "cat").mkdir()
     refused(["evaluate", run, "--data", tmp_path / "swapped"], capsys, "cat")
 

@@ -33,6 +33,8 @@ from multilora.integrations import vqa
         ("snow-board_ramp!", "snow board ramp"),
         ("Whats that", "what's that"),
         ("theyve", "they've"),
+        ("10 oclock", "10 o'clock"),
+        ("$50 (50%)", "$50 50%"),
         ("well", "well"),
         ("its", "its"),
         ("  much \n space ", "much space"),

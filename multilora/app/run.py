@@ -113,8 +113,6 @@ def make_method(
     if "mean" in known:
         ours["mean"], ours["std"] = of_images(settings.method, normalisation)
     if settings.label_smoothing:
-        if "loss" not in known:
-            raise ValueError(f"{settings.method} has a loss that label_smoothing cannot change")
         ours["loss"] = losses.CrossEntropy(label_smoothing=settings.label_smoothing)
     # The others are those of what comes after the training.
     keywords = {name: value for name, value in (ours | given).items() if name in known}

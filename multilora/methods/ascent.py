@@ -45,13 +45,13 @@ def move(params: list[Tensor], by: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def moving(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Give copies of the parameters, and put the parameters back there afterwards."""
+def moving(params: list[Tensor]) -> Iterator[None]:
+    """Inside, the parameters may move; afterwards they are where they were, bit for bit."""
     before = copies(params)
     # The optimizer may have stepped inside the same autocast.
     torch.clear_autocast_cache()
     try:
-        yield before
+        yield
     finally:
         with torch.no_grad():
             torch._foreach_copy_(params, before)

@@ -165,7 +165,7 @@ class IBDR(WithSpread):
             )
 
     def _backward(self, closure: Closure, scale: float | Tensor) -> dict[str, Tensor]:
-        with self._spread.undone_on_error(), moving(self.params) as mu:
+        with self._spread.undone_on_error(), moving(self.params):
             epsilon = self._spread.move()  # θ = μ + σε
             # Scaled before differentiating, for half precision, and unscaled after. A scale of
             # zero, of a micro-batch that counts nothing, must not divide.
@@ -186,9 +186,7 @@ class IBDR(WithSpread):
             grads, seen = self._gradients(closure, scale, at_theta)
 
         self._spread.pull(grads, epsilon, scale, 2 * self.beta, self.prior_std)
-        if self.beta != 0:
-            decay = scale * 2 * self.beta / self.prior_std**2
-            grads = self.passes.zero_skipped([g + decay * m for g, m in zip(grads, mu)])
+        grads = self._with_prior(grads, 2 * self.beta / self.prior_std**2, scale)
         accumulate(self.params, grads)
         stats = self.passes.log(seen.stats)
         if self.ascent == "prox":

@@ -41,14 +41,22 @@ class Groups:
         tensors = [*self.lora_A, *self.lora_B, *(t for group in self.dense for t in group)]
         return dict(zip(tensors, passes.gather(tensors)))
 
-    def distances(self, theta: dict[Tensor, Tensor]) -> Tensor:
-        """D_ij (G, k, k), squared: of ΔW for an adapter, of the numbers for a dense group."""
+    def flat(self, theta: dict[Tensor, Tensor]) -> list[Tensor]:
+        """The dense groups (k, P) relative to the first particle: equal ones are then exactly zero,
+        and so is their force."""
+        flat = (flatten([theta[t] for t in group]) for group in self.dense)
+        return [x - x[:1] for x in flat]
+
+    def distances(self, theta: dict[Tensor, Tensor], dense: list[Tensor]) -> Tensor:
+        """D_ij (G, k, k), squared: of ΔW for an adapter, of the numbers for a dense group.
+
+        dense: see `flat`.
+        """
         distances = []
         if self.lora_A:
             lora_A, lora_B = ([theta[t] for t in factor] for factor in (self.lora_A, self.lora_B))
             distances.append(pairwise_frobenius(lora_A, lora_B, self.scaling))
-        dense = (_squared_distances(self._flat(theta, group))[None] for group in self.dense)
-        return torch.cat([*distances, *dense])
+        return torch.cat([*distances, *(_squared_distances(x)[None] for x in dense)])
 
     def kernels(
         self,
@@ -72,6 +80,7 @@ class Groups:
     def directions(
         self,
         theta: dict[Tensor, Tensor],
+        dense: list[Tensor],
         grad: dict[Tensor, Tensor],
         kernels: tuple[Tensor, Tensor],
         mix: Tensor,
@@ -81,13 +90,14 @@ class Groups:
         """Σ_j mix_ij ∇_j ℓ_j + weight · Σ_j ∇k of every parameter.
 
         Args:
+            dense: see `flat`.
             mix: (G, k, k), or (G, k) where each particle moves by its own gradient only.
             repulse: which gradient of k, "own" or "stein"; see `SVGD`.
         """
         k, width = kernels
         layers = len(self.lora_A)
         phi: dict[Tensor, Tensor] = {}
-        force = self._dense_forces(theta, k[layers:], width[layers:])
+        force = self._dense_forces(dense, k[layers:], width[layers:])
         if layers and repulse == "own":
             # ½ Σ_ij k_ij has ∂/∂D_ij = −k_ij / 4h² and the gradient Σ_j ∇_i k_ij.
             upstream = -k[:layers].double() / (2 * width[:layers]) * weight
@@ -115,14 +125,14 @@ class Groups:
             norms += torch._foreach_norm([theta[A] for A in self.lora_A])
             norms = list(torch._foreach_mul(norms, self.scaling))
         if self.has_modules:
-            norms += [self._flat_norm(theta, group) for group in self.dense]
+            norms += [
+                torch.stack(torch._foreach_norm([theta[t] for t in group])).norm()
+                for group in self.dense
+            ]
         floors = D.new_full((len(D),), _FLOOR)
         if norms:
             floors[: len(norms)] += floor * torch.stack(norms).to(D).square() / D.shape[-1]
         return floors
-
-    def _flat_norm(self, theta: dict[Tensor, Tensor], group: list[Tensor]) -> Tensor:
-        return torch.stack(torch._foreach_norm([theta[t] for t in group])).norm()
 
     def _adapter_directions(
         self,
@@ -152,22 +162,13 @@ class Groups:
             force |= zip((A, B), _stein_force(theta[A], theta[B], pull))
         return force
 
-    def _dense_forces(
-        self, theta: dict[Tensor, Tensor], k: Tensor, width: Tensor
-    ) -> dict[Tensor, Tensor]:
+    def _dense_forces(self, dense: list[Tensor], k: Tensor, width: Tensor) -> dict[Tensor, Tensor]:
         """Σ_j ∇_i k_ij = −Σ_j ∇_j k_ji of the dense tensors: of a plain distance they are equal."""
         force: dict[Tensor, Tensor] = {}
-        for group, kernel, w in zip(self.dense, k, width):
-            x = self._flat(theta, group)
+        for group, x, kernel, w in zip(self.dense, dense, k, width):
             pull = (2 / w) * (kernel.to(x.dtype) @ x - kernel.sum(1, keepdim=True) * x)
             force |= zip(group, unflatten(pull.to(x.dtype), group))
         return force
-
-    def _flat(self, theta: dict[Tensor, Tensor], group: list[Tensor]) -> Tensor:
-        """A dense group (k, P) relative to the first particle: equal ones are then exactly zero,
-        and so is their force."""
-        x = flatten([theta[t] for t in group])
-        return x - x[:1]
 
 
 def pair_means(k: Tensor, D: Tensor) -> dict[str, Tensor]:

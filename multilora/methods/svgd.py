@@ -101,12 +101,14 @@ class SVGD(Method):
         loss, grads = self._separate(closure, self.loss, scale)
         grads = self._with_prior(grads, self.prior_precision, scale)
         theta, grad = self.groups.gather(self.passes), self.passes.gather(grads)
-        D = self.groups.distances(theta)  # (groups, K, K)
+        dense = self.groups.flat(theta)
+        D = self.groups.distances(theta, dense)  # (groups, K, K)
         k, width = self.groups.kernels(theta, D, self.scope, self.bandwidth, self.floor)
         particles, density = k.shape[-1], k.sum(-1)
         mix = k / particles if self.drive == "mix" else density / particles
         phi = self.groups.directions(
             theta,
+            dense,
             dict(zip(self.params, grad)),
             (k, width),
             mix,

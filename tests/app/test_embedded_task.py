@@ -40,16 +40,16 @@ def test_svgds_repulsion_beside_its_drive(tmp_path, monkeypatch):
     ratios: dict[str, list[float]] = {"layer": [], "global": []}
     directions = Groups.directions
 
-    def measured(self, theta, grad, kernels, mix, weight, repulse):
-        D = self.distances(theta)
+    def measured(self, theta, dense, grad, kernels, mix, weight, repulse):
+        D = self.distances(theta, dense)
         for scope in ratios:
             kernels_of = self.kernels(theta, D, scope, "median", 1e-3)
             share = kernels_of[0].sum(-1) / D.shape[-1]
-            both = directions(self, theta, grad, kernels_of, share, weight, repulse)
-            drive = directions(self, theta, grad, kernels_of, share, 0.0, repulse)
+            both = directions(self, theta, dense, grad, kernels_of, share, weight, repulse)
+            drive = directions(self, theta, dense, grad, kernels_of, share, 0.0, repulse)
             repulsion = {p: both[p] - drive[p] for p in both}
             ratios[scope].append(norm_of_factors(self, repulsion) / norm_of_factors(self, drive))
-        return directions(self, theta, grad, kernels, mix, weight, repulse)
+        return directions(self, theta, dense, grad, kernels, mix, weight, repulse)
 
     monkeypatch.setattr(Groups, "directions", measured)
     settings = Settings(method="svgd", particles=ml.methods.METHODS["svgd"].particles, steps=60)

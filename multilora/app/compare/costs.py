@@ -1,0 +1,93 @@
+"""What a step of each row costs, measured side by side, and how much memory it needs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multilora.app.compare.plan import Run
+from multilora.app.compare.stages import Stages
+from multilora.app.compare.suite import Row, known_rows
+from multilora.app.compare.workers import Job, in_a_process, read_json
+from multilora.app.folders import METRICS, write_json
+from multilora.app.run import steps_of
+from multilora.app.settings import Settings
+
+#: Steps that are timed, and those before that are not.
+_STEPS, _WARM_UP = 20, 3
+
+
+def measure(stages: Stages) -> bool:
+    """Write costs/TASK.json for every task that lacks it. Whether all are there at the end.
+
+    Each row's step is timed in turn with that of the single adapter, in one process, so that a busy
+    machine slows both. Its memory is that of three steps in a process of its own.
+    """
+    for task in stages.plan.tasks:
+        file = file_of(stages.root, task)
+        if file.is_file():
+            continue
+        costs = {}
+        for row in stages.plan.rows.values():
+            if time.monotonic() > stages.deadline:
+                return False
+            if row.part is None:
+                costs[row.name] = _of_row(stages, task, row)
+        write_json(file, costs)
+    return True
+
+
+def file_of(root: Path, task: str) -> Path:
+    return root / "costs" / f"{task.replace('/', '_')}.json"
+
+
+def _of_row(stages: Stages, task: str, row: Row) -> dict[str, Any]:
+    """The cost of a row at its defaults: the other configurations cost the same."""
+    settings = _settings(stages, task, row)
+    single = _settings(stages, task, known_rows()["single"])
+    threads = stages.plan.threads
+    times = in_a_process(threads, _side_by_side, settings, single, stages.device)
+    short = Job(
+        replace(settings, steps=_WARM_UP),
+        stages.root / "costs" / task.replace("/", "_") / row.name,
+        measure=stages.plan.tasks[task].measure,
+        device=stages.device,
+    )
+    in_a_process(threads, execute, short)
+    result = read_json(short.folder / METRICS) or {}
+    return {
+        **times,
+        "memory_mb": result["peak_memory_mb"],
+        "trainable": result["trainable_per_particle"] * settings.entry.trained(settings.particles),
+        "forward_rows": result["forward_rows"],
+    }
+
+
+def _settings(stages: Stages, task: str, row: Row) -> Settings:
+    plan = stages.plan
+    plan = replace(
+        plan, rows={row.name: row}, trials={task: {row.source: [{}]}}
+    )
+    return plan.settings(Run(task, row.name, "final", 0, plan.seeds[0]))
+
+
+def _side_by_side(settings: Settings, single: Settings, device: str) -> dict[str, float]:
+    """The median milliseconds of a step, and how many times that of `single` it is."""
+    both = [steps_of(settings, device), steps_of(single, device)]
+    taken: list[list[float]] = [[], []]
+    for step in range(_WARM_UP + _STEPS):
+        for own, steps in zip(taken, both):
+            started = time.perf_counter()
+            next(steps)
+            if device != "cpu":
+                torch.cuda.synchronize(device)
+            if step >= _WARM_UP:
+                own.append(1000 * (time.perf_counter() - started))
+    ms, of_single = map(statistics.median, taken)
+    return {"step_ms": ms, "ratio": ms / of_single}

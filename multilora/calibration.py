@@ -14,7 +14,7 @@ from multilora.ranking import tie_means
 #: The number of bins of every calibration error.
 BINS = 15
 #: No temperature is fitted on fewer examples.
-_FEWEST = 50
+FEWEST = 50
 #: The standard deviation of the prior on log T.
 _PRIOR_STD = 0.5
 
@@ -94,7 +94,7 @@ def fit_temperature(log_p: Tensor, targets: Tensor, combine: str = "prob") -> fl
         ValueError: as in `evaluate`, or fewer than 50 examples have a valid target.
     """
     rows, targets = labelled("fit_temperature", log_p, targets)
-    _require_many("fit_temperature", len(targets), _FEWEST)
+    _require_many("fit_temperature", len(targets), FEWEST)
     return _fitted(combined(rows, combine).log_p.double(), targets)
 
 
@@ -111,7 +111,7 @@ def calibrated_nll(log_p: Tensor, targets: Tensor, combine: str = "prob") -> flo
     Args and Raises are those of `fit_temperature`, with 100 examples at least.
     """
     rows, targets = labelled("calibrated_nll", log_p, targets)
-    _require_many("calibrated_nll", len(targets), 2 * _FEWEST)
+    _require_many("calibrated_nll", len(targets), 2 * FEWEST)
     log_p = combined(rows, combine).log_p.double()
     nll = torch.empty_like(log_p[:, 0])
     for i in (0, 1):

@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from multilora import checks, metrics
 from multilora.app.settings import Settings
 from multilora.app.tasks.task import Task
+from multilora.calibration import FEWEST
 from multilora.model import ParticleModel
+from multilora.ops.common import IGNORE_INDEX
 from multilora.prediction import mc_dropout
 
 
@@ -44,16 +47,15 @@ def evaluate(
         name, and how well the entropy ("auroc") and the mutual information ("auroc_mi") tell it
         from the test set; "corrupted" has their means over the sets. "ood" has each set's entropy,
         mutual information and AUROCs, whose means are auroc_ood, auroc_ood_mi, ... at the top.
+        "calibrated_nll" is `metrics.calibrated_nll`, where there are 100 examples for it. With
+        validation examples there is what `validate` returns, and "calibrated" has the measures of
+        the test set at its temperature.
     """
-    size = task.evaluation_batch if batch_size is None else batch_size
-    checks.integer("batch_size", size, 1)
-    chunk = model.num_particles if particle_chunk is None else particle_chunk
 
-    def predictions(data: Dataset) -> tuple[Tensor, Tensor]:
-        loader = DataLoader(data, size, collate_fn=task.collate)
-        return metrics.predict_loader(model, loader, chunk, forward=task.predict)
+    def predicted(data: Dataset) -> tuple[Tensor, Tensor]:
+        return predictions(model, task, data, batch_size, particle_chunk)
 
-    log_p, targets = predictions(task.test)
+    log_p, targets = predicted(task.test)
 
     def told_apart(other: Tensor) -> dict[str, float]:
         """How the predictions `other` differ from those on the test set: the ..._ood measures."""
@@ -61,12 +63,21 @@ def evaluate(
         return {name: value for name, value in every.items() if "ood" in name.split("_")}
 
     result = metrics.evaluate(log_p, targets, combine)
-    ood = {name: told_apart(predictions(data)[0]) for name, data in task.ood.items()}
+    if int((targets != IGNORE_INDEX).sum()) >= 2 * FEWEST:
+        result["calibrated_nll"] = metrics.calibrated_nll(log_p, targets, combine)
+    if task.validation is not None:
+        on_validation = validate(model, task, batch_size, particle_chunk, combine)
+        result |= on_validation
+        if "temperature" in on_validation:
+            temperature = on_validation["temperature"]
+            scaled = metrics.evaluate(log_p, targets, combine, temperature=temperature)
+            result["calibrated"] = {m: scaled[m] for m in _OF_CALIBRATION}
+    ood = {name: told_apart(predicted(data)[0]) for name, data in task.ood.items()}
     if ood:
         result |= _means(ood.values()) | {"ood": {n: _plain(each) for n, each in ood.items()}}
     shifted = {}
     for name, data in task.shifted.items():
-        other, labels = predictions(data)
+        other, labels = predicted(data)
         own = metrics.evaluate(other, labels, combine)
         shifted[name] = {m: own[m] for m in _ON_SHIFTED} | _plain(told_apart(other))
     if shifted:
@@ -76,6 +87,47 @@ def evaluate(
     return result, log_p.exp(), targets
 
 
+def validate(
+    model: ParticleModel,
+    task: Task,
+    batch_size: int | None = None,
+    particle_chunk: int | None = None,
+    combine: str = "prob",
+) -> dict[str, Any]:
+    """Measures on the task's validation examples, and the temperature that these ask for.
+
+    Returns:
+        "validation" with some of `metrics.evaluate`, and "temperature", `metrics.fit_temperature`,
+        where there are enough examples for one.
+    """
+    assert task.validation is not None
+    log_p, targets = predictions(model, task, task.validation, batch_size, particle_chunk)
+    own = metrics.evaluate(log_p, targets, combine)
+    result: dict[str, Any] = {"validation": {m: own[m] for m in _OF_VALIDATION}}
+    if own["num_examples"] >= FEWEST:
+        result["temperature"] = metrics.fit_temperature(log_p, targets, combine)
+    return result
+
+
+def predictions(
+    model: ParticleModel,
+    task: Task,
+    data: Dataset,
+    batch_size: int | None = None,
+    particle_chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p_k (K, N, C) on a data set, and its targets (N,); see `evaluate`."""
+    size = task.evaluation_batch if batch_size is None else batch_size
+    checks.integer("batch_size", size, 1)
+    chunk = model.num_particles if particle_chunk is None else particle_chunk
+    # A loader draws a number when it starts: from a generator that nothing else uses.
+    loader = DataLoader(data, size, collate_fn=task.collate, generator=torch.Generator())
+    return metrics.predict_loader(model, loader, chunk, forward=task.predict)
+
+
+_OF_VALIDATION = ("accuracy", "nll", "brier", "ece", "num_examples")
+#: The measures that a temperature changes.
+_OF_CALIBRATION = ("nll", "brier", "entropy", "ece", "mce", "ece_adaptive")
 #: The measures of a set that has labels.
 _ON_SHIFTED = ("accuracy", "nll", "ece", "brier", "mutual_information")
 

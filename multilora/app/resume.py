@@ -13,7 +13,8 @@ from torch import Tensor
 
 from multilora import atomic
 from multilora.app.settings import Settings, differences
-from multilora.methods import Method
+from multilora.app.steps import Training
+from multilora.app.validation import Best, trained
 from multilora.model import ParticleModel
 
 #: Of a run's folder.
@@ -27,39 +28,33 @@ class RunState:
         step: How many steps are done.
         step_ms: The time of each of them in milliseconds.
         history: The statistics of some of them, in order, each with the key "step".
+        best: What the validation examples have said so far.
     """
 
-    def __init__(
-        self,
-        file: Path,
-        settings: Settings,
-        model: ParticleModel,
-        method: Method,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-    ):
-        self.file, self.settings, self.model, self.method = file, settings, model, method
-        self.optimizer, self.schedule = optimizer, schedule
+    def __init__(self, file: Path, training: Training):
+        self.file, self.training = file, training
         self.parts: dict[str, Any] = {
-            "method": method,
-            "optimizer": optimizer,
-            "schedule": schedule,
+            "method": training.method,
+            "optimizer": training.optimizer,
+            "schedule": training.schedule,
         }
         self.step = 0
         self.step_ms: list[float] = []
         self.history: list[dict[str, float]] = []
+        self.best = Best()
 
     def save(self) -> None:
         numpy_state: Any = np.random.get_state()
         kind, keys, *rest = numpy_state
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {
-            "settings": self.settings.flat(),
+            "settings": self.training.settings.flat(),
             "step": self.step,
             "step_ms": self.step_ms,
             "history": self.history,
-            "parameters": {name: p.detach() for name, p in self._trained().items()},
-            "base": _fingerprint(self.model),
+            "best": self.best.state_dict(),
+            "parameters": {name: p.detach() for name, p in trained(self.training.model).items()},
+            "base": _fingerprint(self.training.model),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "numpy_rng": (kind, keys.tolist(), *rest),
@@ -90,16 +85,11 @@ class RunState:
             random.setstate(state["python_rng"])
         except Exception as error:
             raise ValueError(f"{self.file}: the {what} does not fit: {error!r}") from error
-        parameters = self._trained()
-        with torch.no_grad():
-            for name, value in state["parameters"].items():
-                parameters[name].copy_(value)
+        Best(parameters=state["parameters"]).use(self.training.model)
         self.step, self.step_ms = state["step"], state["step_ms"]
-        # Older versions kept no history.
+        # Older versions kept no history and had no validation.
         self.history = state.get("history", [])
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.best = Best(**state.get("best", {}))
 
     def _check(self, state: dict[str, Any]) -> None:
         """Raise ValueError if `state` is not of this run."""
@@ -113,13 +103,13 @@ class RunState:
             theirs = Settings.of_file(state["settings"])
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.file} is damaged: its settings: {error}") from error
-        different = differences(theirs, self.settings)
+        different = differences(theirs, self.training.settings)
         if different:
             raise ValueError(
                 f"{self.file} is of a run of other settings (there, here): {different}"
             )
-        check_base(self.file, state, self.model)
-        step, steps = state["step"], self.settings.steps
+        check_base(self.file, state, self.training.model)
+        step, steps = state["step"], self.training.settings.steps
         if type(step) is not int or not 1 <= step <= steps or len(state["step_ms"]) != step:
             raise ValueError(
                 f"{self.file} is damaged: it is of step {step!r} of {steps}, and has "
@@ -127,20 +117,29 @@ class RunState:
             )
         if not _is_history(state.get("history", [])):
             raise ValueError(f"{self.file} is damaged: its history is not a list of numbers")
-        trained, optimizer = self._trained(), self.optimizer
-        self._check_layout(state["parameters"], trained, "parameters")
-        self._check_layout(state["method"], self.method.state_dict(), "method")
+        own_parameters, optimizer = trained(self.training.model), self.training.optimizer
+        self._check_layout(state["parameters"], own_parameters, "parameters")
+        self._check_best(state.get("best", Best().state_dict()), own_parameters)
+        self._check_layout(state["method"], self.training.method.state_dict(), "method")
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        own = {id(p) for p in self.method.parameters()}
+        own = {id(p) for p in self.training.method.parameters()}
         # AdamW has two means for each parameter that gets gradients; "step" is a number.
         means = {
             i: {"step": None, "exp_avg": p, "exp_avg_sq": p}
             for i, p in enumerate(tensors)
-            if self.method.trains_particles or id(p) in own
+            if self.training.method.trains_particles or id(p) in own
         }
         keeps = isinstance(optimizer, torch.optim.AdamW)
         expected = {"state": means if keeps else {}, "param_groups": None}
         self._check_layout(state["optimizer"], expected, "optimizer")
+
+    def _check_best(self, best: Any, parameters: dict[str, Tensor]) -> None:
+        self._check_layout(best, dict.fromkeys(Best().state_dict()), "best")
+        numbers = [best["step"], best["nll"], best["waiting"]]
+        if not all(type(n) in (int, float) for n in numbers):
+            raise ValueError(f"{self.file} is damaged: its best step is {numbers}")
+        if best["parameters"] is not None:
+            self._check_layout(best["parameters"], parameters, "best.parameters")
 
     def _check_layout(self, there: Any, here: Any, what: str) -> None:
         """Raise ValueError if dictionaries differ in keys or tensors in shape, at any depth."""

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import itertools
 import math
 import random
+import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torch.utils.data import Subset
 
-from multilora import atomic, checks, losses, metrics
-from multilora.app import posthoc, untrusted
-from multilora.app.evaluation import evaluate, predictive
+from multilora import atomic, checks, metrics
+from multilora.app import posthoc, untrusted, validation
+from multilora.app.evaluation import evaluate, predictive, validate
 from multilora.app.folders import (
     HISTORY,
     HISTORY_PICTURE,
@@ -44,18 +39,10 @@ from multilora.app.settings import (
     check_foreign,
     read_settings,
 )
+from multilora.app.steps import Training, check_method_args
 from multilora.app.tasks import TASKS
-from multilora.app.tasks.task import (
-    ModelOptions,
-    Normalisation,
-    Report,
-    Task,
-    call_and_pass,
-    of_images,
-)
-from multilora.attach import get_particle_model
+from multilora.app.tasks.task import ModelOptions, Report, Task
 from multilora.checkpoint import load_particle_model
-from multilora.methods import METHODS, Method
 from multilora.model import ParticleModel
 from multilora.ops import pairwise_frobenius
 
@@ -66,12 +53,18 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     """The task with its data and the base model, and with all sets that are measured.
 
     Raises:
-        ValueError: The settings hold out as many training examples as there are, or more.
+        ValueError: The settings hold out as many training examples as there are, or more, or the
+            task has validation examples of its own.
     """
     task = TASKS[settings.task].make(settings.options, settings.seed, report)
     task = add_sets(task, settings, report)
     if settings.validation == 0:
         return task
+    if task.validation is not None:
+        raise ValueError(
+            f"validation = {settings.validation}: the task {settings.task!r} has validation "
+            "examples of its own; leave it out"
+        )
     examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
     if settings.validation >= examples:
         raise ValueError(f"validation = {settings.validation} of {examples} training examples")
@@ -88,56 +81,6 @@ class _Part(Subset):
             self.dataset.set_epoch(epoch)
 
 
-def make_method(
-    settings: Settings,
-    model: ParticleModel,
-    num_data: int,
-    normalisation: Normalisation | None = None,
-    lr: Callable[[], float] | None = None,
-) -> Method:
-    """The method of the settings, with their `method_args` as keywords.
-
-    Args:
-        normalisation: that of the task's images.
-        lr: gives the optimizer's learning rate at each step; that of the settings where it is None.
-    """
-    given = dict(settings.method_args)
-    _check_method_args(settings.method, given)
-    known = inspect.signature(settings.entry.make).parameters
-    ours: dict[str, Any] = {
-        "seed": settings.seed,
-        "num_data": num_data,
-        "total_steps": settings.steps,
-        "lr": settings.lr if lr is None else lr,
-    }
-    if "mean" in known:
-        ours["mean"], ours["std"] = of_images(settings.method, normalisation)
-    if settings.label_smoothing:
-        ours["loss"] = losses.CrossEntropy(label_smoothing=settings.label_smoothing)
-    # The others are those of what comes after the training.
-    keywords = {name: value for name, value in (ours | given).items() if name in known}
-    return settings.entry.make(model, **keywords)
-
-
-#: Keywords of methods that other settings decide.
-_NOT_GIVEN = ("model", "seed", "lr", "num_data", "total_steps", "accumulation", "mean", "std")
-
-
-def _check_method_args(method: str, given: dict[str, Any]) -> None:
-    """Raise ValueError if the method does not take the keywords that are given."""
-    entry = METHODS[method]
-    parameters = inspect.signature(entry.make).parameters
-    defaults = {name: p.default for name, p in parameters.items()}
-    defaults |= posthoc.arguments(entry.posthoc)
-    known = [name for name in defaults if name not in _NOT_GIVEN]
-    unknown = sorted(given.keys() - set(known))
-    if unknown:
-        raise ValueError(f"{method} has the arguments {known}; got {unknown}")
-    for key, value in given.items():
-        if isinstance(value, str) and isinstance(defaults[key], (int, float)):
-            raise ValueError(f"{key} of {method} is a number or true or false; got {value!r}")
-
-
 def train(
     settings: Settings,
     out: str | Path,
@@ -146,6 +89,8 @@ def train(
     save_every: int = 50,
     report: Report = print,
     on_step: OnStep | None = None,
+    measure: str = "test",
+    pictures: bool = True,
 ) -> dict[str, Any]:
     """Train, evaluate and write the folder `out`.
 
@@ -158,6 +103,9 @@ def train(
             first one. A run that was killed at any time, also while it wrote, ends with the numbers
             of one that was not. The random state is PyTorch's, NumPy's and Python's, seeded here.
         on_step: on_step(step, steps, stats) is called after each step, with the latest statistics.
+        measure: "test" measures the test set and all others; "validation" the validation examples
+            only, as a search for hyper-parameters must.
+        pictures: Whether the pictures are drawn.
 
     Returns:
         What metrics.json holds.
@@ -170,136 +118,80 @@ def train(
         FloatingPointError: The loss is not finite.
     """
     checks.integer("save_every", save_every, 1, MAX_STEPS)
-    _check_method_args(settings.method, dict(settings.method_args))
+    checks.choice("measure", measure, ("test", "validation"))
+    check_method_args(settings.method, dict(settings.method_args))
     after = posthoc.of(settings)
     out = Path(out)
     make_run_folder(out, settings, resume)
     task = make_task(settings, report)
+    validation.check(settings, task)
+    if measure == "validation" and task.validation is None:
+        raise ValueError(f"the task {settings.task!r} has no validation examples to be measured")
     if len(task.test) == 0:  # type: ignore[arg-type]  # map-style data sets have a length
         raise ValueError("the test set is empty")
     _seed_everything(settings.seed)
-    model = particle_model(task, settings).to(device)
-    method = make_method(
-        settings,
-        model,
-        len(task.train),  # type: ignore[arg-type]  # map-style data sets have a length
-        task.normalisation,
-        # The optimizer is made after the method, whose parameters it has too.
-        lambda: optimizer.param_groups[0]["lr"],
-    )
-    optimizer = _optimizer(settings, model, method)
-    schedule = _warm_up_and_cosine(optimizer, settings.steps)
-    state = RunState(out / CHECKPOINT, settings, model, method, optimizer, schedule)
-    training = replace(task, collate=_collate(settings, task))
+    training = Training(settings, task, device)
+    state = RunState(out / CHECKPOINT, training)
     if resume:
         state.load()
     # From here on the folder belongs to this run, whose settings have all been used once.
     write_json(out / SETTINGS, settings.flat())
-    model.train()
-    _take_steps(state, training, device, save_every, on_step)
-    method.sample()
-    state.model = after(model, task)
-    state.model.save_pretrained(out)
-    return _write_results(out, state, task)
+    training.model.train()
+    _take_steps(state, save_every, on_step)
+    memory = peak_memory_mb(device)
+    if settings.select == "best":
+        state.best.use(training.model)
+    else:
+        training.method.sample()
+    model = after(training.model, task)
+    model.save_pretrained(out)
+    return _write_results(out, state, model, memory, measure, pictures)
 
 
-def _collate(settings: Settings, task: Task) -> Callable[[list[Any]], Any] | None:
-    """How a training batch is made of examples: with mixup where the settings have it.
-
-    It draws from PyTorch's generator, whose state a checkpoint has.
-    """
-    if settings.mixup == 0:
-        return task.collate
-    x = task.train[0][0]
-    if task.collate is not None or not isinstance(x, Tensor) or x.ndim != 3:
-        raise ValueError(f"mixup is for tasks of images; got the task {settings.task!r}")
-    from torchvision.transforms import v2
-
-    mixup = v2.MixUp(alpha=settings.mixup, num_classes=len(task.classes))
-    return lambda examples: mixup(*default_collate(examples))
-
-
-def _optimizer(settings: Settings, model: ParticleModel, method: Method) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": model.particle_parameters()}]
-    if own := method.parameters():
-        lr = settings.lr if settings.method_lr is None else settings.method_lr
-        groups.append({"params": own, "weight_decay": 0.0, "lr": lr})
-    if settings.entry.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr)
-    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-
-
-def _warm_up_and_cosine(
-    optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    warm_up = max(1, round(0.06 * steps))
-    return torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm_up, 1.0, warm_up),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warm_up or 1),
-        ],
-        [warm_up],
-    )
-
-
-def _take_steps(
-    state: RunState, task: Task, device: str, save_every: int, on_step: OnStep | None
-) -> None:
-    settings, model, method = state.settings, state.model, state.method
+def _take_steps(state: RunState, save_every: int, on_step: OnStep | None) -> None:
+    training, settings = state.training, state.training.settings
+    model, interval = training.model, settings.validation_interval
     # Reading the statistics waits for a GPU, so a long run reads them at every tenth step only.
     read_every = max(1, min(10, settings.steps // 20))
-    # A loader draws a number when it starts, which a resumed run does once more: give it a
-    # generator that nothing else uses.
-    batches = DataLoader(
-        task.train,
-        batch_sampler=_Batches(task.train, settings, state.step),
-        collate_fn=task.collate,
-        generator=torch.Generator(),
-    )
     stats: dict[str, float] = {}
     first = state.step + 1
+    over = state.best.ends(settings)
+    batches: Iterable[Any] = [] if over else training.batches(state.step)
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
-        x, y = _to(x, device), y.to(device)
-        closure = _closure(settings, task, method, x, y)
-        with _all_run(model, method) if step == first else contextlib.nullcontext():
-            scalars = method.backward(closure)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.schedule.step()
-        read = step % read_every == 0 or step == settings.steps
+        scalars = training.step(x, y, step == first)
+        last = step == settings.steps
+        read = step % read_every == 0 or last
         if read:
-            stats = {name: value.item() for name, value in scalars.items()}
+            stats = _shown({name: value.item() for name, value in scalars.items()})
             if not all(map(math.isfinite, stats.values())):
                 raise FloatingPointError(f"step {step} of {settings.method} diverged: {stats}")
         state.step = step
         state.step_ms.append(1000 * (time.perf_counter() - started))
-        if read:
-            state.history.append({"step": step, **stats, **_distance(model)})
+        row: dict[str, float] = {"step": step}
+        row |= {**stats, **_distance(model)} if read else {}
+        if interval and (step % interval == 0 or last):
+            row |= validation.measure(step, training, state.best)
+        if len(row) > 1:
+            state.history.append(row)
         if on_step is not None:
             on_step(step, settings.steps, stats)
-        if step % save_every == 0 or step == settings.steps:
+        last = last or state.best.ends(settings)
+        if step % save_every == 0 or last:
             state.save()
+        if last:
+            return
 
 
-def _closure(
-    settings: Settings, task: Task, method: Method, x: Any, y: Tensor
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """The closure of a step, over the batch or what the method makes of it.
-
-    A method that splits batches gives each particle its own part, where the task has no other way
-    to learn and the batch can be shared equally.
-    """
-    entry, model = settings.entry, method.model
-    own: Any = partial(model, per_particle=True)
-    particles = model.num_particles
-    if entry.batch is not None:
-        return partial(task.learn, own, *entry.batch(method, x, y))
-    if entry.split_batch and task.learn is call_and_pass and len(y) % particles == 0:
-        x, y = tree_map(lambda t: t.unflatten(0, (particles, -1)), (x, y))
-        return partial(task.learn, own, x, y)
-    return partial(task.learn, model, x, y)
+def _shown(stats: dict[str, float]) -> dict[str, float]:
+    """A method's statistics as a run shows them: the loss is the particles' mean cross-entropy, and
+    the objective is what is minimised where that is another number."""
+    objective = stats.pop("loss")
+    if "nll" not in stats:
+        return {"loss": objective, **stats}
+    loss = stats.pop("nll")
+    same = loss == objective
+    return {"loss": loss, **stats, **({} if same else {"objective": objective})}
 
 
 @torch.no_grad()
@@ -314,107 +206,53 @@ def _distance(model: ParticleModel) -> dict[str, float]:
     return {"particle_distance": mean.item()}
 
 
-def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
-    settings, model = state.settings, state.model
+def _write_results(
+    out: Path, state: RunState, model: ParticleModel, memory: float, measure: str, pictures: bool
+) -> dict[str, Any]:
+    settings, task = state.training.settings, state.training.task
+    options: dict[str, Any] = {
+        "particle_chunk": settings.particle_chunk,
+        "combine": settings.combine,
+    }
     with predictive(model, settings):
-        result, predictions, targets = evaluate(
-            model, task, particle_chunk=settings.particle_chunk, combine=settings.combine
-        )
+        if measure == "validation":
+            measured = validate(model, task, **options)
+        else:
+            measured, predictions, targets = evaluate(model, task, **options)
     result = {
         "method": settings.method,
         "particles": settings.particles,
         "rank": None if settings.full else settings.rank,
         "seed": settings.seed,
-        **result,
+        **measured,
         **({} if settings.full else {"vendi_weights": metrics.vendi(model.cosines())}),
         "step_ms": statistics.median(state.step_ms),
+        "seconds": sum(state.step_ms) / 1000,
+        "steps_taken": state.step,
+        "peak_memory_mb": memory,
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
+        "forward_rows": settings.particles,
     }
-    atomic.write_file(
-        out / RELIABILITY,
-        lambda stream: reliability_diagram(predictions, targets, stream),
-    )
+    if state.best.step:
+        result["best_step"] = state.best.step
     write_json(out / HISTORY, state.history)
-    atomic.write_file(out / HISTORY_PICTURE, lambda stream: history_diagram(state.history, stream))
+    if pictures and measure == "test":
+        atomic.write_file(
+            out / RELIABILITY,
+            lambda stream: reliability_diagram(predictions, targets, stream),
+        )
+        atomic.write_file(
+            out / HISTORY_PICTURE, lambda stream: history_diagram(state.history, stream)
+        )
     write_json(out / METRICS, result)
     return result
 
 
-@contextlib.contextmanager
-def _all_run(model: ParticleModel, method: Method) -> Iterator[None]:
-    """Raise ValueError where a step inside leaves out what is to be trained.
-
-    That is the case if no adapter is called or one of the heads is not, or if no adapter gets a
-    gradient.
-    """
-    layers, heads = dict(model.lora_layers()), dict(model.stacked_modules())
-    idle = {*layers, *heads}
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: idle.discard(name))
-        for name, layer in itertools.chain(layers.items(), heads.items())
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    first, idle_heads = ", ".join([*layers][:5]), sorted(idle & heads.keys())
-    if idle_heads:
-        raise ValueError(f"the head {idle_heads[0]} did not run in the first step: it cannot learn")
-    if not layers:  # full copies
-        return
-    if idle >= layers.keys():
-        raise ValueError(
-            f"none of the {len(layers)} adapters ran in the first step ({first}): the model reads "
-            "the weights of these layers instead of calling them; choose other targets (--targets)"
-        )
-    means = method.params if method.trains_particles else method.parameters()
-    trained = dict(zip(method.params, means))
-    gradients = (trained[layer.lora_B].grad for layer in layers.values())
-    if not any(g is not None and bool(g.any()) for g in gradients):
-        raise ValueError(
-            f"none of the {len(layers)} adapters got a gradient in the first step ({first}); "
-            "choose other targets (--targets)"
-        )
-
-
-def particle_model(task: Task, settings: Settings) -> ParticleModel:
-    import peft
-
-    heads = [task.head] if isinstance(task.head, str) else [*(task.head or ())]
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.rank if settings.lora_alpha is None else settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=task.targets,
-        modules_to_save=heads or None,
-    )
-    # A task's heads are new.
-    model = get_particle_model(
-        task.base,
-        None if settings.full else config,
-        settings.entry.trained(settings.particles),
-        seed=settings.seed,
-        head_init="reset" if heads else None,
-        head=heads if settings.full else (),
-        # Copies of a model share no layers, and a loop is right for any model.
-        fold="loop" if settings.full else "batch",
-    )
-    if settings.full and not heads and settings.method != "single":
-        _set_apart(model)
-    return model
-
-
-@torch.no_grad()
-def _set_apart(model: ParticleModel) -> None:
-    """Add noise to each copy's matrices, of 1 % of their standard deviation: copies of a pretrained
-    model without a new head would stay equal for ever."""
-    for particle, seed in enumerate(model.processes.own(model.seeds)):
-        generator = torch.Generator().manual_seed(seed)
-        for p in model.particle_parameters():
-            if p.ndim > 2:
-                noise = torch.randn(p.shape[1:], generator=generator).to(p)
-                p[particle] += 0.01 * p[particle].std() * noise
+def peak_memory_mb(device: str) -> float:
+    """The most memory that this process has needed so far: of the GPU, or else of the machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def load_run(
@@ -489,37 +327,6 @@ def _vouched(options: Any, folder: Path, own: Mapping[str, Any]) -> Any:
         model_args=tuple((dict(theirs) | own_args).items()),
         from_file="model" not in given,
     )
-
-
-def _to(x: Tensor | dict[str, Tensor], device: str | torch.device) -> Any:
-    return x.to(device) if isinstance(x, Tensor) else {k: t.to(device) for k, t in x.items()}
-
-
-class _Batches(Sampler):
-    """The batches of the steps after `done`: one permutation per epoch, drawn from seed and epoch.
-
-    Step s has the same batch however often the run was stopped before it.
-    """
-
-    def __init__(self, data: Dataset, settings: Settings, done: int):
-        self.data, self.settings, self.done = data, settings, done
-        self.examples = len(data)  # type: ignore[arg-type]  # map-style data sets have a length
-        if self.examples == 0:
-            raise ValueError("the training set is empty")
-
-    def __len__(self) -> int:
-        return self.settings.steps - self.done
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = min(self.settings.batch_size, self.examples)
-        per_epoch = self.examples // size
-        for step in range(self.done, self.settings.steps):
-            epoch, position = divmod(step, per_epoch)
-            if hasattr(self.data, "set_epoch"):  # its images differ from epoch to epoch
-                self.data.set_epoch(epoch)
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.examples, generator=generator)
-            yield order[position * size : (position + 1) * size].tolist()
 
 
 def _seed_everything(seed: int) -> None:

@@ -84,8 +84,26 @@ class Settings(Checked):
     )
     validation: int = option(
         integer(0, 2**31, "N"),
-        "training examples to hold out from training, to choose soups on; the test set is never "
-        "used for that",
+        "training examples to hold out from training, to choose soups and steps on; the test set "
+        "is never used for that",
+        0,
+    )
+    validate_every: int | None = option(
+        integer(0, MAX_STEPS),
+        "steps between two measurements of the NLL on the validation examples; 0: none",
+        None,
+        shown="a twentieth of the steps with --select best or --patience, else 0",
+    )
+    select: str = option(
+        choice("last", "best"),
+        "which particles the run ends with: those of the last step, or those with the lowest NLL "
+        "on the validation examples",
+        "last",
+    )
+    patience: int = option(
+        integer(0, MAX_STEPS),
+        "stop when this many measurements in a row found no lower NLL on the validation examples; "
+        "0: never",
         0,
     )
     method_args: tuple[tuple[str, Any], ...] = option(
@@ -133,6 +151,8 @@ class Settings(Checked):
             raise ValueError(f"{self.method} needs adapters, and full has none")
         if self.full and self.entry.posthoc:
             raise ValueError(f"{self.method} makes particles of an adapter, and full has none")
+        if self.chooses and self.validate_every == 0:
+            raise ValueError("select = 'best' and patience need validate_every > 0; got 0")
         if self.label_smoothing and "loss" in dict(self.method_args):
             raise ValueError(
                 "label_smoothing is part of the loss, cross-entropy: leave out one of it and the "
@@ -142,6 +162,18 @@ class Settings(Checked):
     @property
     def entry(self) -> Entry:
         return METHODS[self.method]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the validation examples decide when the run ends, or with which particles."""
+        return self.select == "best" or self.patience > 0
+
+    @property
+    def validation_interval(self) -> int:
+        """Steps between two validations; 0 where there are none."""
+        if self.validate_every is not None:
+            return self.validate_every
+        return max(1, self.steps // 20) if self.chooses else 0
 
     @property
     def task(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -56,7 +57,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds of the final runs")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of a run, in all tasks")
     parser.add_argument(
-        "--reference", default="ensemble", metavar="ROW", help="what all are compared to [%(default)s]"
+        "--reference",
+        default="ensemble",
+        metavar="ROW",
+        help="what all are compared to [%(default)s]",
     )
     parser.add_argument("--data", metavar="PATH", help="data of the tasks that come without them")
     parser.add_argument("--model", metavar="NAME", help="model of the tasks that take one")
@@ -73,12 +77,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if not args.report:
-        plan.keep(_plan(args), out)
-    stages = _stages(args, plan.plan_of(plan.read(out)), out)
+        plan.keep(_plan(args), out, _command(args))
+    kept = plan.read(out)
+    stages = _stages(args, plan.plan_of(kept), out)
     complete = True
     if not args.report:
         complete = stages.run() and costs.measure(stages)
-    evidence = stages.evidence() | {"command": _command(out), "environment": report.environment()}
+    evidence = stages.evidence() | {"command": kept["command"], "environment": environment()}
     report.write(evidence, out)
     print(report.summary(evidence))
     print(f"\n{out} holds compare.md, compare.png and compare.json.")
@@ -106,6 +111,21 @@ def _plan(args: argparse.Namespace) -> plan.Plan:
         number("tune_seeds"),
         number("seeds"),
     )
+
+
+#: The options that decide the plan.
+_DECIDING = "suite tasks methods trials tune_seeds seeds steps reference data model".split()
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command that makes this comparison again."""
+    words = ["multilora", "compare"]
+    for name in _DECIDING:
+        value = getattr(args, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [str(value)]
+            words += [f"--{name.replace('_', '-')}", *values]
+    return shlex.join([*words, "--out", "DIR"])
 
 
 def _stages(args: argparse.Namespace, planned: plan.Plan, out: Path) -> Stages:

@@ -14,10 +14,11 @@ import torch
 from multilora.app.compare.plan import Run
 from multilora.app.compare.stages import Stages
 from multilora.app.compare.suite import Row, known_rows
-from multilora.app.compare.workers import Job, in_a_process, read_json
+from multilora.app.compare.workers import Job, execute, in_a_process, read_json
 from multilora.app.folders import METRICS, write_json
-from multilora.app.run import steps_of
+from multilora.app.run import make_task
 from multilora.app.settings import Settings
+from multilora.app.steps import Training
 
 #: Steps that are timed, and those before that are not.
 _STEPS, _WARM_UP = 20, 3
@@ -71,15 +72,13 @@ def _of_row(stages: Stages, task: str, row: Row) -> dict[str, Any]:
 
 def _settings(stages: Stages, task: str, row: Row) -> Settings:
     plan = stages.plan
-    plan = replace(
-        plan, rows={row.name: row}, trials={task: {row.source: [{}]}}
-    )
+    plan = replace(plan, rows={row.name: row}, trials={task: {row.source: [{}]}})
     return plan.settings(Run(task, row.name, "final", 0, plan.seeds[0]))
 
 
 def _side_by_side(settings: Settings, single: Settings, device: str) -> dict[str, float]:
     """The median milliseconds of a step, and how many times that of `single` it is."""
-    both = [steps_of(settings, device), steps_of(single, device)]
+    both = [_steps(settings, device), _steps(single, device)]
     taken: list[list[float]] = [[], []]
     for step in range(_WARM_UP + _STEPS):
         for own, steps in zip(taken, both):
@@ -91,3 +90,12 @@ def _side_by_side(settings: Settings, single: Settings, device: str) -> dict[str
                 own.append(1000 * (time.perf_counter() - started))
     ms, of_single = map(statistics.median, taken)
     return {"step_ms": ms, "ratio": ms / of_single}
+
+
+def _steps(settings: Settings, device: str) -> Iterator[None]:
+    settings = replace(settings, steps=max(settings.steps, _WARM_UP + _STEPS))
+    training = Training(settings, make_task(settings, lambda line: None), device)
+    training.model.train()
+    for x, y in training.batches():
+        training.step(x, y)
+        yield

@@ -153,7 +153,7 @@ def make_plan(
 
 
 def _drawn(row: Row, shared: Mapping[str, Any], trial: int) -> dict[str, Any]:
-    """Configuration number `trial` of a row. What all rows share is drawn without the row's name."""
+    """Configuration number `trial`. What all rows share is drawn without the row's name."""
     space = {name: ("", values) for name, values in shared.items()}
     space |= {name: (row.name, values) for name, values in row.space.items()}
     return {
@@ -169,8 +169,8 @@ def _draw(generator: random.Random, values: Mapping[str, Any]) -> Any:
     return float(f"{math.exp(generator.uniform(low, high)):.3g}")
 
 
-def keep(plan: Plan, root: Path) -> None:
-    """Write the plan into the folder, or make sure that the plan there is this one.
+def keep(plan: Plan, root: Path, command: str) -> None:
+    """Write the plan into the folder, with the command, or make sure that the one there is this.
 
     Raises:
         ValueError: The folder holds another comparison, or other files.
@@ -181,7 +181,7 @@ def keep(plan: Plan, root: Path) -> None:
         if root.is_dir() and any(not f.match(f".{PLAN}.*.tmp") for f in root.iterdir()):
             raise ValueError(f"{root} holds files but no comparison; choose another --out")
         root.mkdir(parents=True, exist_ok=True)
-        write_json(file, flat)
+        write_json(file, {"command": command, **flat})
         return
     there = read(root)
     if there["hash"] != flat["hash"]:
@@ -207,7 +207,7 @@ def read(root: Path) -> dict[str, Any]:
 
 def plan_of(values: Mapping[str, Any]) -> Plan:
     """The plan that `Plan.flat` gave."""
-    own = {name: value for name, value in values.items() if name != "hash"}
+    own = {name: value for name, value in values.items() if name not in ("hash", "command")}
     return Plan(
         **own
         | {

@@ -107,8 +107,7 @@ class Stages:
     def evidence(self) -> dict[str, Any]:
         """All that the runs in the folder measured; see `report`."""
         parts: dict[str, Any] = {
-            name: {}
-            for name in ("finals", "defaults", "controls", "trials", "chosen", "costs")
+            name: {} for name in ("finals", "defaults", "controls", "trials", "chosen", "costs")
         }
         missing = []
         for task in self.plan.tasks:
@@ -178,8 +177,9 @@ class Stages:
     def _plan(self) -> dict[str, Any]:
         plan, flat = self.plan, self.plan.flat()
         own = ("hash", "suite", "reference", "tune_seeds", "seeds", "rows", "tasks", "threads")
-        return {name: flat[name] for name in own} | {"trials": len(next(iter(
-            next(iter(plan.trials.values())).values())))}
+        return {name: flat[name] for name in own} | {
+            "trials": len(next(iter(next(iter(plan.trials.values())).values())))
+        }
 
 
 def _validation_nll(result: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import shutil
@@ -136,7 +137,7 @@ def run_all(
     stop: Callable[[], bool],
     progress: Callable[[Job], None],
 ) -> bool:
-    """Execute jobs, as many at a time as there are processes.
+    """Execute jobs, as many at a time as there are processes; one process is this one.
 
     Args:
         threads: of each process.
@@ -149,73 +150,124 @@ def run_all(
     Raises:
         RuntimeError: A job failed, or its process died. The others that were under way are done.
     """
-    left = [job for job in jobs if not job.done]
+    left = []
     for job in jobs:
         if job.done:
             progress(job)
-    workers: dict[Connection, tuple[Any, Job]] = {}
-    context = multiprocessing.get_context("spawn")
-    idle: list[tuple[Connection, Any]] = []
+        else:
+            left.append(job)
     failures: list[str] = []
-    try:
-        while workers or (left and not failures and not stop()):
-            while left and not failures and not stop() and len(workers) < processes:
-                connection, process = idle.pop() if idle else _started(context, threads)
-                job = left.pop(0)
-                connection.send(job)
-                workers[connection] = process, job
-            for ready in wait(list(workers)):
-                process, job = workers.pop(ready)  # type: ignore[index]
-                try:
-                    error = ready.recv()  # type: ignore[union-attr]
-                except EOFError:
-                    process.join()
-                    error = f"its process ended with {process.exitcode}"
-                else:
-                    idle.append((ready, process))  # type: ignore[arg-type]
-                if error:
-                    failures.append(f"{job.folder}: {error}")
-                else:
-                    progress(job)
-    finally:
-        for connection, process in [*idle, *((c, p) for c, (p, _) in workers.items())]:
-            connection.close()
-            process.join()
+
+    def end(job: Job, error: str | None) -> None:
+        if error:
+            failures.append(f"{job.folder}: {error}")
+        else:
+            progress(job)
+
+    def next_job() -> Job | None:
+        return None if failures or not left or stop() else left.pop(0)
+
+    (_here if processes == 1 else _beside)(next_job, end, processes, threads)
     if failures:
         raise RuntimeError("; ".join(failures))
     return not left
 
 
-def _started(context: Any, threads: int) -> tuple[Connection, Any]:
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, threads), daemon=True)
-    process.start()
-    theirs.close()
-    return ours, process
+def in_a_process(threads: int, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) in a process of its own, which starts and ends with it.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    worker = _Worker(threads)
+    try:
+        worker.start(function, *args)
+        error, result = worker.end()
+    finally:
+        worker.stop()
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+_Next = Callable[[], "Job | None"]
+_End = Callable[[Job, "str | None"], None]
+
+
+def _here(next_job: _Next, end: _End, processes: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        while job := next_job():
+            end(job, _attempt(execute, job)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def _beside(next_job: _Next, end: _End, processes: int, threads: int) -> None:
+    idle: list[_Worker] = []
+    busy: dict[Any, tuple[_Worker, Job]] = {}
+    try:
+        while True:
+            while len(busy) < processes and (job := next_job()):
+                worker = idle.pop() if idle else _Worker(threads)
+                worker.start(execute, job)
+                busy[worker.connection] = worker, job
+            if not busy:
+                return
+            for connection in wait(list(busy)):
+                worker, job = busy.pop(connection)
+                error, _ = worker.end()
+                if worker.process.is_alive():
+                    idle.append(worker)
+                end(job, error)
+    finally:
+        for worker in [*idle, *(worker for worker, _ in busy.values())]:
+            worker.stop()
+
+
+class _Worker:
+    """A process that calls one function after the other, and ends when this process does."""
+
+    def __init__(self, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        self.connection.send((function, args))
+
+    def end(self) -> tuple[str | None, Any]:
+        """Wait for the function's end: (error, None) or (None, result)."""
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return f"its process ended with exit code {self.process.exitcode}", None
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.process.join()
 
 
 def _work(connection: Connection, threads: int) -> None:
-    """Execute the jobs that come, until the other side is closed or has died."""
     torch.set_num_threads(threads)
-    while True:
-        try:
-            job = connection.recv()
-        except (EOFError, OSError, KeyboardInterrupt):
-            return
-        error = None
-        try:
-            execute(job)
-        except KeyboardInterrupt:
-            return
-        except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}"
-        connection.send(error)
+    # The other side closes the connection, or has died.
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+        while True:
+            function, args = connection.recv()
+            connection.send(_attempt(function, *args))
 
 
-def metrics_of(folder: Path) -> dict[str, Any] | None:
-    """What a run's metrics.json holds; None where the run is not done."""
-    file = folder / METRICS
-    if not file.is_file():
-        return None
-    return json.loads(file.read_text())
+def _attempt(function: Callable[..., Any], *args: Any) -> tuple[str | None, Any]:
+    try:
+        return None, function(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", None
 
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """What a file holds; None where it is not there."""
+    return json.loads(file.read_text()) if file.is_file() else None

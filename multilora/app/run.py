@@ -21,20 +21,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
-from multilora import atomic, checks, losses, metrics
+from multilora import checks, losses, metrics
 from multilora.app import posthoc, untrusted
 from multilora.app.evaluation import evaluate, predictive
 from multilora.app.folders import (
     HISTORY,
-    HISTORY_PICTURE,
     METRICS,
-    RELIABILITY,
     make_run_folder,
     write_json,
 )
 from multilora.app.options import described
 from multilora.app.other_data import add_sets
-from multilora.app.plots import history_diagram, reliability_diagram
+from multilora.app.pictures import Entropies, write_pictures
 from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
 from multilora.app.settings import (
     MAX_STEPS,
@@ -150,8 +148,8 @@ def train(
     """Train, evaluate and write the folder `out`.
 
     The folder holds run.json (settings), checkpoint.pt (every `save_every` steps, replaced as a
-    whole), particle_k/ and multilora.json, metrics.json, history.json and two pictures,
-    reliability.png and history.png.
+    whole), particle_k/ and multilora.json, metrics.json, history.json and the pictures
+    that `folders.PICTURES` lists.
 
     Args:
         resume: Continue from out/checkpoint.pt, or from the start if the run was stopped before its
@@ -316,9 +314,14 @@ def _distance(model: ParticleModel) -> dict[str, float]:
 
 def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
     settings, model = state.settings, state.model
+    entropies = Entropies(settings.combine)
     with predictive(model, settings):
         result, predictions, targets = evaluate(
-            model, task, particle_chunk=settings.particle_chunk, combine=settings.combine
+            model,
+            task,
+            particle_chunk=settings.particle_chunk,
+            combine=settings.combine,
+            on_predictions=entropies.add,
         )
     result = {
         "method": settings.method,
@@ -330,12 +333,8 @@ def _write_results(out: Path, state: RunState, task: Task) -> dict[str, Any]:
         "step_ms": statistics.median(state.step_ms),
         "trainable_per_particle": sum(p[0].numel() for p in model.particle_parameters()),
     }
-    atomic.write_file(
-        out / RELIABILITY,
-        lambda stream: reliability_diagram(predictions, targets, stream),
-    )
     write_json(out / HISTORY, state.history)
-    atomic.write_file(out / HISTORY_PICTURE, lambda stream: history_diagram(state.history, stream))
+    write_pictures(out, result, predictions, targets, entropies.groups(), state.history)
     write_json(out / METRICS, result)
     return result
 

@@ -56,8 +56,13 @@ def test_train_writes_what_it_promises(run):
     assert metrics["num_examples"] == 297 - 5 * 10
     model, _, _ = training.load_run(run)
     assert metrics["vendi_weights"] == pytest.approx(ml.metrics.vendi(model.cosines()), rel=1e-5)
-    for picture in ("reliability.png", "history.png"):
-        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert {f.name for f in run.glob("*.png")} == {
+        "reliability.png",
+        "entropies.png",
+        "history.png",
+    }
+    for picture in run.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
     for k in range(3):
         assert isinstance(peft.PeftConfig.from_pretrained(run / f"particle_{k}"), peft.LoraConfig)
 
@@ -83,8 +88,10 @@ def test_train_says_where_its_results_are_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["train", *SHORT, "--method", "single", "--steps", "1", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    for text in (f"{out} holds particle_0 (", str(out / "history.png"), "ECE: expected", "OOD"):
+    for text in (f"{out} holds particle_0 (", "ECE: expected", "OOD"):
         assert text in said
+    listed = {line.split()[0] for line in said.splitlines() if ".png" in line}
+    assert listed == {str(picture) for picture in out.glob("*.png")} and len(listed) == 3
 
 
 @pytest.mark.slow

@@ -301,8 +301,7 @@ def test_contents_are_on_the_disk_before_a_rename_shows_them(tmp_path, monkeypat
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(training, "make_task", killed.small_task)
-    for picture in ("reliability_diagram", "history_diagram"):
-        monkeypatch.setattr(training, picture, lambda *_: None)
+    monkeypatch.setattr(training, "write_pictures", lambda *_: None)
 
 
 def stopped(out, **changes):

@@ -299,7 +299,9 @@ def _draw_faded(
 
     # A standard error shrinks with the square root as well.
     alpha = (examples / _FEW).clamp(0, 1).sqrt()
-    points = list(zip(torch.as_tensor(x).tolist(), torch.as_tensor(y).tolist()))
+    points = list(
+        zip(*(torch.as_tensor(values, dtype=torch.float64).tolist() for values in (x, y)))
+    )
     ends = to_rgba_array(colour, torch.minimum(alpha[1:], alpha[:-1]).tolist())
     axis.add_collection(LineCollection(list(pairwise(points)), colors=ends, linewidths=width))
     colours = to_rgba_array(colour, alpha.tolist())

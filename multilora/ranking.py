@@ -50,6 +50,17 @@ def aurc(confidence: Tensor, wrong: Tensor) -> float:
     return (errors / torch.arange(1, len(errors) + 1, device=errors.device)).mean().item()
 
 
+def spearman(a: Tensor, b: Tensor) -> float:
+    """The rank correlation of a (N,) and b (N,), in [−1, 1]; NaN where one is constant.
+
+    Equal values have the mean of their ranks.
+    """
+    if len(a) < 2:
+        return math.nan
+    ranks = [tie_means(values, values.argsort().argsort()) for values in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
 def tie_means(score: Tensor, values: Tensor) -> Tensor:
     """float64 (N,): each value replaced by the mean over the examples of exactly its score.
 

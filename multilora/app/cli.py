@@ -19,8 +19,7 @@ from multilora._version import __version__
 from multilora.app import info, soup
 from multilora.app.evaluation import evaluate, predictive
 from multilora.app.folders import (
-    HISTORY_PICTURE,
-    RELIABILITY,
+    PICTURES,
     check_export,
     free_folder,
     record_export,
@@ -245,9 +244,11 @@ def _train(args: argparse.Namespace) -> int:
     kind = "whole models" if settings.full else "PEFT adapters"
     print(
         f"\n{out} holds particle_0{f' … particle_{last}' if last else ''} ({kind}) and "
-        f"metrics.json.\nPictures: {out / RELIABILITY} (calibration), {out / HISTORY_PICTURE} "
-        "(the course of training)."
+        "metrics.json. Pictures:"
     )
+    for name, shows in PICTURES.items():
+        if (out / name).is_file():
+            print(f"  {out / name} ({shows})")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from multilora import checks, metrics
+from multilora.app.raters import agreement
 from multilora.app.settings import Settings
 from multilora.app.tasks.task import Task
 from multilora.calibration import FEWEST
@@ -33,6 +34,7 @@ def evaluate(
     batch_size: int | None = None,
     particle_chunk: int | None = None,
     combine: str = "prob",
+    on_predictions: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Measures on the test set, and on the shifted and out-of-distribution sets of the task.
 
@@ -40,6 +42,8 @@ def evaluate(
         batch_size: Examples per forward; the task's own number where it is None.
         particle_chunk: Particles per forward; all where it is None.
         combine: As for `metrics.evaluate`.
+        on_predictions: on_predictions(kind, log_p, targets) is called once for each set, with the
+            predictions log p_k (K, N, C); its kind is "test", "shifted" or "ood".
 
     Returns:
         The measures, and the predictions p_k (K, N, C) on the test set with their targets (N,).
@@ -50,12 +54,16 @@ def evaluate(
         "calibrated_nll" is `metrics.calibrated_nll`, where there are 100 examples for it. With
         validation examples there is what `validate` returns, and "calibrated" has the measures of
         the test set at its temperature.
+        "human_confidence" is `raters.agreement` on the test set, where the task has raters.
     """
 
-    def predicted(data: Dataset) -> tuple[Tensor, Tensor]:
-        return predictions(model, task, data, batch_size, particle_chunk)
+    def predicted(data: Dataset, kind: str) -> tuple[Tensor, Tensor]:
+        found = predictions(model, task, data, batch_size, particle_chunk)
+        if on_predictions is not None:
+            on_predictions(kind, *found)
+        return found
 
-    log_p, targets = predicted(task.test)
+    log_p, targets = predicted(task.test, "test")
 
     def told_apart(other: Tensor) -> dict[str, float]:
         """How the predictions `other` differ from those on the test set: the ..._ood measures."""
@@ -72,12 +80,14 @@ def evaluate(
             temperature = on_validation["temperature"]
             scaled = metrics.evaluate(log_p, targets, combine, temperature=temperature)
             result["calibrated"] = {m: scaled[m] for m in _OF_CALIBRATION}
-    ood = {name: told_apart(predicted(data)[0]) for name, data in task.ood.items()}
+    if task.human_confidence is not None:
+        result["human_confidence"] = agreement(log_p, targets, task.human_confidence, combine)
+    ood = {name: told_apart(predicted(data, "ood")[0]) for name, data in task.ood.items()}
     if ood:
         result |= _means(ood.values()) | {"ood": {n: _plain(each) for n, each in ood.items()}}
     shifted = {}
     for name, data in task.shifted.items():
-        other, labels = predicted(data)
+        other, labels = predicted(data, "shifted")
         own = metrics.evaluate(other, labels, combine)
         shifted[name] = {m: own[m] for m in _ON_SHIFTED} | _plain(told_apart(other))
     if shifted:

@@ -12,9 +12,18 @@ from multilora.app.settings import SETTINGS, Settings, differences, read_setting
 from multilora.app.tasks.task import ModelOptions
 
 METRICS = "metrics.json"
-RELIABILITY = "reliability.png"
 HISTORY = "history.json"
+RELIABILITY = "reliability.png"
+ENTROPIES = "entropies.png"
+HUMAN_CONFIDENCE = "human_confidence.png"
 HISTORY_PICTURE = "history.png"
+#: The pictures that a run may have, and what they show.
+PICTURES = {
+    RELIABILITY: "whether the confidences are right",
+    ENTROPIES: "whether it is unsure where it is wrong",
+    HUMAN_CONFIDENCE: "whether it is unsure where people are",
+    HISTORY_PICTURE: "the course of the training",
+}
 #: Lists the files that `export` wrote into a folder, beside them.
 _EXPORT = "multilora_export.json"
 

@@ -16,20 +16,18 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from multilora import atomic, checks, metrics
+from multilora import checks, metrics
 from multilora.app import posthoc, untrusted, validation
 from multilora.app.evaluation import evaluate, predictive, validate
 from multilora.app.folders import (
     HISTORY,
-    HISTORY_PICTURE,
     METRICS,
-    RELIABILITY,
     make_run_folder,
     write_json,
 )
 from multilora.app.options import described
 from multilora.app.other_data import add_sets
-from multilora.app.plots import history_diagram, reliability_diagram
+from multilora.app.pictures import Entropies, write_pictures
 from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
 from multilora.app.settings import (
     MAX_STEPS,
@@ -46,6 +44,8 @@ from multilora.checkpoint import load_particle_model
 from multilora.model import ParticleModel
 from multilora.ops import pairwise_frobenius
 
+#: What a clock or the machine decides among the numbers of metrics.json.
+MACHINE = ("step_ms", "seconds", "peak_memory_mb")
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -95,8 +95,8 @@ def train(
     """Train, evaluate and write the folder `out`.
 
     The folder holds run.json (settings), checkpoint.pt (every `save_every` steps, replaced as a
-    whole), particle_k/ and multilora.json, metrics.json, history.json and two pictures,
-    reliability.png and history.png.
+    whole), particle_k/ and multilora.json, metrics.json, history.json and the pictures
+    that `folders.PICTURES` lists.
 
     Args:
         resume: Continue from out/checkpoint.pt, or from the start if the run was stopped before its
@@ -214,11 +214,14 @@ def _write_results(
         "particle_chunk": settings.particle_chunk,
         "combine": settings.combine,
     }
+    entropies = Entropies(settings.combine)
     with predictive(model, settings):
         if measure == "validation":
             measured = validate(model, task, **options)
         else:
-            measured, predictions, targets = evaluate(model, task, **options)
+            measured, predictions, targets = evaluate(
+                model, task, **options, on_predictions=entropies.add
+            )
     result = {
         "method": settings.method,
         "particles": settings.particles,
@@ -237,13 +240,7 @@ def _write_results(
         result["best_step"] = state.best.step
     write_json(out / HISTORY, state.history)
     if pictures and measure == "test":
-        atomic.write_file(
-            out / RELIABILITY,
-            lambda stream: reliability_diagram(predictions, targets, stream),
-        )
-        atomic.write_file(
-            out / HISTORY_PICTURE, lambda stream: history_diagram(state.history, stream)
-        )
+        write_pictures(out, result, predictions, targets, entropies.groups(), state.history)
     write_json(out / METRICS, result)
     return result
 

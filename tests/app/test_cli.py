@@ -16,7 +16,7 @@ import torch
 
 import multilora as ml
 from command import numbers, refused
-from multilora.app import cli, report
+from multilora.app import cli, report, steps
 from multilora.app import run as training
 from multilora.app.settings import Settings, recommended
 from multilora.app.tasks import digits, images
@@ -56,8 +56,13 @@ def test_train_writes_what_it_promises(run):
     assert metrics["num_examples"] == 297 - 5 * 10
     model, _, _ = training.load_run(run)
     assert metrics["vendi_weights"] == pytest.approx(ml.metrics.vendi(model.cosines()), rel=1e-5)
-    for picture in ("reliability.png", "history.png"):
-        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert {f.name for f in run.glob("*.png")} == {
+        "reliability.png",
+        "entropies.png",
+        "history.png",
+    }
+    for picture in run.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
     for k in range(3):
         assert isinstance(peft.PeftConfig.from_pretrained(run / f"particle_{k}"), peft.LoraConfig)
 
@@ -65,7 +70,7 @@ def test_train_writes_what_it_promises(run):
 def test_the_history_has_the_statistics_of_the_steps(run):
     history = json.loads((run / "history.json").read_text())
     assert [row["step"] for row in history] == [*range(1, 25)]
-    assert {"loss", "nll", "divergence", "particle_distance"} <= history[0].keys()
+    assert {"loss", "objective", "divergence", "particle_distance"} <= history[0].keys()
     model, _, _ = training.load_run(run)
     with torch.no_grad():
         changes = torch.stack(
@@ -83,8 +88,10 @@ def test_train_says_where_its_results_are_and_what_they_mean(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["train", *SHORT, "--method", "single", "--steps", "1", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    for text in (f"{out} holds particle_0 (", str(out / "history.png"), "ECE: expected", "OOD"):
+    for text in (f"{out} holds particle_0 (", "ECE: expected", "OOD"):
         assert text in said
+    listed = {line.split()[0] for line in said.splitlines() if ".png" in line}
+    assert listed == {str(picture) for picture in out.glob("*.png")} and len(listed) == 3
 
 
 @pytest.mark.slow
@@ -202,9 +209,9 @@ def test_noise_and_draws_resume_too(method, tmp_path):
 
 
 def test_the_learning_rate_of_sgld_is_the_schedules(tmp_path, monkeypatch):
-    made, seen, make = [], [], training.make_method
+    made, seen, make = [], [], steps.make_method
     monkeypatch.setattr(
-        training, "make_method", lambda *given: (made.append(make(*given)), made[-1])[1]
+        steps, "make_method", lambda *given: (made.append(make(*given)), made[-1])[1]
     )
     options = digits.Options(shots=4)
     settings = Settings(method="sgld", steps=20, lr=0.02, particles=1, options=options)
@@ -219,7 +226,7 @@ def test_each_particle_has_its_part_of_a_batch_that_can_be_shared():
 
     def called(method, x, y, task=task):
         settings = Settings(method=method, particles=3)
-        return training._closure(settings, task, ml.Ensemble(model), x, y)()
+        return steps.closure(settings, task, ml.Ensemble(model), x, y)()
 
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 4
     logits, targets = called("bbb", x, y)

@@ -192,7 +192,9 @@ def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
 
 NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
-FROM_ZERO = "seed weight_decay lora_dropout label_smoothing mixup validation alpha".split()
+FROM_ZERO = (
+    "seed weight_decay lora_dropout label_smoothing mixup validation validate_every patience alpha"
+).split()
 MEANT = {name: [0] for name in FROM_ZERO}
 #: One of each kind: a setting is a field of one of them.
 SETTINGS = [
@@ -205,7 +207,7 @@ NUMBERS = {
     field.name: settings
     for settings in SETTINGS
     for field in fields(settings)
-    if field.type in ("int", "float", "float | None")
+    if field.type in ("int", "float", "float | None", "int | None")
 }
 #: The options of `train` that are not settings, and the options of `kernels`.
 OTHERS = ["save_every", "seeds"]
@@ -228,7 +230,7 @@ def test_a_setting_that_means_nothing_is_refused_by_name(name, value):
 
 
 def test_other_fields_are_refused_by_name_too():
-    assert len(NUMBERS) == 15
+    assert len(NUMBERS) == 17
     for settings in SETTINGS:
         for field in fields(settings):
             # No file and no option gives these two.

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from command import numbers
-from multilora.app import cli, report
+from multilora.app import cli, report, steps
 from multilora.app import run as training
 from multilora.app.robust import attacked_accuracies
 from multilora.app.settings import Settings
@@ -127,7 +127,7 @@ def test_other_inputs_are_refused(run):
     with pytest.raises(ValueError, match="--fgsm needs a task whose inputs are images"):
         attacked_accuracies(model, text)
     with pytest.raises(ValueError, match="dverge needs a task whose inputs are images"):
-        training.make_method(settings(), model, 10, text.normalisation)
+        steps.make_method(settings(), model, 10, text.normalisation)
 
 
 def test_one_particle_is_refused(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import multilora as ml
 from command import numbers, refused
-from multilora.app import cli
+from multilora.app import cli, steps
 from multilora.app import run as training
 from multilora.app.settings import recommended
 from multilora.app.tasks import digits
@@ -162,7 +162,7 @@ def test_label_smoothing_and_mixup_reach_the_loss(tmp_path, monkeypatch):
     torch.testing.assert_close(mixed, share * x + (1 - share) * x.roll(1, 0))
     # At the start B is zero; the loss is that of the smoothed and mixed targets.
     history = json.loads((tmp_path / "smooth" / "history.json").read_text())
-    model = training.particle_model(make(smooth), smooth)
+    model = steps.particle_model(make(smooth), smooth)
     with torch.no_grad():
         log_p = model(mixed).log_softmax(-1)
     expected = -((0.8 * soft + 0.2 / 5) * log_p).sum(-1).mean()
@@ -205,4 +205,4 @@ def test_mixup_is_for_images():
     task = digits.make(digits.Options(shots=2), 0)
     words = training.replace(task, collate=lambda examples: examples)
     with pytest.raises(ValueError, match="mixup is for tasks of images"):
-        training._collate(recommended("digits", "ensemble", mixup=1.0), words)
+        steps.collate(recommended("digits", "ensemble", mixup=1.0), words)

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import multilora as ml
 from command import numbers
 from documents import recipe
-from multilora.app import cli, recipes
+from multilora.app import cli, recipes, steps
 from multilora.app import run as training
 from multilora.app.settings import Settings, recommended
 from multilora.app.tasks import TASKS
@@ -167,7 +167,7 @@ def test_an_augmented_run_resumes_to_the_same_numbers(kitti, tmp_path):
             raise KeyboardInterrupt
 
     train, _, _ = vtab(kitti, base(), "tune", augment=True, **MODEL_ARGS)
-    next(iter(training._Batches(train, settings, done=5)))
+    next(iter(steps.Batches(train, settings, done=5)))
     assert train.epoch == 2
     whole = training.train(settings, tmp_path / "whole", save_every=3)
     with pytest.raises(KeyboardInterrupt):
@@ -300,6 +300,6 @@ def test_given_settings_win_over_the_recipe(kitti):
         data=str(kitti), model=NAME, pretrained=False, model_args=tuple(MODEL_ARGS.items())
     )
     task = vtab_task.make(options, seed=0)
-    model = training.particle_model(task, settings)
-    assert training.make_method(settings, model, 1000).alpha == 0.1
+    model = steps.particle_model(task, settings)
+    assert steps.make_method(settings, model, 1000).alpha == 0.1
     assert [a.scaling for a in model.adapters()] == [1.0, 1.0]

@@ -160,5 +160,5 @@ def test_commands_of_the_quickstart_run(tmp_path, monkeypatch, capsys):
             assert cli.main(arguments) == 0, capsys.readouterr().err
             ran.append(arguments[0])
     assert ran == ["info", "train", "evaluate"]
-    for name in ("reliability.png", "particle_0", "particle_3", "metrics.json"):
+    for name in ("reliability.png", "entropies.png", "particle_0", "particle_3", "metrics.json"):
         assert (tmp_path / "runs" / "first" / name).exists()

@@ -16,9 +16,11 @@ import torch
 import killed
 import multilora as ml
 from adapter_files import contents
+from command import numbers
 from multilora import atomic, checkpoint, particle_folders
 from multilora.app import resume as run_state
 from multilora.app import run as training
+from multilora.app import steps
 
 METHODS = ("ibdr", "svgd", "ensemble")
 STEPS, SAVE_EVERY = killed.STEPS, killed.SAVE_EVERY
@@ -46,10 +48,8 @@ def run(function, *args, **kwargs):
 
 def outcome(out):
     """Everything that a run decides: its numbers but for the clock's, and its adapters."""
-    metrics = json.loads((out / "metrics.json").read_text())
-    del metrics["step_ms"]
     adapters = contents(out)
-    return metrics, {name: adapters[name] for name in adapters if name.startswith("particle_")}
+    return numbers(out), {name: adapters[name] for name in adapters if name.startswith("particle_")}
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +301,7 @@ def test_contents_are_on_the_disk_before_a_rename_shows_them(tmp_path, monkeypat
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(training, "make_task", killed.small_task)
-    for picture in ("reliability_diagram", "history_diagram"):
-        monkeypatch.setattr(training, picture, lambda *_: None)
+    monkeypatch.setattr(training, "write_pictures", lambda *_: None)
 
 
 def stopped(out, **changes):
@@ -473,11 +472,11 @@ def test_a_damaged_run_is_named(damage, runs, small, tmp_path, monkeypatch):
     before = contents(out)
     made = []
 
-    def particle_model(*args, real=training.particle_model):
+    def particle_model(*args, real=steps.particle_model):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(training, "particle_model", particle_model)
+    monkeypatch.setattr(steps, "particle_model", particle_model)
     with pytest.raises(ValueError, match=r"checkpoint\.pt|run\.json|other settings") as raised:
         training.train(killed.settings(), out, resume=True)
     for text in named:
@@ -486,7 +485,7 @@ def test_a_damaged_run_is_named(damage, runs, small, tmp_path, monkeypatch):
     # Neither the files nor the model has been changed.
     assert contents(out) == before
     fresh = killed.settings()
-    fresh = dict(training.particle_model(killed.small_task(), fresh).named_parameters())
+    fresh = dict(steps.particle_model(killed.small_task(), fresh).named_parameters())
     for model in made[:-1]:
         assert all(torch.equal(p, fresh[name]) for name, p in model.named_parameters())
 

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from sklearn.metrics import average_precision_score, roc_curve
 from torch import nn
 
 import multilora as ml
 from multilora import calibration, ranking
-from multilora.app import plots
 
 KEYS = {
     *("accuracy", "nll", "brier", "entropy", "ece", "mce", "ece_adaptive"),
@@ -289,6 +289,17 @@ def test_measures_of_nothing_are_nan(right):
     assert got["aurc"] == 1 - right
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_spearman(ties):
+    a = torch.randn(101).round(decimals=0 if ties else 9)
+    b = (a + torch.randn(101)).round(decimals=1 if ties else 9)
+    expected = scipy.stats.spearmanr(a.numpy(), b.numpy()).statistic
+    assert ranking.spearman(a, b) == pytest.approx(expected, rel=1e-12)
+    assert ranking.spearman(a, -b) == pytest.approx(-expected, rel=1e-12)
+    assert math.isnan(ranking.spearman(a, torch.ones(101)))
+    assert math.isnan(ranking.spearman(a[:1], b[:1]))
+
+
 def test_aurc_by_hand():
     confidence, wrong = float64(0.9, 0.5, 0.8, 0.7), torch.tensor([False, True, True, False])
     assert ranking.aurc(confidence, wrong) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
@@ -351,57 +362,3 @@ def test_what_predictive_refuses():
         ml.metrics.predictive(torch.zeros(2, 9, 7).index_fill(1, torch.tensor([3]), math.nan))
     with pytest.raises(ValueError, match='combine must be "prob" or "logit"'):
         ml.metrics.predictive(torch.zeros(2, 9, 7), "mean")
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def axes(monkeypatch):
-    """What is drawn: the axes of the last figure, kept open."""
-    from matplotlib import pyplot as plt
-
-    monkeypatch.setattr(plt, "close", lambda _: None)
-    yield lambda: plt.gcf().axes[0]
-    monkeypatch.undo()
-    plt.close("all")
-
-
-def test_entropy_histograms(axes, tmp_path):
-    groups = {"right": float64(0, 0.1, 0.1, 0.4), "wrong": float64(1, 1), "OOD": float64()}
-    plots.entropy_histograms(groups, tmp_path / "a.png", bins=4)
-    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
-    # Each outline goes along the tops of its bins and back along the axis.
-    heights = [set(patch.get_xy()[:, 1].round(6)) for patch in axes().patches]
-    assert heights == [{0, 0.75, 0.25}, {0, 1}, {0}]
-    assert axes().get_xlabel().endswith("(nats)") and axes().get_xlim() == (0, 1)
-    texts = [text.get_text() for text in axes().figure.legends[0].get_texts()]
-    assert texts == ["right (4)", "wrong (2)", "OOD (0)"]
-
-
-@pytest.mark.parametrize(
-    "groups, message",
-    [
-        ({}, r"needs an example; got the groups \[\]"),
-        ({"right": float64()}, r"got the groups \['right'\]"),
-        ({"right": float64(1, -0.1)}, r"\(2,\) in 'right', from -0.1"),
-        ({"right": float64(1), "wrong": float64(math.nan)}, "in 'wrong', from nan"),
-        ({"right": float64([1, 2])}, r"\(1, 2\) in 'right'"),
-    ],
-)
-def test_what_entropy_histograms_refuse(groups, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        plots.entropy_histograms(groups, tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
-
-
-def test_confidence_curve(axes, tmp_path):
-    plots.confidence_curve([0.1, 0.2], [0.9, 0.8], [0.5, math.nan], tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
-    low, high = (line.get_xydata() for line in axes().lines)
-    np.testing.assert_array_equal(low, [[0.1, 0.9], [0.2, 0.8]])
-    np.testing.assert_array_equal(high, [[0.1, 0.5], [0.2, math.nan]])
-    with pytest.raises(ValueError, match="got 2 thresholds, 2 and 1 confidences"):
-        plots.confidence_curve([0.1, 0.2], [0.9, 0.8], [0.5], tmp_path / "b.png")
-    with pytest.raises(ValueError, match="at least one; got 0 thresholds"):
-        plots.confidence_curve([], [], [], tmp_path / "b.png")

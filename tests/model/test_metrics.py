@@ -10,7 +10,6 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import multilora as ml
-from multilora.app import plots
 
 # float64 logits give float64 measures, but for those that torchmetrics computes in float32 (6e-8).
 FP64, FP32 = 1e-12, 1e-6
@@ -484,53 +483,3 @@ class TestPredictLoader:
         with pytest.raises(ValueError, match=message):
             ml.metrics.predict_loader(model, loader)
         assert model.training
-
-
-class TestReliabilityDiagram:
-    @pytest.fixture
-    def drawn(self, monkeypatch):
-        """The bins that are drawn: confidence, accuracy and count."""
-        rows, original = [], plots._bins
-        monkeypatch.setattr(plots, "_bins", lambda *a: rows.append(original(*a)) or rows[-1])
-        return rows
-
-    def test_the_bins_are_those_of_the_ece(self, drawn, tmp_path):
-        # .8 is the upper edge of its bin, and 1 of the last.
-        p = torch.tensor([0.8, 0.86, 1, 0.95, 0.6], dtype=torch.float64)
-        logits = torch.stack([p, 1 - p], 1).log()[None]
-        targets = torch.tensor([0, 1, 0, 1, 0])
-        plots.reliability_diagram(logits.exp(), targets, tmp_path / "a.png")
-        confidence, accuracy, count = map(np.array, drawn[-1])
-        assert count.tolist() == [1, 1, 1, 2] and accuracy.tolist() == [1, 1, 0, 0.5]
-        ece = ml.metrics.evaluate(logits, targets)["ece"]
-        assert count @ abs(confidence - accuracy) / 5 == pytest.approx(ece, rel=FP64)
-
-    def test_ignored_targets(self, drawn, tmp_path):
-        logits, targets = problem()
-        p, ignored = logits.softmax(-1), targets.clone()
-        ignored[::3] = -100
-        plots.reliability_diagram(p, ignored, tmp_path / "a.png")
-        kept = ignored != -100
-        plots.reliability_diagram(p[:, kept], targets[kept], tmp_path / "b.png")
-        assert drawn[:5] == drawn[5:] and sum(drawn[0][2]) == int(kept.sum())
-        assert (tmp_path / "a.png").read_bytes()[1:4] == b"PNG"
-
-    @pytest.mark.parametrize(
-        "change, message",
-        [
-            (lambda p, y: (p[0], y), r"\(K, N, C\)"),
-            (lambda p, y: (p, y[:-1]), r"targets \(210,\)"),
-            (lambda p, y: (p, y.double()), "torch.float64"),
-            (lambda p, y: (p, y + 7), r"targets in \[0, 7\)"),
-            (lambda p, y: (p, y * 0 - 100), "at least one valid target"),
-            (lambda p, y: (p.log(), y), "211 of 211 rows are not probabilities"),
-            (lambda p, y: (p.index_fill(1, torch.tensor([3]), math.nan), y), "1 of 211 rows"),
-        ],
-    )
-    def test_what_is_refused(self, change, message, tmp_path):
-        logits, targets = problem()
-        with pytest.raises(ValueError, match=message):
-            plots.reliability_diagram(*change(logits.softmax(-1), targets), tmp_path / "a.png")
-        with pytest.raises(ValueError, match="bins must be an integer >= 1; got 0"):
-            plots.reliability_diagram(logits.softmax(-1), targets, tmp_path / "a.png", 0)
-        assert not (tmp_path / "a.png").exists()

@@ -50,6 +50,7 @@ class Task:
             tensors. None is PyTorch's default.
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
+        human_confidence: (N,) in [0, 1], the raters' agreement on each test example, in order.
     """
 
     base: nn.Module
@@ -67,6 +68,7 @@ class Task:
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = call_and_pass
     evaluation_batch: int = 256
+    human_confidence: Tensor | None = None
 
 
 def of_images(what: str, normalisation: Normalisation | None) -> Normalisation:

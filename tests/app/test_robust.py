@@ -13,7 +13,7 @@ from multilora.app.robust import attacked_accuracies
 from multilora.app.settings import Settings
 from multilora.app.tasks import digits, images
 from multilora.app.tasks.task import Task
-from multilora.methods import DVERGE
+from multilora.methods import DVERGE, METHODS
 from multilora.robustness import robust_accuracy
 
 STEPS = 4
@@ -82,10 +82,10 @@ def test_every_step_learns_from_the_batch_that_the_method_makes(tmp_path, monkey
         made.append(batch(method, x, y))
         return made[-1]
 
-    entry = training.METHODS["dverge"]
+    entry = METHODS["dverge"]
     monkeypatch.setattr(DVERGE, "backward", backward_of)
     monkeypatch.setitem(
-        training.METHODS, "dverge", type(entry)(**vars(entry) | {"batch": batch_of})
+        METHODS, "dverge", type(entry)(**vars(entry) | {"batch": batch_of})
     )
     training.train(settings(steps=2), tmp_path / "run")
     assert len(made) == len(learnt) == 2

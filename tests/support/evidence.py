@@ -70,8 +70,7 @@ def make_evidence(
         },
         "chosen": {
             task: {
-                r: {"trial": 1, "settings": {"lr": 0.01}, "edge": (task, r) in edges}
-                for r in tuned
+                r: {"trial": 1, "settings": {"lr": 0.01}, "edge": (task, r) in edges} for r in tuned
             }
             for task in finals
         },

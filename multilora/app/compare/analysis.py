@@ -61,8 +61,8 @@ class Comparison:
             without a pair. Three others say why a gain does not count: "control", it does not beat
             its control; "unfinished", a tuning is not; "uncounted", the row is not better than the
             reference itself.
-        control: against the reference at the row's own learning rate and weight decay, with
-            control_p, where the row has such a control.
+        control: against the reference at the row's own learning rate and weight decay, where the
+            row has such a control.
     """
 
     measure: Measure
@@ -70,7 +70,6 @@ class Comparison:
     p: float | None
     verdict: str
     control: Difference | None = None
-    control_p: float | None = None
 
     def gain(self, d: Difference) -> tuple[float, tuple[float, float] | None]:
         """A difference and its interval, such that positive is better."""
@@ -165,29 +164,30 @@ class Analysis:
             controls = {
                 r: self.against(r, "controls", r, measure) for r in others if self.shares_lr(r)
             }
-            p, control_p = _adjusted(own), _adjusted(controls)
+            p = _adjusted(own)
             for row in others:
+                verdict = self._verdict(row, measure, own[row], p.get(row), controls.get(row))
                 found[row].append(
-                    self._judged(
-                        row,
-                        Comparison(measure, own[row], p.get(row), "none"),
-                        controls.get(row),
-                        control_p.get(row),
-                    )
+                    Comparison(measure, own[row], p.get(row), verdict, controls.get(row))
                 )
         return found
 
-    def _judged(
-        self, row: str, test: Comparison, control: Difference | None, control_p: float | None
-    ) -> Comparison:
-        verdict = _told(test.measure, test.difference, test.p)
-        if verdict == "better":
-            beaten = _told(test.measure, control, control_p) == "better"
-            if self.shares_lr(row) and not beaten:
-                verdict = "control"
-            elif self.edges(row) or self.edges(self.reference):
-                verdict = "unfinished"
-        return Comparison(test.measure, test.difference, test.p, verdict, control, control_p)
+    def _verdict(
+        self,
+        row: str,
+        measure: Measure,
+        own: Difference | None,
+        p: float | None,
+        control: Difference | None,
+    ) -> str:
+        verdict = _told(measure, own, p)
+        if verdict != "better":
+            return verdict
+        # A control can only take a claim back, so its p needs no correction.
+        beaten = control is not None and _told(measure, control, control.p) == "better"
+        if self.shares_lr(row) and not beaten:
+            return "control"
+        return "unfinished" if self.edges(row) or self.edges(self.reference) else "better"
 
     # --- compute ---------------------------------------------------------------------------------
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from multilora.app.compare.analysis import PRIMARY, Analysis
+from multilora.app.compare.analysis import Analysis
 from multilora.app.compare.sentences import number
 
 #: The measure that is drawn.
@@ -158,7 +159,7 @@ def _name(axes: Any, points: list[_Point]) -> None:
     left, right = axes.get_xlim()
     taken = [_box(axes, (p.x, p.y), (p.x, p.y), 6) for p in points]
     taken += [_box(axes, (p.x, p.low), (p.x, p.high), 2) for p in points]
-    taken += [_box(axes, *ends, 2) for ends in zip(corners, corners[1:])]
+    taken += [_box(axes, *ends, 2) for ends in itertools.pairwise(corners)]
     taken.append(_box(axes, (left, 0), (right, 0), 1))
     inside = (axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
     for p in points:

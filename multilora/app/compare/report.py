@@ -53,7 +53,10 @@ def _markdown(analysis: Analysis) -> str:
         "What is behind this": _origin(analysis),
     }
     tasks = {
-        analysis.task_label(task): [*tables.of_task(analysis, task), sentences.power(analysis, task)]
+        analysis.task_label(task): [
+            *tables.of_task(analysis, task),
+            sentences.power(analysis, task),
+        ]
         for task in analysis.tasks
         if any(analysis.runs("finals", task, row) for row in analysis.rows)
     }
@@ -112,7 +115,9 @@ def _configurations(analysis: Analysis) -> list[str]:
 
 def _by_task(analysis: Analysis, found: Mapping[str, str | None]) -> list[str]:
     return [
-        f"{analysis.task_label(task)}:\n\n{text}" for task, text in found.items() if text is not None
+        f"{analysis.task_label(task)}:\n\n{text}"
+        for task, text in found.items()
+        if text is not None
     ] or ["Not measured yet."]
 
 

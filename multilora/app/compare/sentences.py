@@ -7,13 +7,6 @@ from collections.abc import Callable, Sequence
 from multilora.app.compare.analysis import LEVEL, PRIMARY, Analysis, Comparison
 from multilora.app.compare.statistics import pairs_needed
 
-RULE = (
-    f"A row is called better only if the 95 % interval of its paired differences leaves out zero, "
-    f"the sign-flip p is below {LEVEL:g} after Holm's correction over all rows, both hold against "
-    "its control as well (the reference at the row's own learning rate and weight decay), and both "
-    "tunings are finished. It is called worse by its interval and p alone."
-)
-
 
 def number(value: float, decimals: int = 3) -> str:
     """0.0237 -> ".024", -1.5 -> "−1.500"."""
@@ -44,7 +37,17 @@ def joined(words: Sequence[str]) -> str:
 
 def named(analysis: Analysis, row: str) -> str:
     """The row within a sentence: "the ensemble"."""
-    return f"the {analysis.label(row)}"
+    label = analysis.label(row)
+    return "the single adapter" if label == "single" else f"the {label}"
+
+
+RULE = (
+    "A row is called better only if the 95 % interval of its paired differences leaves out zero, "
+    f"the sign-flip p is below {number(LEVEL, 2)} after Holm's correction over all rows, it beats "
+    "its control as well (the reference at the row's own learning rate and weight decay; by "
+    "interval and uncorrected p, since a control can only take a claim back), and the tunings of "
+    "both are finished. It is called worse by its interval and p alone."
+)
 
 
 # --- a sentence for each row ---------------------------------------------------------------------
@@ -199,7 +202,7 @@ def _cheapest(analysis: Analysis) -> str:
     if not candidates:
         return "The costs are not measured, so the cheapest is not known."
     row = min(candidates)[-1]
-    text = f"Take the cheapest that is not shown to be worse: {named(analysis, row)}."
+    text = f"Take the cheapest that is not shown to be worse: **{analysis.label(row)}**."
     shown = [
         f"{number(test.difference.detectable)} {test.measure.name}"
         for test in analysis.tests.get(row, [])
@@ -229,8 +232,8 @@ def _too_few(analysis: Analysis) -> list[str]:
     if not pairs or max(pairs) >= needed:
         return []
     return [
-        f"Over {len(analysis.tests)} rows, no difference can have p < {LEVEL:g} after Holm's "
-        f"correction with {max(pairs)} pairs; that takes {needed}."
+        f"With {max(pairs)} pairs no difference can have p < {number(LEVEL, 2)} after Holm's "
+        f"correction over {len(analysis.tests)} rows; that takes {needed} pairs."
     ]
 
 

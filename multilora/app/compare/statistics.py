@@ -68,7 +68,7 @@ def difference(by_task: Mapping[str, np.ndarray]) -> Difference | None:
         return None
     own = {} if len(by_task) == 1 else {task: _difference([d]) for task, d in by_task.items()}
     whole = _difference(list(by_task.values()))
-    return Difference(**{**vars(whole), "by_task": own or {task: whole for task in by_task}})
+    return Difference(**{**vars(whole), "by_task": own or dict.fromkeys(by_task, whole)})
 
 
 def _difference(arrays: Sequence[np.ndarray]) -> Difference:

@@ -104,9 +104,7 @@ def _rank(analysis: Analysis, row: str) -> str:
 def _difference(test: Comparison) -> str:
     if test.difference is None:
         return "—"
-    return (
-        f"{number(test.difference.mean)} {interval(test.difference.interval)} {p_value(test.p)}"
-    )
+    return f"{number(test.difference.mean)} {interval(test.difference.interval)} {p_value(test.p)}"
 
 
 def at_equal_compute(analysis: Analysis) -> str:
@@ -116,7 +114,9 @@ def at_equal_compute(analysis: Analysis) -> str:
     for row in order:
         other, tests = analysis.beside[row]
         name = f"{analysis.label(other)} ({times(analysis.cost(other))})"
-        rows.append([analysis.label(row), times(analysis.cost(row)), name, *map(_difference, tests)])
+        rows.append(
+            [analysis.label(row), times(analysis.cost(row)), name, *map(_difference, tests)]
+        )
     return table(["", "training", "beside", *(m.heading for m in PRIMARY)], rows)
 
 
@@ -186,7 +186,7 @@ def _means(analysis: Analysis, task: str, measures: Sequence[Measure]) -> str | 
 
 
 def mean(values: Sequence[float]) -> str:
-    """".912 ± .004", the mean and its standard error; without the latter for one value."""
+    """ ".912 ± .004", the mean and its standard error; without the latter for one value."""
     if not values:
         return ""
     if len(values) == 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +19,8 @@ from multilora.ops import dispatch
 def show() -> None:
     """Print versions, devices and backends."""
     print(f"multilora {__version__}, Python {platform.python_version()}")
-    for package in ("torch", "triton", "peft", "timm", "transformers", "torchmetrics"):
-        try:
-            print(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{package} not installed")
+    for package in _PACKAGES:
+        print(f"{package} {_version(package) or 'not installed'}")
     print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
@@ -41,6 +40,45 @@ def show() -> None:
         "backend cuda: lora_linear's thin products are Triton's passes, or PyTorch's "
         "where Triton is missing"
     )
+
+
+def environment(device: str) -> dict[str, str]:
+    """What numbers depend on beside the settings: versions, the commit and the processor."""
+    found = {"multilora": __version__, "commit": _commit(), "python": platform.python_version()}
+    found |= {package: version for package in _PACKAGES if (version := _version(package))}
+    is_gpu = torch.device(device).type == "cuda"
+    return found | {"device": torch.cuda.get_device_name(device) if is_gpu else _processor()}
+
+
+_PACKAGES = ("torch", "triton", "peft", "timm", "transformers", "torchmetrics")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The commit of the source that is imported; "none" for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "none"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() or "none"
+
+
+def _processor() -> str:
+    """The CPU's name, and how many cores this process may use."""
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()}, {cores}"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {cores}"
 
 
 def _print_operators(table: dict[str, dict[str, str | None]]) -> None:

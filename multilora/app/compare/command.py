@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from multilora import checks
+from multilora.app import info
 from multilora.app.compare import costs, plan, report
 from multilora.app.compare.stages import Stages
 from multilora.app.compare.suite import known_rows, recipe, rows, suites, tasks
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     complete = True
     if not args.report:
         complete = stages.run() and costs.measure(stages)
-    evidence = stages.evidence() | {"command": kept["command"], "environment": report.environment()}
+    evidence = stages.evidence() | {"command": kept["command"], "environment": info.environment(stages.device)}
     report.write(evidence, out)
     print(report.summary(evidence))
     print(f"\n{out} holds compare.md, compare.png and compare.json.")

@@ -1,4 +1,4 @@
-"""`--model FOLDER` and `--model-args checkpoint_path=FILE`: timm models from this computer's disk."""
+"""`--model FOLDER` and `--model-args checkpoint_path=FILE`: timm models from the disk."""
 
 import json
 import socket
@@ -103,7 +103,7 @@ def test_a_run_over_a_folder(folder, data, saved, tmp_path, capsys):
     command = ["train", "--model", str(folder), "--data", str(data), *SHORT, "--out", str(out)]
     assert cli.main(command) == 0
     model, task, _ = training.load_run(out, model=str(folder))
-    qkv = model.get_submodule("blocks.0.attn.qkv").base_layer
+    qkv = dict(model.lora_layers())["blocks.0.attn.qkv"].base_layer
     assert torch.equal(qkv.weight, saved.blocks[0].attn.qkv.weight)
     assert task.test[0][0].shape == (3, 16, 16)  # as the folder's config.json says
     assert cli.main(["evaluate", str(out), "--model", str(folder)]) == 0

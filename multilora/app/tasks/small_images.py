@@ -1,4 +1,4 @@
-"""What the tasks of small grey images share: their parts, disturbed copies, and a pretrained ViT."""
+"""What tasks of small grey images share: their parts, disturbed copies, and a pretrained ViT."""
 
 from __future__ import annotations
 

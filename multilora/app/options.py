@@ -6,6 +6,7 @@ The command line makes its arguments from these fields, and a run's folder is re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -157,6 +158,9 @@ def add_argument(
     named = len(owners) > 1
     text = "; ".join(f"{', '.join(o)}: {text}" if named else text for text, o in owners.items())
     flag, argument = f"--{name.replace('_', '-')}", dict(kind.argument)
+    if "choices" in argument:
+        every = (f.metadata["kind"].argument["choices"] for f in options.values())
+        argument["choices"] = tuple(dict.fromkeys(itertools.chain.from_iterable(every)))
     if kind is FLAG and first.default is True:
         flag = f"--no-{name.replace('_', '-')}"
         argument |= {"dest": name, "action": "store_false"}

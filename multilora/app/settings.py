@@ -32,6 +32,8 @@ MEASURED = ("combine", "shift", "ood", "corrupt")
 SETTINGS = "run.json"
 #: Options that older versions stored also for tasks that ignored them.
 _ONCE_IGNORED = ("shots", "pretrained", "targets", "model_args")
+#: And what they stored for tasks that have such an option now: (task, option, value).
+_ONCE_FOREIGN = [("digits", "split", "test")]
 #: The largest size of that file in bytes; it is about a kilobyte.
 _MAX_SETTINGS = 2**20
 
@@ -211,7 +213,13 @@ class Settings(Checked):
             raise ValueError(f"a file cannot give {forbidden}; if you mean it, give it yourself")
         task = values.get("task", digits.Options.task)
         known = described(TASKS[task].Options) if task in TASKS else {}
-        return cls.of({n: v for n, v in values.items() if n in known or n not in _ONCE_IGNORED})
+        own = {
+            name: value
+            for name, value in values.items()
+            if (name in known or name not in _ONCE_IGNORED)
+            and (task, name, value) not in _ONCE_FOREIGN
+        }
+        return cls.of(own)
 
 
 def _task_options(task: Any, given: dict[str, Any]) -> TaskOptions:
@@ -239,7 +247,7 @@ def check_foreign(name: str, value: Any, task: str) -> None:
         raise ValueError(f"there is no setting {name!r}")
     f = next(iter(owners.values()))
     value = tuple(value) if isinstance(value, list) else value
-    if value is not None and value != f.default:
+    if value is not None and all(value != f.default for f in owners.values()):
         given = f"{name} = {value!r}" if f.metadata["stored"] else name
         raise ValueError(f"{given} is for the tasks {', '.join(owners)}; got the task {task!r}")
 

@@ -101,7 +101,9 @@ def check_arguments(where: str, arguments: Iterable[tuple[str, Any]]) -> None:
 
 def check_timm_name(where: str, name: str) -> None:
     """Raise ValueError for anything but the name of one of timm's own models."""
-    if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
+    import timm
+
+    if not (re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name) and timm.is_model(name)):
         raise ValueError(
             f"{where}: the model {name!r} is none of timm's own, and is not loaded because a file "
             "says so; if you mean it, give it yourself, with --model"

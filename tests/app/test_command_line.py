@@ -18,7 +18,7 @@ from torch import nn
 from command import refused
 from multilora.app import cli
 from multilora.app.settings import Settings
-from multilora.app.tasks import commonsense, digits, task, vtab
+from multilora.app.tasks import commonsense, digits, small_images, task, vtab
 from multilora.app.tasks import images as images_task
 from multilora.app.tasks.images import (
     classifiers,
@@ -169,19 +169,19 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
 def _write_many(file, weights):
     for _ in range(30):
-        digits._write_cache(file, weights)
+        small_images.write_cache(file, weights)
 
 
 def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
     weights = {"x": torch.arange(1000.0)}
     file = tmp_path / "cache.safetensors"
-    digits._write_cache(file, weights)
+    small_images.write_cache(file, weights)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_write_many, args=(file, weights)) for _ in range(3)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        assert torch.equal(digits._read_cache(file, weights)["x"], weights["x"])
+        assert torch.equal(small_images.read_cache(file, weights)["x"], weights["x"])
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0

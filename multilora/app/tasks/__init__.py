@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from multilora.app.tasks import clip, commonsense, digits, images, vtab
+from multilora.app.tasks import clip, commonsense, digits, images, mnist, vtab
 
 #: The module of each task; every module has `Options` and make(options, seed, report) -> Task.
 TASKS: dict[str, ModuleType] = {
     "digits": digits,
+    "mnist": mnist,
     "images": images,
     "vtab": vtab,
     "clip": clip,

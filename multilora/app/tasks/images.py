@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,31 +31,98 @@ def create_base(
     """A timm model with a new head of `num_classes`.
 
     Args:
+        name: One that timm knows, or the path of a folder with config.json and model.safetensors,
+            as timm's save_for_hf writes it.
         from_file: A run's folder gave the name and the arguments, not the user. See `untrusted`.
-        model_args: Arguments of timm.create_model.
+            The name is then no path.
+        model_args: Arguments of timm.create_model. A `checkpoint_path` is a file with the weights
+            of all layers; its heads are ignored.
 
     Raises:
-        RuntimeError: timm cannot create the model.
+        FileNotFoundError: The folder or the checkpoint does not exist.
+        RuntimeError: timm cannot create the model, or the weights are not those of its layers.
         ValueError: A file asks for what it must not.
     """
     import timm
 
+    checkpoint = _checkpoint(model_args.pop("checkpoint_path", None))
+    folder = None if from_file else _model_folder(name)
+
     def create(pretrained: bool = False) -> nn.Module:
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_args)
+        if folder is None:
+            return timm.create_model(
+                name, pretrained=pretrained, num_classes=num_classes, **model_args
+            )
+        # Weights with their own head are loaded strictly.
+        model = timm.create_model(f"local-dir:{folder}", pretrained=pretrained, **model_args)
+        model.reset_classifier(num_classes)
+        return model
 
     if from_file:
         untrusted.check_memory(name, create)
     try:
-        return create(pretrained).eval()
+        model = create(pretrained and checkpoint is None)
+        if checkpoint is not None:
+            _load_checkpoint(model, checkpoint)
+        return model.eval()
     except Exception as error:
         how = f" with {model_args}" if model_args else ""
         message = f"timm could not create {name!r}{how}: {type(error).__name__}: {error}"
-        if pretrained:
+        if pretrained and folder is None and checkpoint is None:
             message += (
                 ". Without a network, use pretrained weights that are in timm's cache already, or "
                 "pretrained=False (--no-pretrained)"
             )
         raise RuntimeError(message) from error
+
+
+def _model_folder(name: str) -> Path | None:
+    """The folder that `name` is the path of; None where it is no path."""
+    import timm
+
+    source, _, path = name.rpartition(":")
+    if source not in ("", "local-dir") or not (
+        source or os.sep in name or (Path(name).is_dir() and not timm.is_model(name))
+    ):
+        return None
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"the model's folder {folder} does not exist; a name on the Hugging Face Hub starts "
+            "with hf-hub:"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model of timm: it has no config.json")
+    return folder
+
+
+def _checkpoint(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"the checkpoint {file} does not exist")
+    return file
+
+
+def _load_checkpoint(model: nn.Module, file: Path) -> None:
+    """Load all layers but the heads, whose classes may be others."""
+    from timm.models import load_checkpoint
+
+    heads = classifiers(model)
+
+    def others(names: Iterable[str]) -> list[str]:
+        return [n for n in names if not any(n.startswith(f"{head}.") for head in heads)]
+
+    result = load_checkpoint(
+        model, str(file), strict=False, filter_fn=lambda w, _: {n: w[n] for n in others(w)}
+    )
+    missing = others(result.missing_keys) if result else []  # NumPy's files are of no result
+    if missing or (result and result.unexpected_keys):
+        raise ValueError(
+            f"{file} is of another model: it lacks {missing[:5]} and has the unknown "
+            f"{result.unexpected_keys[:5]}"
+        )
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
@@ -321,7 +389,7 @@ def image_folder(
 @dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
     task: str = "images"
-    model: str = option(TEXT, "a timm model")
+    model: str = option(TEXT, "a timm model, or the folder of one")
     data: str = option(
         TEXT,
         "a folder of images, train/CLASS/ and val/CLASS/, or only CLASS/, of which a fifth is held "

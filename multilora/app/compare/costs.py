@@ -34,12 +34,15 @@ def measure(stages: Stages) -> bool:
         file = file_of(stages.root, task)
         if file.is_file():
             continue
-        costs = {}
-        for row in stages.plan.rows.values():
+        rows = {name: row for name, row in stages.plan.rows.items() if row.part is None}
+        settings = {name: _settings(stages, task, row) for name, row in rows.items()}
+        single = _settings(stages, task, known_rows()["single"])
+        threads = stages.plan.threads
+        costs = in_a_process(threads, _side_by_side, settings, single, stages.device)
+        for name, own in settings.items():
             if time.monotonic() > stages.deadline:
                 return False
-            if row.part is None:
-                costs[row.name] = _of_row(stages, task, row)
+            costs[name] |= in_a_process(threads, _needed, _short(stages, task, name, own))
         write_json(file, costs)
     return True
 
@@ -48,24 +51,23 @@ def file_of(root: Path, task: str) -> Path:
     return root / "costs" / f"{task.replace('/', '_')}.json"
 
 
-def _of_row(stages: Stages, task: str, row: Row) -> dict[str, Any]:
-    """The cost of a row at its defaults: the other configurations cost the same."""
-    settings = _settings(stages, task, row)
-    single = _settings(stages, task, known_rows()["single"])
-    threads = stages.plan.threads
-    times = in_a_process(threads, _side_by_side, settings, single, stages.device)
-    short = Job(
+def _short(stages: Stages, task: str, name: str, settings: Settings) -> Job:
+    return Job(
         replace(settings, steps=_WARM_UP),
-        stages.root / "costs" / task.replace("/", "_") / row.name,
+        file_of(stages.root, task).with_suffix("") / name,
         measure=stages.plan.tasks[task].measure,
         device=stages.device,
     )
-    in_a_process(threads, execute, short)
-    result = read_json(short.folder / METRICS) or {}
+
+
+def _needed(job: Job) -> dict[str, Any]:
+    """What a short run says of its memory and its particles."""
+    execute(job)
+    result = read_json(job.folder / METRICS) or {}
+    particles = job.settings.entry.trained(job.settings.particles)
     return {
-        **times,
         "memory_mb": result["peak_memory_mb"],
-        "trainable": result["trainable_per_particle"] * settings.entry.trained(settings.particles),
+        "trainable": result["trainable_per_particle"] * particles,
         "forward_rows": result["forward_rows"],
     }
 
@@ -76,20 +78,25 @@ def _settings(stages: Stages, task: str, row: Row) -> Settings:
     return plan.settings(Run(task, row.name, "final", 0, plan.seeds[0]))
 
 
-def _side_by_side(settings: Settings, single: Settings, device: str) -> dict[str, float]:
-    """The median milliseconds of a step, and how many times that of `single` it is."""
-    both = [_steps(settings, device), _steps(single, device)]
-    taken: list[list[float]] = [[], []]
-    for step in range(_WARM_UP + _STEPS):
-        for own, steps in zip(taken, both):
-            started = time.perf_counter()
-            next(steps)
-            if device != "cpu":
-                torch.cuda.synchronize(device)
-            if step >= _WARM_UP:
-                own.append(1000 * (time.perf_counter() - started))
-    ms, of_single = map(statistics.median, taken)
-    return {"step_ms": ms, "ratio": ms / of_single}
+def _side_by_side(
+    rows: dict[str, Settings], single: Settings, device: str
+) -> dict[str, dict[str, float]]:
+    """By row, the median milliseconds of a step, and how many times that of `single` it is."""
+    found = {}
+    for name, settings in rows.items():
+        both = [_steps(settings, device), _steps(single, device)]
+        taken: list[list[float]] = [[], []]
+        for step in range(_WARM_UP + _STEPS):
+            for own, steps in zip(taken, both):
+                started = time.perf_counter()
+                next(steps)
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+                if step >= _WARM_UP:
+                    own.append(1000 * (time.perf_counter() - started))
+        ms, of_single = map(statistics.median, taken)
+        found[name] = {"step_ms": ms, "ratio": ms / of_single}
+    return found
 
 
 def _steps(settings: Settings, device: str) -> Iterator[None]:

@@ -365,7 +365,7 @@ def test_labels_that_are_left_out_have_no_entropy():
 
 def test_the_pictures_of_a_run(task, tmp_path, monkeypatch, figures):
     monkeypatch.setattr(training, "make_task", lambda *_: task)
-    settings = killed.settings(steps=2)
+    settings = killed.settings(steps=2, combine="logit")
     result = training.train(settings, tmp_path / "run", report=lambda _: None)
     written = {file.name for file in (tmp_path / "run").glob("*.png")}
     assert written == {"reliability.png", "entropies.png", "human_confidence.png", "history.png"}

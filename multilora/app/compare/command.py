@@ -84,7 +84,10 @@ def run(args: argparse.Namespace) -> int:
     complete = True
     if not args.report:
         complete = stages.run() and costs.measure(stages)
-    evidence = stages.evidence() | {"command": kept["command"], "environment": info.environment(stages.device)}
+    evidence = stages.evidence() | {
+        "command": kept["command"],
+        "environment": info.environment(stages.device),
+    }
     report.write(evidence, out)
     print(report.summary(evidence))
     print(f"\n{out} holds compare.md, compare.png and compare.json.")

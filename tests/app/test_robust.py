@@ -84,9 +84,7 @@ def test_every_step_learns_from_the_batch_that_the_method_makes(tmp_path, monkey
 
     entry = METHODS["dverge"]
     monkeypatch.setattr(DVERGE, "backward", backward_of)
-    monkeypatch.setitem(
-        METHODS, "dverge", type(entry)(**vars(entry) | {"batch": batch_of})
-    )
+    monkeypatch.setitem(METHODS, "dverge", type(entry)(**vars(entry) | {"batch": batch_of}))
     training.train(settings(steps=2), tmp_path / "run")
     assert len(made) == len(learnt) == 2
     for (inputs, targets), ((model, x, y), (logits, answers)) in zip(made, learnt):

@@ -82,6 +82,20 @@ def test_labels_are_those_of_the_digits(name):
     assert task.classes == list("4567") and task.base.num_classes == 4
 
 
+@pytest.mark.parametrize(
+    "name, validation, test",
+    [
+        ("digits", "bffcf31465113560", "cf148ff742f0713e"),
+        ("mnist", "535a9a1d91e5e5af", "4f3832f057fd6b18"),
+    ],
+)
+def test_the_fixed_sets_are_those_of_the_records(name, validation, test):
+    """Runs with other sets could not be compared with the records of older ones."""
+    task = make(name)
+    digests = pixels([task.validation.tensors[0], task.test.tensors[0]])
+    assert [digest[:16] for digest in digests] == [validation, test]
+
+
 def test_a_seed_gives_the_same_task_again():
     first, again = make("digits", 3, mnist=True), make("digits", 3, mnist=True)
     sets = [{"train": t.train, "test": t.test, **t.shifted, **t.ood} for t in (first, again)]

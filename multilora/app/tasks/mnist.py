@@ -37,8 +37,8 @@ _PRETRAINING: dict[str, Any] = {
     "warp": 0.15,
 }
 _SEVERITIES = {
-    "noise": (0.3, 0.5, 0.7),
-    "blur": (1.0, 1.5, 2.0),
+    "noise": (0.5, 0.8, 1.1),
+    "blur": (1.5, 2.0, 2.5),
     "contrast": (0.5, 0.35, 0.2),
 }
 #: Images of each digit in the validation pool and in the test set; 150 are left to draw from.

@@ -97,7 +97,7 @@ def _border(heights: Sequence[float]) -> float:
 
 def _draw(axes: Any, points: list[_Point], reference: str) -> None:
     axes.axhline(0, color="black", linewidth=0.8, linestyle="--", zorder=1)
-    axes.plot(*zip(*_stairs(points)), color="#009E73", zorder=1, label="best for its compute")
+    axes.plot(*zip(*_stairs(points)), color="#009E73", zorder=1, label="lowest at its compute")
     for p in points:
         _, marker, colour = _STYLES[p.verdict]
         axes.errorbar(

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
-from evidence import KEYS, make_evidence, realistic, row, runs
 
+from evidence import KEYS, make_evidence, realistic, row, runs
 from multilora.app.compare import figure, report
 from multilora.app.compare.analysis import PRIMARY, Analysis
 from multilora.app.compare.report import summary, write
@@ -220,6 +220,20 @@ def test_one_seed_has_no_interval_and_no_verdict():
     assert "[no interval]" in summary(given)
 
 
+def test_a_task_with_one_pair_leaves_no_interval_and_so_no_verdict():
+    one = {"sam": runs({n: v[:1] for n, v in better(0.03).items()})}
+    given = make_evidence({"a": {"ensemble": REFERENCE, "sam": better(0.03)}})
+    assert verdicts(given) == ["better"] * 3
+    two = make_evidence(
+        {
+            "a": {"ensemble": REFERENCE, "sam": better(0.03)},
+            "b": {"ensemble": REFERENCE, **one},
+        }
+    )
+    assert Analysis(two).tests["sam"][0].p < 0.001
+    assert verdicts(two) == ["equal"] * 3
+
+
 # --- equal compute -------------------------------------------------------------------------------
 
 DEARER = {
@@ -246,6 +260,14 @@ def test_a_dear_row_is_set_beside_the_row_of_nearest_compute():
     assert tests[0].difference.mean == pytest.approx(-0.02)
     assert [test.verdict for test in tests] == ["better"] * 3
     assert "beside the ensemble, K = 8 (2.0 ×), still in NLL" in summary(equal_compute(0.01))
+
+
+def test_the_nearest_compute_may_be_more_or_less():
+    for ratio, nearest in [(1.0, None), (3.0, "ensemble_8"), (7.0, "ensemble_long")]:
+        given = equal_compute(0.01)
+        given["costs"]["digits"]["sam"]["ratio"] = ratio
+        beside = Analysis(given).beside
+        assert (beside["sam"][0] if beside else None) == nearest
 
 
 def test_a_gain_that_equal_compute_gives_as_well_is_said():

@@ -51,6 +51,11 @@ def test_one_pair_says_nothing_about_the_spread():
     assert d.by_task["b"].interval is None
 
 
+def test_one_task_is_the_whole():
+    d = difference({"a": normal(5, 0)})
+    assert vars(d.by_task["a"]) == vars(d) | {"by_task": {}}
+
+
 def test_no_difference_at_all_is_not_clear():
     d = difference({"a": np.zeros(20), "b": np.zeros(5)})
     assert (d.mean, d.interval, d.p, d.detectable) == (0.0, (0.0, 0.0), 1.0, 0.0)

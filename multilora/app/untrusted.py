@@ -113,7 +113,7 @@ def check_timm_name(where: str, name: str) -> None:
 def check_transformers_name(where: str, name: str, run: Path) -> None:
     """Raise ValueError for a folder that came with the run.
 
-    Other folders, and names on the Hub, are allowed: `commonsense.create_base` loads only data from
+    Other folders, and names on the Hub, are allowed: `language.create_base` loads only data from
     them.
     """
     path = Path(name).resolve()

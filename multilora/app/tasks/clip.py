@@ -9,8 +9,8 @@ from typing import Any
 
 from multilora.app import recipes, untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, option
-from multilora.app.tasks.commonsense import create_base, create_tokenizer
 from multilora.app.tasks.images import class_names, image_folder, transforms
+from multilora.app.tasks.language import create_base, create_tokenizer
 from multilora.app.tasks.task import ModelOptions, Report, Task, existing
 from multilora.integrations.clip import TARGETS, TEMPLATE, classifier
 
@@ -46,7 +46,7 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
     from timm.data.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     names = [name.replace("_", " ") for name in class_names(options.data)]
-    model: Any = create_base(
+    model, _ = create_base(
         options.model,
         options.pretrained,
         seed,

@@ -7,10 +7,8 @@ files, are in recipes/commonsense.json.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from torch.utils.data import Dataset
 
 from multilora.app import recipes, untrusted
 from multilora.app.options import FLAG, PAIRS, TEXT, TEXTS, choice, integer, option
+from multilora.app.tasks.language import create_base, create_tokenizer, json_lines
 from multilora.app.tasks.task import ModelOptions, Report, Task, existing
 
 CLASSES = ("answers", "vocabulary")
@@ -158,7 +157,7 @@ def load(task: str, data: str | Path, split: str = "test") -> tuple[list[Example
     if data.is_file():
         if split != "test":
             raise ValueError(f"{data} is one file: its held-out examples are the only test set")
-        found = _examples(task, _json_lines(data), f"{data}, line")
+        found = _examples(task, json_lines(data), f"{data}, line")
         held_out = found[4::5]
         if not held_out:
             raise ValueError(f"{data} needs at least five examples; it has {len(found)}")
@@ -179,7 +178,7 @@ def _from_folder(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, An
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise FileNotFoundError(f"none of {', '.join(map(str, files))} exists")
-    return _json_lines(file), f"{file}, line"
+    return json_lines(file), f"{file}, line"
 
 
 def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]], str]:
@@ -196,16 +195,6 @@ def _from_disk(folder: Path, names: list[str]) -> tuple[Iterable[tuple[int, Any]
     # Images and sounds are not part of a question; decoding them could fetch them from a URL.
     other = [n for n, f in stored[name].features.items() if require_decoding(f)]
     return enumerate(stored[name].remove_columns(other), start=1), f"{folder}, {name}, record"
-
-
-def _json_lines(file: Path) -> Iterable[tuple[int, Any]]:
-    with file.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                line.encode()
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
 
 
 def _examples(task: str, records: Iterable[tuple[int, Any]], where: str) -> list[Example]:
@@ -301,81 +290,7 @@ def _pad(rows: list[Tensor]) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_side="left")
 
 
-# --- the language model --------------------------------------------------------------------------
-
-
-def create_base(
-    name: str,
-    pretrained: bool = True,
-    seed: int = 0,
-    from_file: bool = False,
-    kind: str = "AutoModelForCausalLM",
-    **model_args: Any,
-) -> nn.Module:
-    """A model of transformers, from a local folder or by its name.
-
-    Args:
-        pretrained: Load its weights. Otherwise the seed draws random ones for its configuration.
-        from_file: A run's folder gave the name, not the user. Then only safetensors are loaded, no
-            adapters, no kernels from the Hub, and nothing that does not fit into memory.
-        kind: The class of transformers that chooses the model's class.
-        model_args: Arguments of from_pretrained. Code that comes with a model runs only with
-            trust_remote_code=True.
-
-    Raises:
-        RuntimeError: transformers cannot load the model.
-        ValueError: A file asks for what it must not.
-    """
-    import transformers
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers.utils import find_adapter_config_file
-
-    auto = getattr(transformers, kind)
-    # If it were unset, transformers would ask on the terminal.
-    trust = bool(model_args.pop("trust_remote_code", False))
-    if from_file:
-        with _loading(name, "", trust):
-            stored, _ = PretrainedConfig.get_config_dict(name)
-        untrusted.check_configuration(name, stored)
-    with _loading(name, "", trust):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **model_args)
-
-    def random() -> nn.Module:
-        return auto.from_config(config, trust_remote_code=trust)
-
-    if from_file:
-        if find_adapter_config_file(name) is not None:
-            raise ValueError(
-                f"{name!r} holds adapters, which may be of any base; if you mean it, give it "
-                "yourself, with --model"
-            )
-        untrusted.check_memory(name, random)
-        if pretrained:
-            model_args["use_safetensors"] = True
-    with _loading(name, "", trust), torch.random.fork_rng(devices=[]):
-        if pretrained:
-            return auto.from_pretrained(name, trust_remote_code=trust, **model_args).eval()
-        torch.manual_seed(seed)
-        return random().eval()
-
-
-def create_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    from transformers import AutoTokenizer
-
-    with _loading(name, "'s tokenizer", trust_remote_code):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-
-
-@contextlib.contextmanager
-def _loading(name: str, what: str, trusted: bool) -> Iterator[None]:
-    """Turn any error of transformers into a RuntimeError that names the model."""
-    try:
-        yield
-    except Exception as error:
-        message = f"transformers could not load {name!r}{what}: {error}"
-        if not trusted and "trust_remote_code" in str(error):
-            message += "; on the command line that is --trust-remote-code"
-        raise RuntimeError(message) from error
+# --- tokens -> logits ----------------------------------------------------------------------------
 
 
 class AnswerLogits:
@@ -460,7 +375,7 @@ def make(options: Options, seed: int, report: Report = print) -> Task:
         model_args["trust_remote_code"] = True
     tokenizer = create_tokenizer(options.model, bool(model_args.get("trust_remote_code")))
     tokens = answer_tokens(tokenizer, train[0])
-    base = create_base(options.model, options.pretrained, seed, options.from_file, **model_args)
+    base, _ = create_base(options.model, options.pretrained, seed, options.from_file, **model_args)
     positions = getattr(base.config, "max_position_embeddings", None)
     max_length = min(options.max_length, positions or options.max_length)
     prompts = [Prompts(tokenizer, part, max_length) for part in (train, test)]

@@ -18,13 +18,14 @@ Report = Callable[[str], None]
 Normalisation = tuple[Sequence[float], Sequence[float]]
 
 
-def _call(model: nn.Module, x: Any) -> Tensor:
-    return model(x)
+def _call(model: Callable[..., Any], x: Any) -> Any:
+    """The logits of inputs x: one argument, or the keywords of a model of transformers."""
+    return model(**x).logits if isinstance(x, Mapping) else model(x)
 
 
-def call_and_pass(model: Callable[[Any], Any], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+def call_and_pass(model: Callable[..., Any], x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     """The logits of inputs x, and y as their targets."""
-    logits = model(x)
+    logits = _call(model, x)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"in training mode the model returns a {type(logits).__name__} instead of class "
@@ -48,6 +49,9 @@ class Task:
             inputs. None where the inputs are no images.
         collate: Makes a batch of (inputs, labels) from pairs; inputs are a tensor or a dict of
             tensors. None is PyTorch's default.
+        read_set: read_set(path, labelled) reads one more set, for --shift (labelled) and --ood.
+            None where these name folders of images.
+        human_confidence: The raters' agreement on each test example in order, (N,) in [0, 1].
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
         human_confidence: (N,) in [0, 1], the raters' agreement on each test example, in order.
@@ -65,6 +69,8 @@ class Task:
     transform: Callable[[Any], Tensor] | None = None
     normalisation: Normalisation | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
+    read_set: Callable[[str, bool], Dataset] | None = None
+    human_confidence: Tensor | None = None
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = call_and_pass
     evaluation_batch: int = 256

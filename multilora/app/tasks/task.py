@@ -51,7 +51,6 @@ class Task:
             tensors. None is PyTorch's default.
         read_set: read_set(path, labelled) reads one more set, for --shift (labelled) and --ood.
             None where these name folders of images.
-        human_confidence: The raters' agreement on each test example in order, (N,) in [0, 1].
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
         human_confidence: (N,) in [0, 1], the raters' agreement on each test example, in order.
@@ -70,7 +69,6 @@ class Task:
     normalisation: Normalisation | None = None
     collate: Callable[[list[Any]], tuple[Any, Tensor]] | None = None
     read_set: Callable[[str, bool], Dataset] | None = None
-    human_confidence: Tensor | None = None
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = call_and_pass
     evaluation_batch: int = 256

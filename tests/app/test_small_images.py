@@ -143,6 +143,40 @@ def test_halves_keep_the_name_of_their_cache(tmp_path, monkeypatch):
     assert names == [f"digits-{kind}vit-aa8a3abaf0d8.safetensors" for kind in ("thirds-", "")]
 
 
+# --- pretraining ---------------------------------------------------------------------------------
+
+
+def test_the_pretraining_of_halves_is_what_it_was(tmp_path, monkeypatch):
+    """The sum is version 0.9's; the file in the cache has its name, too."""
+    monkeypatch.setenv("MULTILORA_CACHE", str(tmp_path))
+    monkeypatch.setitem(digits._PRETRAINING, "steps", 12)
+    base = digits.make(digits.Options(), 0, list).base
+    assert base.blocks[0].attn.qkv.bias.abs().sum().item() == pytest.approx(0.1157878, rel=1e-3)
+
+
+def test_every_orientation_of_a_digit_is_a_class():
+    x, y = torch.arange(9.0).view(1, 1, 3, 3).repeat(200, 1, 1, 1), torch.arange(200) % 4
+    turned, classes = small_images._turned(x, y)
+    assert torch.equal(classes // 8, y) and len(set(classes.tolist())) == 32
+    images = {}
+    for image, orientation in zip(turned, (classes % 8).tolist()):
+        assert images.setdefault(orientation, image).equal(image)
+    assert len({tuple(image.flatten().tolist()) for image in images.values()}) == 8
+    assert all(image[0, 1, 1] == 4 for image in images.values())
+
+
+def test_a_warp_moves_ink_a_little_and_adds_none():
+    x = torch.full((400, 1, 28, 28), -1.0)
+    x[:, :, 12:16, 12:16] = 1
+    warped = small_images._warped(x, 0.15)
+    assert warped.min() >= -1 and warped.max() <= 1
+    ink, at = (warped + 1) / 2, torch.arange(28.0) - 13.5
+    centres = (ink.sum(2) * at).sum(2) / ink.sum((2, 3))
+    assert 0.5 < centres.std() < 3 and centres.mean().abs() < 0.3
+    sizes = ink.sum((1, 2, 3))
+    assert 2 < sizes.std() < 10 and 14 < sizes.mean() < 20
+
+
 # --- disturbed copies ----------------------------------------------------------------------------
 
 

@@ -256,7 +256,7 @@ class Analysis:
         Ranked are the rows that spend no additional compute, in the tasks and measures and on the
         seeds that all of them have.
         """
-        ranked = [row for row, entry in self.rows.items() if True]
+        ranked = [row for row, entry in self.rows.items() if entry["table"] != "compute"]
         every = {(row, m): self.values("finals", row, m) for row in ranked for m in PRIMARY}
         losses = []
         for task in self.tasks:

@@ -41,8 +41,7 @@ def summary(evidence: Mapping[str, Any]) -> str:
 
 def _analysis(evidence: Mapping[str, Any]) -> Analysis:
     # As a compare.json has it: undefined numbers are null, and the seeds are texts.
-    plain = json.loads(to_json({n: v for n, v in evidence.items() if n != "statistics"}))
-    return Analysis(plain)
+    return Analysis(json.loads(to_json(evidence)))
 
 
 def _markdown(analysis: Analysis) -> str:

@@ -495,14 +495,26 @@ def boxes(given, monkeypatch, tmp_path):
     return found
 
 
+def overlapping(names):
+    return [
+        (one, other)
+        for i, (one, box) in enumerate(names)
+        for other, taken in names[i + 1 :]
+        if box.overlaps(taken)
+    ]
+
+
 def test_no_names_of_26_rows_overlap_in_the_figure(monkeypatch, tmp_path):
     found = boxes(realistic(tasks=2, seeds=8), monkeypatch, tmp_path)
     assert len(found) == 26
-    for i, (_, one) in enumerate(found):
-        for _, other in found[i + 1 :]:
-            assert not one.overlaps(other)
+    assert not overlapping(found)
     # One that is very far off is drawn at the border, with its value.
     assert any(re.fullmatch(r"SGLD \(\+\.\d{3}\)", text) for text, _ in found)
+
+
+def test_names_of_equal_points_do_not_overlap_in_the_figure(monkeypatch, tmp_path):
+    given = evidence(values={f"row {i}": better(0.03) for i in range(8)})
+    assert not overlapping(boxes(given, monkeypatch, tmp_path))
 
 
 def test_the_line_is_of_the_lowest_at_each_compute():

@@ -54,7 +54,6 @@ class Task:
         human_confidence: The raters' agreement on each test example in order, (N,) in [0, 1].
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
-        human_confidence: (N,) in [0, 1], the raters' agreement on each test example, in order.
     """
 
     base: nn.Module
@@ -74,7 +73,6 @@ class Task:
     predict: Callable[[nn.Module, Any], Tensor] = _call
     learn: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]] = call_and_pass
     evaluation_batch: int = 256
-    human_confidence: Tensor | None = None
 
 
 def of_images(what: str, normalisation: Normalisation | None) -> Normalisation:

@@ -53,7 +53,6 @@ class Task:
             None where these name folders of images.
         predict: predict(model, x) gives the particles' logits (K, N, classes) for evaluation.
         learn: learn(model, x, y) gives the logits and targets that a method's closure returns.
-        human_confidence: (N,) in [0, 1], the raters' agreement on each test example, in order.
     """
 
     base: nn.Module

@@ -34,7 +34,7 @@ _GROUPS: dict[str, tuple[Measure, ...]] = {
         Measure("jensen gap", ("jensen_gap",)),
         Measure("disagreement", ("disagreement",)),
         Measure("Vendi, predictions", ("vendi_prediction",)),
-        Measure("Vendi, weights", ("diversity", "vendi_weights")),
+        Measure("Vendi, weights", ("vendi_weights",)),
     ),
     "Shifts and attacks": (
         Measure("corrupted accuracy ↑", ("corrupted", "accuracy")),

@@ -384,7 +384,7 @@ def test_the_tables_of_a_task(tmp_path):
     given = make_evidence({"digits": {"ensemble": values, "sam": values}})
     for result in given["finals"]["digits"]["sam"].values():
         result |= {"fgsm": {"0.01": 0.5}, "shifted": {"noise": {"accuracy": 0.75, "nll": 1.25}}}
-        result["corrupted"] = {"accuracy": 0.5}
+        result |= {"corrupted": {"accuracy": 0.5}, "vendi_weights": 3.5}
     write(given, tmp_path)
     text = (tmp_path / "compare.md").read_text()
     assert "| sam      | .910 ± .010 | .300 ± .100 |" in text
@@ -394,6 +394,7 @@ def test_the_tables_of_a_task(tmp_path):
     assert re.search(
         r"NLL on each shifted set:\n\n.*noise ↓.*\n.*\n.*\n\| sam +\| 1\.250 ± \.000 \|", text
     )
+    assert re.search(r"Vendi, weights.*\n.*\n.*\n\| sam +\| +3\.500 ± \.000 \|", text)
     assert "*" not in text.split("## digits")[1].split("## Cost")[0]
     # Zero differences: 2.8 · 0 / √2.
     assert "NLL .000 (sam) to .000 (sam)" in text

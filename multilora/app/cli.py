@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -25,13 +26,12 @@ from multilora.app.folders import (
     free_folder,
     record_export,
     to_json,
-    write_json,
 )
 from multilora.app.options import add_argument, described
-from multilora.app.report import Progress, averaged, print_sets, print_table
+from multilora.app.report import Progress, print_sets, print_table
 from multilora.app.robust import attacked_accuracies
 from multilora.app.run import load_run, train
-from multilora.app.settings import DEFAULT_METHOD, MEASURED, SETTINGS, Settings, recommended
+from multilora.app.settings import MEASURED, Settings, recommended
 from multilora.app.tasks import TASKS, digits, images
 from multilora.methods import METHODS
 from multilora.tools.kernels import command as kernels
@@ -45,8 +45,8 @@ _DEFAULTS = """\
 Defaults are in brackets. For vtab, clip and the commonsense tasks, a recipe replaces some of them
 (multilora/app/recipes/*.json).
 """
-#: The methods of `train --compare`.
-_COMPARED = ("single", "ensemble", "svgd", "ibdr")
+#: The options of `train --compare` that `compare` has too.
+_OF_COMPARE = {"steps", "seeds", "device", "out"}
 #: The options that `evaluate` and `export` take from the user in place of a run's folder.
 _OWN = ("model", "data", "model_args", "trust_remote_code")
 
@@ -177,6 +177,7 @@ def _add_train(commands: Any) -> None:
         "[runs/TASK-METHOD-SEED, numbered if it exists]",
     )
     place.add_argument("--resume", action="store_true", help="continue the run in --out")
+    place.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     place.add_argument(
         "--save-every",
         type=int,
@@ -185,15 +186,9 @@ def _add_train(commands: Any) -> None:
         help="steps between two checkpoints [%(default)s]",
     )
     place.add_argument("--device", help="device of the model [cuda if there is one, else cpu]")
-    compare = train.add_argument_group("comparison of methods")
-    compare.add_argument(
-        "--compare",
-        action="store_true",
-        help=f"train {', '.join(_COMPARED)} on the same splits, at equal settings",
-    )
-    compare.add_argument(
-        "--seeds", type=int, default=5, help="with --compare: number of seeds [%(default)s]"
-    )
+    compare = train.add_argument_group("deprecated: use multilora compare")
+    compare.add_argument("--compare", action="store_true", help="compare --suite quick")
+    compare.add_argument("--seeds", type=int, help="with --compare: its --seeds")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -238,11 +233,14 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _train(args: argparse.Namespace) -> int:
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to continue")
-    checks.integer("--seeds", args.seeds, 1, 1000)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume continues the run that --overwrite removes: give one of them")
     given = _given(args)
-    task = args.task or (images if "model" in given else digits).Options.task
     if args.compare:
-        return _compare(args, task, given)
+        return _compare(args, given | ({"task": args.task} if args.task else {}))
+    if args.seeds is not None:
+        raise ValueError("--seeds is for --compare; a run has one --seed")
+    task = args.task or (images if "model" in given else digits).Options.task
     settings = recommended(task, **given)
     out = Path(args.out) if args.out else free_folder(settings, settings.method)
     result = _run(args, settings, out)
@@ -272,6 +270,7 @@ def _run(args: argparse.Namespace, settings: Settings, out: Path) -> dict[str, A
             settings,
             out,
             resume=args.resume,
+            overwrite=args.overwrite,
             device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             save_every=args.save_every,
             report=progress.print,
@@ -279,33 +278,17 @@ def _run(args: argparse.Namespace, settings: Settings, out: Path) -> dict[str, A
         )
 
 
-def _compare(args: argparse.Namespace, task: str, given: dict[str, Any]) -> int:
-    """Train all methods with the seeds; every multi-particle method has as many particles."""
-    first = given.pop("seed", described(Settings)["seed"].default)
-    particles = given.pop("particles", METHODS[DEFAULT_METHOD].particles)
-    given.pop("method", None)
-
-    def settings(method: str, seed: int) -> Settings:
-        count = 1 if method == "single" else particles
-        return recommended(task, method, seed=seed, particles=count, **given)
-
-    seeds = range(first, first + args.seeds)
-    out = Path(args.out) if args.out else free_folder(settings(_COMPARED[0], first), "compare")
-    table = out / "compare.json"
-    started = any((out / f"{m}-{s}" / SETTINGS).is_file() for m in _COMPARED for s in seeds)
-    if out.is_dir() and (table.exists() and not started if args.resume else any(out.iterdir())):
-        raise ValueError(
-            f"{out} holds files already; continue a comparison with --resume, or choose another "
-            "--out"
-        )
-    columns = []
-    for method in _COMPARED:
-        results = [_run(args, settings(method, s), out / f"{method}-{s}") for s in seeds]
-        columns.append((method, results))
-    write_json(table, dict(columns))
-    print_table(columns)
-    print(f"\n{averaged(args.seeds)}; {out} holds every run, and {table.name} all numbers")
-    return 0
+def _compare(args: argparse.Namespace, given: dict[str, Any]) -> int:
+    """`train --compare` as it was until 0.3, in terms of `compare`."""
+    given |= {"seeds": args.seeds, "device": args.device, "out": args.out or "runs/compare"}
+    unknown = sorted(f"--{name.replace('_', '-')}" for name in given.keys() - _OF_COMPARE)
+    if unknown:
+        raise ValueError(f"multilora compare has no {', '.join(unknown)}: see its --help")
+    words = ["compare", "--suite", "quick"]
+    for name, value in given.items():
+        words += [f"--{name}", str(value)] if value is not None else []
+    print(f"train --compare is deprecated; this is multilora {shlex.join(words)}", file=sys.stderr)
+    return main(words)
 
 
 def _load(args: argparse.Namespace, names: Sequence[str], adapter: str | None = None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from multilora.app.settings import SETTINGS, Settings, differences, read_setting
 from multilora.app.tasks.task import ModelOptions
 
 METRICS = "metrics.json"
+CHECKPOINT = "checkpoint.pt"
+#: What the library writes beside the particles.
+SET = "multilora.json"
 HISTORY = "history.json"
 RELIABILITY = "reliability.png"
 ENTROPIES = "entropies.png"
@@ -28,26 +32,28 @@ PICTURES = {
 _EXPORT = "multilora_export.json"
 
 
-def make_run_folder(out: Path, settings: Settings, resume: bool) -> None:
+def make_run_folder(out: Path, settings: Settings, resume: bool, overwrite: bool = False) -> None:
     """Make `out`, which must hold neither another run nor files of the user's.
 
+    A run that failed before its first checkpoint has left nothing: another one may take its folder.
+
+    Args:
+        overwrite: Remove what a run that is there has written, and nothing else.
+
     Raises:
-        ValueError: `out` holds a run and resume is False, or a run of other settings, or other
-            files.
+        ValueError: `out` holds a run and neither resume nor overwrite is True, a run of other
+            settings that is to be resumed, other files, or a link.
         NotADirectoryError: `out` is a file.
     """
     if (out / SETTINGS).is_file():
-        if not resume:
-            raise ValueError(
-                f"{out} holds a run already; continue it with --resume, or choose another --out"
-            )
-        different = differences(read_settings(out), settings)
-        if different:
-            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
         # A run must not write outside its folder.
         links = [entry for entry in out.rglob("*") if entry.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
+        if not resume:
+            _clear(out, overwrite)
+        elif different := differences(read_settings(out), settings):
+            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
     elif out.is_dir():
         # A run that was killed while it wrote its settings leaves a temporary file.
         strangers = [f.name for f in out.iterdir() if not f.match(f".{SETTINGS}.*.tmp")]
@@ -57,6 +63,31 @@ def make_run_folder(out: Path, settings: Settings, resume: bool) -> None:
                 f"{', '.join(sorted(strangers)[:5])}; choose another --out"
             )
     atomic.make_folder(out)
+
+
+def _clear(out: Path, overwrite: bool) -> None:
+    """Remove a run from its folder.
+
+    Raises:
+        ValueError: It has something to lose and overwrite is False, or there are other files.
+    """
+    of_a_run = (SETTINGS, CHECKPOINT, METRICS, HISTORY, *PICTURES, SET, "particle_*")
+    patterns = [p for name in of_a_run for p in (name, f".{name}.*.tmp")]
+    inside = [*out.iterdir()]
+    strangers = [f.name for f in inside if not any(f.match(p) for p in patterns)]
+    if strangers:
+        raise ValueError(
+            f"{out} holds a run and other files: {', '.join(sorted(strangers)[:5])}; choose "
+            "another --out"
+        )
+    if not overwrite and any((out / name).exists() for name in (CHECKPOINT, METRICS)):
+        raise ValueError(
+            f"{out} holds a run already; continue it with --resume, replace it with --overwrite, "
+            "or choose another --out"
+        )
+    # The settings go last: without them, what is left would be files of nobody.
+    for file in sorted(inside, key=lambda f: f.name == SETTINGS):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def free_folder(settings: Settings, method: str) -> Path:

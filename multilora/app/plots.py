@@ -79,12 +79,15 @@ def reliability_diagram(
     plt.close(figure)
 
 
-#: The quantities of a history that are drawn, each with its axis label.
+#: The quantities of a history that are drawn: each panel's label, and its curves with theirs.
 _CURVES = {
-    "loss": "loss",
-    "nll": "mean NLL of a particle",
-    "divergence": "divergence",
-    "particle_distance": "mean distance ‖ΔW$_i$ − ΔW$_j$‖",
+    "cross-entropy": {
+        "loss": "of a particle, training batch",
+        "validation_nll": "of the mean prediction, validation",
+    },
+    "objective": {"objective": ""},
+    "divergence": {"divergence": ""},
+    "mean distance ‖ΔW$_i$ − ΔW$_j$‖": {"particle_distance": ""},
 }
 
 
@@ -93,15 +96,19 @@ def history_diagram(history: Sequence[Mapping[str, float]], file: str | Path | B
 
     Args:
         history: The statistics of some steps, in order, each with the key "step". What is drawn is
-            the loss, the particles' NLL, their divergence and their mean distance, where they are
-            there.
+            the loss, the NLL of validation examples, the method's objective, the particles'
+            divergence and their mean distance, where they are there.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {name: label for name, label in _CURVES.items() if any(name in row for row in history)}
+    found = {
+        label: drawn
+        for label, curves in _CURVES.items()
+        if (drawn := [name for name in curves if any(name in row for row in history)])
+    }
     figure, axes = plt.subplots(
         max(1, len(found)),
         1,
@@ -110,10 +117,14 @@ def history_diagram(history: Sequence[Mapping[str, float]], file: str | Path | B
         squeeze=False,
         layout="constrained",
     )
-    for axis, (name, label) in zip(axes[:, 0], found.items()):
-        rows = [row for row in history if name in row]
-        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
-        axis.plot(steps, values, color="tab:blue", marker="o", markersize=3)
+    for axis, (label, names) in zip(axes[:, 0], found.items()):
+        for name, color in zip(names, ("tab:blue", "tab:orange")):
+            rows = [row for row in history if name in row]
+            steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+            called = _CURVES[label][name]
+            axis.plot(steps, values, color=color, marker="o", markersize=3, label=called)
+        if len(names) > 1:
+            axis.legend(fontsize=7, frameon=False)
         axis.set_ylabel(label, fontsize=8)
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")

@@ -20,6 +20,7 @@ class _Row(NamedTuple):
 _ROWS = (
     _Row("accuracy ↑", ("accuracy",)),
     _Row("NLL ↓", ("nll",)),
+    _Row("calibrated NLL ↓", ("calibrated_nll",)),
     _Row("ECE ↓", ("ece",)),
     _Row("Brier ↓", ("brier",)),
     _Row("MI", ("mutual_information",)),
@@ -35,6 +36,8 @@ _ROWS = (
 _LEGEND = {
     "nll": "NLL: negative log-likelihood. ECE: expected calibration error. Brier: squared error of "
     "the probabilities. All are of the particles' mean prediction on the test set.",
+    "calibrated_nll": "calibrated NLL: with a temperature that is fitted on one half of the test set "
+    "and used on the other.",
     "mutual_information": "MI: mutual information, how much the particles disagree (in nats).",
     "corrupted": "corrupted: the same measures, averaged over disturbed copies of the test set and "
     "other shifted sets.",
@@ -86,7 +89,9 @@ class Progress:
         if self.task is None:
             self.task = self.progress.add_task(self.title, total=steps, stats="")
             self.progress.start()
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in stats.items() if name != "nll")
+        first = [name for name in ("loss", "divergence") if name in stats]
+        names = [*first, *(name for name in stats if name not in first)]
+        shown = "  ".join(f"{name} {stats[name]:.3g}" for name in names)
         self.progress.update(self.task, completed=step, total=steps, stats=shown)
 
 
@@ -149,13 +154,6 @@ def _markdown() -> tuple[Any, Any]:
     # A pipe has no width, so give it one.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     return Table(box=box.MARKDOWN), console
-
-
-def averaged(runs: int) -> str:
-    """The caption of a table over `runs` runs: what its cells average."""
-    if runs == 1:
-        return "one seed, so no standard error"
-    return f"mean ± standard error over {runs} seeds"
 
 
 def _look_up(result: Any, path: tuple[str, ...]) -> float | None:

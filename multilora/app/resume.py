@@ -17,9 +17,6 @@ from multilora.app.steps import Training
 from multilora.app.validation import Best, trained
 from multilora.model import ParticleModel
 
-#: Of a run's folder.
-CHECKPOINT = "checkpoint.pt"
-
 
 class RunState:
     """The state of a run that is under way.

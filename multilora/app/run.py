@@ -20,6 +20,7 @@ from multilora import checks, metrics
 from multilora.app import posthoc, untrusted, validation
 from multilora.app.evaluation import evaluate, predictive, validate
 from multilora.app.folders import (
+    CHECKPOINT,
     HISTORY,
     METRICS,
     make_run_folder,
@@ -28,7 +29,7 @@ from multilora.app.folders import (
 from multilora.app.options import described
 from multilora.app.other_data import add_sets
 from multilora.app.pictures import Entropies, write_pictures
-from multilora.app.resume import CHECKPOINT, RunState, check_base, read_state
+from multilora.app.resume import RunState, check_base, read_state
 from multilora.app.settings import (
     MAX_STEPS,
     MEASURED,
@@ -91,6 +92,7 @@ def train(
     on_step: OnStep | None = None,
     measure: str = "test",
     pictures: bool = True,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate and write the folder `out`.
 
@@ -106,14 +108,15 @@ def train(
         measure: "test" measures the test set and all others; "validation" the validation examples
             only, as a search for hyper-parameters must.
         pictures: Whether the pictures are drawn.
+        overwrite: Replace the run that `out` holds, whatever its settings.
 
     Returns:
         What metrics.json holds.
 
     Raises:
-        ValueError: `out` holds other files, a run while resume is False, or a run of other
-            settings; its checkpoint is damaged or of another run, which is found before the model
-            is changed; or no adapter runs in the first step.
+        ValueError: `out` holds other files, a run while resume and overwrite are False, or a run of
+            other settings; its checkpoint is damaged or of another run, which is found before the
+            model is changed; or no adapter runs in the first step.
         NotADirectoryError: `out` is a file.
         FloatingPointError: The loss is not finite.
     """
@@ -122,7 +125,7 @@ def train(
     check_method_args(settings.method, dict(settings.method_args))
     after = posthoc.of(settings)
     out = Path(out)
-    make_run_folder(out, settings, resume)
+    make_run_folder(out, settings, resume, overwrite)
     task = make_task(settings, report)
     validation.check(settings, task)
     if measure == "validation" and task.validation is None:

@@ -249,21 +249,6 @@ def test_a_run_is_not_overwritten_or_continued_as_another(run, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_compare_runs_all_methods_on_the_same_splits(tmp_path, capsys):
-    out = tmp_path / "compare"
-    command = ["train", "--compare", "--seeds", "2", "--steps", "3", "--shots", "4"]
-    assert cli.main([*command, "--out", str(out)]) == 0
-    table = capsys.readouterr().out
-    results = json.loads((out / "compare.json").read_text())
-    assert list(results) == ["single", "ensemble", "svgd", "ibdr"]
-    for method, runs in results.items():
-        assert method in table
-        assert [r["seed"] for r in runs] == [0, 1]
-        assert {r["particles"] for r in runs} == {1 if method == "single" else 4}
-    assert "±" in table and "OOD AUROC" in table and "corrupted accuracy" in table
-
-
 @pytest.fixture
 def image_folder(tmp_path):
     """Three classes that differ in colour, 10 images each, train/ and val/."""

@@ -63,21 +63,10 @@ def test_train_replaces_no_files_of_the_users(tmp_path, capsys, name, more):
     file.parent.mkdir(parents=True)
     file.write_text("of the user")
     refused([*SHORT, "--out", tmp_path / "folder", *more], capsys, name.partition("/")[0])
-    refused([*SHORT, "--compare", "--out", tmp_path / "folder"], capsys, str(tmp_path / "folder"))
+    compare = ["compare", "--out", tmp_path / "folder"]
+    refused(compare, capsys, str(tmp_path / "folder"), "holds files but no comparison")
     assert file.read_text() == "of the user"
     assert {f for f in (tmp_path / "folder").rglob("*") if f.is_file()} == {file}
-
-
-@pytest.mark.slow
-def test_a_comparison_replaces_no_table_of_the_users(tmp_path, capsys):
-    (tmp_path / "compare.json").write_text("of the user")
-    compare = [*SHORT, "--compare", "--seeds", "1", "--out", tmp_path]
-    refused([*compare, "--resume"], capsys, "holds files already")
-    (tmp_path / "compare.json").unlink()
-    (tmp_path / "svgd-0").mkdir()
-    (tmp_path / "svgd-0" / "metrics.json").write_text("of the user")
-    refused([*compare, "--resume"], capsys, "svgd-0", "metrics.json")
-    assert (tmp_path / "svgd-0" / "metrics.json").read_text() == "of the user"
 
 
 @pytest.mark.slow
@@ -193,7 +182,8 @@ def test_processes_that_make_a_cache_at_the_same_time(tmp_path):
 NONSENSE = [math.nan, math.inf, -1, 0, 10**30, "x"]
 #: Where one of these means something.
 FROM_ZERO = (
-    "seed weight_decay lora_dropout label_smoothing mixup validation validate_every patience alpha"
+    "seed weight_decay lora_dropout label_smoothing mixup validation validate_every patience alpha "
+    "max_hours"
 ).split()
 MEANT = {name: [0] for name in FROM_ZERO}
 #: One of each kind: a setting is a field of one of them.
@@ -257,7 +247,12 @@ def options():
 
 def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
     numeric = options()
-    by_command = {"train": {*NUMBERS, *OTHERS}, "kernels": {*OF_KERNELS}, "export": {"alpha"}}
+    by_command = {
+        "train": {*NUMBERS, *OTHERS},
+        "kernels": {*OF_KERNELS},
+        "export": {"alpha"},
+        "compare": {"trials", "tune_seeds", "seeds", "steps", "jobs", "max_hours"},
+    }
     assert {(c, dest) for c, _, dest in numeric} == {
         (c, dest) for c, dests in by_command.items() for dest in dests
     }
@@ -265,12 +260,12 @@ def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
         for value in NONSENSE:
             if value in MEANT.get(dest, ()):
                 continue
-            task = ["--compare"] if dest == "seeds" else []
+            task = []
             if dest == "max_length":
                 task = ["--task", "boolq", "--model", "m", "--data", "d"]
             folders = ["no run", str(tmp_path / "out")] if command == "export" else []
             arguments = [command, *folders, *task, option, str(value)]
-            if command == "train":
+            if command in ("train", "compare"):
                 arguments += ["--out", str(tmp_path / "run")]
             try:
                 code = cli.main(arguments)

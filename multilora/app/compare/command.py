@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -77,10 +78,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
+    options = _options(args)
     if not args.report:
-        plan.keep(_plan(args), out, _command(args))
+        planned = _plan(args)
+        planned.check()
+        plan.keep(planned, out, _command(args))
     kept = plan.read(out)
-    stages = _stages(args, plan.plan_of(kept), out)
+    stages = Stages(plan.plan_of(kept), out, **options)
     complete = True
     if not args.report:
         complete = stages.run() and costs.measure(stages)
@@ -132,24 +136,21 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join([*words, "--out", "DIR"])
 
 
-def _stages(args: argparse.Namespace, planned: plan.Plan, out: Path) -> Stages:
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """How and where the stages run."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jobs = args.jobs
+    jobs, hours = args.jobs, args.max_hours
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
-    deadline = float("inf")
-    if args.max_hours is not None:
-        checks.number("--max-hours", args.max_hours, 0)
-        deadline = time.monotonic() + 3600 * args.max_hours
-    return Stages(
-        planned,
-        out,
-        jobs=checks.integer("--jobs", jobs, 1, 1024),
-        device=device,
-        keep=args.keep,
-        deadline=deadline,
-        on_run=Progress(),
-    )
+    if hours is not None:
+        checks.number("--max-hours", hours, 0)
+    return {
+        "jobs": checks.integer("--jobs", jobs, 1, 1024),
+        "device": device,
+        "keep": args.keep,
+        "deadline": math.inf if hours is None else time.monotonic() + 3600 * hours,
+        "on_run": Progress(),
+    }
 
 
 class Progress:

@@ -107,6 +107,13 @@ class Plan:
         args = own | dict(row.method_args)
         return recommended(kind, row.method, seed=run.seed, method_args=args, **given)
 
+    def check(self) -> None:
+        """Raise ValueError where a row has settings that mean nothing."""
+        for task in self.tasks:
+            for row in self.rows.values():
+                if not row.part:
+                    self.settings(Run(task, row.name, "final", 0, self.seeds[0]))
+
     def flat(self) -> dict[str, Any]:
         """The plan as plan.json holds it, with the hash of all the rest."""
         values = json.loads(json.dumps(asdict(self)))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from multilora.app import soup
 from multilora.app.evaluation import evaluate
-from multilora.app.folders import METRICS, write_json
-from multilora.app.resume import CHECKPOINT
+from multilora.app.folders import CHECKPOINT, METRICS, write_json
 from multilora.app.run import load_run, make_task, train
 from multilora.app.settings import Settings
 from multilora.app.tasks.task import Task

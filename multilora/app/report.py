@@ -36,8 +36,8 @@ _ROWS = (
 _LEGEND = {
     "nll": "NLL: negative log-likelihood. ECE: expected calibration error. Brier: squared error of "
     "the probabilities. All are of the particles' mean prediction on the test set.",
-    "calibrated_nll": "calibrated NLL: with a temperature that is fitted on one half of the test set "
-    "and used on the other.",
+    "calibrated_nll": "calibrated NLL: with a temperature that is fitted on one half of the test "
+    "set and used on the other.",
     "mutual_information": "MI: mutual information, how much the particles disagree (in nats).",
     "corrupted": "corrupted: the same measures, averaged over disturbed copies of the test set and "
     "other shifted sets.",

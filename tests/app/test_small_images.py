@@ -294,6 +294,7 @@ def test_the_split_of_an_older_folder_is_another_tasks():
         Settings.of({"task": "mnist", "split": "tune"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--task", "mnist"], ["--split", "thirds", "--mnist"]], ids=["mnist", "thirds"]
 )

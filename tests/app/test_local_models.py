@@ -132,6 +132,8 @@ def test_a_file_names_no_folder_beside_it(folder, data, tmp_path, capsys, monkey
     assert json.loads((out / "run.json").read_text())["model"] == "vit"
     refused(["evaluate", out], capsys, "the model 'vit' is none of timm's own", "--model")
     assert cli.main(["evaluate", str(out), "--model", "vit"]) == 0
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        create_base("vit", 2, from_file=True)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,11 @@ def test_weights_of_another_model(folder, saved, tmp_path):
     path = str(tmp_path / "model.safetensors")
     with pytest.raises(RuntimeError, match=r"lacks \['blocks\.0\.attn\.qkv\.bias'\].*'strange'"):
         create_base(NAME, 2, checkpoint_path=path, **SIZES)
+    for change in ({"strange": torch.zeros(1)}, {"blocks.0.attn.qkv.bias": None}):
+        one = {n: w for n, w in {**saved.state_dict(), **change}.items() if w is not None}
+        save_file(one, tmp_path / "one.safetensors")
+        with pytest.raises(RuntimeError, match=f"of another model.*{next(iter(change))}"):
+            create_base(NAME, 2, checkpoint_path=str(tmp_path / "one.safetensors"), **SIZES)
     with pytest.raises(RuntimeError, match="size mismatch"):
         create_base(NAME, 2, checkpoint_path=path, **{**SIZES, "embed_dim": 32})
 

@@ -249,6 +249,11 @@ def test_a_slanted_bar_becomes_upright():
     assert (small[:, 3:6] == 1).all() and (small[:, [0, 7]] == -1).all()
     upright = mnist._upright((x + 1) / 2)
     assert [int((t[0, 0] > mnist._INK).any(0).sum()) for t in (x, upright)] == [9, 4]
+    # Wherever it is, it stays there.
+    x = ((x + 1) / 2).roll((4, 2), (2, 3))
+    at = torch.arange(28.0) - 13.5
+    centres = [(t.sum(2) * at).sum() / t.sum() for t in (x, mnist._upright(x))]
+    assert centres[0].item() == pytest.approx(centres[1].item(), abs=0.1)
 
 
 def test_the_shifted_set_of_mnist_has_its_images_of_4_to_7():
@@ -289,6 +294,7 @@ def test_the_split_of_an_older_folder_is_another_tasks():
         Settings.of({"task": "mnist", "split": "tune"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--task", "mnist"], ["--split", "thirds", "--mnist"]], ids=["mnist", "thirds"]
 )

@@ -240,6 +240,7 @@ def test_the_confidence_is_that_of_the_test_examples_in_their_order(archive, enc
 # --- the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_and_evaluate(archive, encoder, tmp_path, capsys):
     out = tmp_path / "run"
     command = ["train", "--task", "sentiment", "--data", archive, "--model", encoder]

@@ -37,17 +37,17 @@ def write_lines(file, records):
 
 
 def test_a_fifth_of_each_class_is_held_out_and_always_the_same(tmp_path):
-    file = write_csv(tmp_path / "t.csv", 45)
+    file = write_csv(tmp_path / "t.csv", 60)
     parts = parts_of(file)
     assert parts.keys() == {"train", "test"}
-    assert [[r.label for r in parts["test"]].count(word) for word in FEELINGS] == [3, 3, 3]
+    assert [[r.label for r in parts["test"]].count(word) for word in FEELINGS] == [4, 4, 4]
     every = contents(parts["train"]) + contents(parts["test"])
     assert sorted(every) == sorted(contents(read_rows(file, "text", "label")))
-    assert len(set(every)) == 45
+    assert len(set(every)) == 60
     assert parts_of(file) == parts
     # It is not every fifth line.
     lines = [int(row.where.rpartition(" ")[2]) - 2 for row in parts["test"]]
-    assert lines != list(range(4, 45, 5)) and lines == sorted(lines)
+    assert lines != list(range(4, 60, 5)) and lines == sorted(lines)
 
 
 def test_json_lines_and_tables_hold_the_same(tmp_path):

@@ -57,11 +57,15 @@ def evaluate(
         "human_confidence" is `raters.agreement` on the test set, where the task has raters.
     """
 
+    # A set may be both shifted and out of distribution.
+    known: dict[Dataset, tuple[Tensor, Tensor]] = {}
+
     def predicted(data: Dataset, kind: str) -> tuple[Tensor, Tensor]:
-        found = predictions(model, task, data, batch_size, particle_chunk)
+        if data not in known:
+            known[data] = predictions(model, task, data, batch_size, particle_chunk)
         if on_predictions is not None:
-            on_predictions(kind, *found)
-        return found
+            on_predictions(kind, *known[data])
+        return known[data]
 
     log_p, targets = predicted(task.test, "test")
 

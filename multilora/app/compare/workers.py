@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from multilora.app import soup
-from multilora.app.evaluation import evaluate
-from multilora.app.folders import CHECKPOINT, METRICS, write_json
+from multilora.app.evaluation import evaluate, validate
+from multilora.app.folders import CHECKPOINT, METRICS, SET, write_json
 from multilora.app.run import load_run, make_task, train
 from multilora.app.settings import Settings
 from multilora.app.tasks.task import Task
@@ -92,7 +92,8 @@ def _forget(folder: Path) -> None:
     """Remove the particles and the checkpoint of a run, which take most of its place."""
     for particle in folder.glob("particle_*"):
         shutil.rmtree(particle)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, SET):
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Prior(nn.Module):
@@ -119,11 +120,9 @@ def _of_the_prior(job: Job) -> dict[str, Any]:
     counts = labels.bincount(minlength=len(task.classes)).float()
     # A class without a training example is possible all the same.
     model: Any = _Prior(((counts + 1) / (counts + 1).sum()).log())
-    return {"diverged": True, **_measured(model, task, job)}
-
-
-def _measured(model: Any, task: Task, job: Job) -> dict[str, Any]:
-    return evaluate(model, task, combine=job.settings.combine)[0]
+    if job.measure == "validation":
+        return {"diverged": True, **validate(model, task, combine=job.settings.combine)}
+    return {"diverged": True, **evaluate(model, task, combine=job.settings.combine)[0]}
 
 
 # --- processes -----------------------------------------------------------------------------------

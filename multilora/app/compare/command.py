@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -44,7 +45,9 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison")
     parser.add_argument(
-        "--report", action="store_true", help="train nothing; write the report of what --out holds"
+        "--report",
+        action="store_true",
+        help="train nothing; write the report of the runs in --out, or of its compare.json",
     )
     parser.add_argument(
         "--suite",
@@ -78,6 +81,20 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
+    if args.report and not (out / plan.PLAN).is_file() and (out / report.JSON).is_file():
+        evidence, complete = json.loads((out / report.JSON).read_text()), True
+    else:
+        evidence, complete = _trained(args, out)
+    report.write(evidence, out)
+    print(report.summary(evidence))
+    print(f"\n{out} holds {report.MARKDOWN}, {report.FIGURE} and {report.JSON}.")
+    if not complete:
+        print("The time is over; give the same command again to go on.")
+    return 0
+
+
+def _trained(args: argparse.Namespace, out: Path) -> tuple[dict[str, Any], bool]:
+    """The evidence in the folder, after the runs, and whether all of them are there."""
     options = _options(args)
     if not args.report:
         planned = _plan(args)
@@ -85,19 +102,9 @@ def run(args: argparse.Namespace) -> int:
         plan.keep(planned, out, _command(args))
     kept = plan.read(out)
     stages = Stages(plan.plan_of(kept), out, **options)
-    complete = True
-    if not args.report:
-        complete = stages.run() and costs.measure(stages)
-    evidence = stages.evidence() | {
-        "command": kept["command"],
-        "environment": info.environment(stages.device),
-    }
-    report.write(evidence, out)
-    print(report.summary(evidence))
-    print(f"\n{out} holds compare.md, compare.png and compare.json.")
-    if not complete:
-        print("The time is over; give the same command again to go on.")
-    return 0
+    complete = args.report or (stages.run() and costs.measure(stages))
+    about = {"command": kept["command"], "environment": info.environment(stages.device)}
+    return stages.evidence() | about, complete
 
 
 def _plan(args: argparse.Namespace) -> plan.Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from multilora import atomic
 from multilora.app.compare import sentences, tables
 from multilora.app.compare.analysis import PRIMARY, Analysis
 from multilora.app.compare.figure import pareto_diagram
-from multilora.app.folders import to_json, write_json
+from multilora.app.folders import to_json
 
 MARKDOWN, FIGURE, JSON = "compare.md", "compare.png", "compare.json"
 
@@ -26,8 +26,24 @@ def write(evidence: Mapping[str, Any], folder: Path) -> None:
     """
     analysis = _analysis(evidence)
     atomic.write_text(folder / MARKDOWN, _markdown(analysis))
-    write_json(folder / JSON, {**analysis.evidence, "statistics": analysis.flat()})
+    parts = {**analysis.evidence, "statistics": analysis.flat()}
+    lines = [f"{json.dumps(name)}: {_compact(part)}" for name, part in parts.items()]
+    atomic.write_text(folder / JSON, "{\n" + ",\n".join(lines) + "\n}\n")
     pareto_diagram(analysis, folder / FIGURE)
+
+
+def _compact(part: Any) -> str:
+    return json.dumps(json.loads(to_json(part)), separators=(",", ":"))
+
+
+def headline(evidence: Mapping[str, Any]) -> str:
+    """What a reader must know first: which rows are better, and on what that rests.
+
+    Args:
+        evidence: as for `write`, or a compare.json.
+    """
+    analysis = _analysis(evidence)
+    return "\n\n".join([*sentences.headline(analysis), sentences.scope(analysis)])
 
 
 def summary(evidence: Mapping[str, Any]) -> str:
@@ -40,8 +56,40 @@ def summary(evidence: Mapping[str, Any]) -> str:
 
 
 def _analysis(evidence: Mapping[str, Any]) -> Analysis:
+    parts = {n: v for n, v in evidence.items() if n != "statistics"}
+    for part in ("finals", "defaults", "controls"):
+        names = None if part == "finals" else _TESTED
+        parts[part] = {
+            task: {
+                row: {seed: _brief(run, names) for seed, run in runs.items()}
+                for row, runs in by_row.items()
+            }
+            for task, by_row in evidence[part].items()
+        }
     # As a compare.json has it: undefined numbers are null, and the seeds are texts.
-    return Analysis(json.loads(to_json(evidence)))
+    return Analysis(json.loads(to_json(parts)))
+
+
+#: What is compared of runs that are in no table.
+_TESTED = (*(measure.path[0] for measure in PRIMARY), "diverged")
+#: Numbers of metrics.json that no table has.
+_LEFT_OUT = {"diversity", "ambiguity", "mce", "ece_adaptive", "validation", "calibrated", "entropy"}
+_LEFT_OUT |= {"method", "particles", "rank", "seed", "combine", "num_examples"}
+
+
+def _brief(result: Any, names: Collection[str] | None = None) -> Any:
+    """What a report reads of a run's measures, with six digits; `names` are all that is wanted."""
+    if isinstance(result, float):
+        return float(f"{result:.6g}")
+    if not isinstance(result, dict):
+        return result
+    return {
+        name: _brief(value)
+        for name, value in result.items()
+        if (name in names if names else name not in _LEFT_OUT)
+        and not isinstance(value, list)
+        and not name.startswith(("aupr", "member"))
+    }
 
 
 def _markdown(analysis: Analysis) -> str:

@@ -20,7 +20,6 @@ from multilora.app.evaluation import evaluate, validate
 from multilora.app.folders import CHECKPOINT, METRICS, SET, write_json
 from multilora.app.run import load_run, make_task, train
 from multilora.app.settings import Settings
-from multilora.app.tasks.task import Task
 
 #: The measures of the soups of a run, by the soup's kind.
 SOUPS = "soups.json"

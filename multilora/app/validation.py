@@ -7,7 +7,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Best:
     parameters: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     def ends(self, settings: Settings) -> bool:
         """Whether the run's patience is over."""

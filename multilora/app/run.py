@@ -112,8 +112,8 @@ def train(
         measure: "test" measures the test set and all others; "validation" the validation examples
             only, as a search for hyper-parameters must.
         pictures: Whether the pictures are drawn.
-        overwrite: Remove the run that `out` holds, once all settings have been found to be right.
-            Files that no run writes are an error.
+        overwrite: Remove the run that `out` holds, just before the first step of the new one. Files
+            that no run writes are an error.
 
     Returns:
         What metrics.json holds.
@@ -144,12 +144,14 @@ def train(
     state = RunState(out / CHECKPOINT, training)
     if resume:
         state.load()
+    over = state.best.ends(settings)
+    batches: Iterable[Any] = [] if over else training.batches(state.step)
     if overwrite:
         clear_run_folder(out)
     # From here on the folder belongs to this run, whose settings have all been used once.
     write_json(out / SETTINGS, settings.flat())
     training.model.train()
-    _take_steps(state, save_every, on_step)
+    _take_steps(state, batches, save_every, on_step)
     memory = peak_memory_mb(device)
     if state.best.parameters is None:
         training.method.sample()
@@ -160,15 +162,15 @@ def train(
     return _write_results(out, state, model, memory, measure, pictures)
 
 
-def _take_steps(state: RunState, save_every: int, on_step: OnStep | None) -> None:
+def _take_steps(
+    state: RunState, batches: Iterable[Any], save_every: int, on_step: OnStep | None
+) -> None:
     training, settings = state.training, state.training.settings
     model, interval = training.model, settings.validation_interval
     # Reading the statistics waits for a GPU, so a long run reads them at every tenth step only.
     read_every = max(1, min(10, settings.steps // 20))
     stats: dict[str, float] = {}
     first = state.step + 1
-    over = state.best.ends(settings)
-    batches: Iterable[Any] = [] if over else training.batches(state.step)
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         scalars = training.step(x, y, step == first)

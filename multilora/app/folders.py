@@ -14,6 +14,8 @@ from multilora.app.tasks.task import ModelOptions
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.json"
+#: What the library writes beside the particles.
+SET = particle_folders.INDEX
 HISTORY = "history.json"
 RELIABILITY = "reliability.png"
 ENTROPIES = "entropies.png"
@@ -27,7 +29,7 @@ PICTURES = {
     HISTORY_PICTURE: "the course of the training",
 }
 #: All files of a run beside its particles.
-_FILES = (SETTINGS, CHECKPOINT, METRICS, HISTORY, *PICTURES, particle_folders.INDEX)
+_FILES = (SETTINGS, CHECKPOINT, METRICS, HISTORY, *PICTURES, SET)
 #: Lists the files that `export` wrote into a folder, beside them.
 _EXPORT = "multilora_export.json"
 

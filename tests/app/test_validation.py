@@ -25,6 +25,7 @@ METHODS = {
     "bbb": {"method_args": (("kl_weight", 0.01),)},
     "mc_dropout": {"lora_dropout": 0.05},
     "sgld": {},
+    "svgd": {},
 }
 
 
@@ -350,6 +351,9 @@ def test_settings_that_choose_need_measurements():
     for given in ({"select": "best"}, {"patience": 1}):
         with pytest.raises(ValueError, match="need validate_every > 0"):
             settings(validate_every=0, **given)
+        assert settings(steps=100, **given).validation_interval == 5
+        assert settings(steps=3, **given).validation_interval == 1
+    assert settings(steps=100).validation_interval == 0
 
 
 def test_no_seed_trains_on_what_another_one_holds_out(use):
@@ -489,4 +493,5 @@ def test_the_command_passes_the_options_on(use, tmp_path, capsys):
     ]
     assert [step for step, _ in measured(tmp_path / "run")][:2] == [2, 4]
     refused(["train", "--seeds", "2", "--out", tmp_path / "other"], capsys, "--seeds is for --comp")
+    refused(["train", "--compare", "--shots", "3"], capsys, "compare has no --shots")
     assert not (tmp_path / "other").exists()

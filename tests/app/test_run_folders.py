@@ -252,3 +252,8 @@ def test_the_command(run, whole, capsys):
     refused([*command, "--overwrite", "--resume"], capsys, "--resume")
     assert cli.main([*command, "--overwrite"]) == 0
     assert same(run, whole / "2") and torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def test_a_task_that_has_its_data_takes_no_others(run, tmp_path, capsys):
+    text = "is for the tasks images, vtab, clip, text, sentiment"
+    refused(["evaluate", run, "--data", tmp_path], capsys, text, "got the task 'digits'")

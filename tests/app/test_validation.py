@@ -97,7 +97,7 @@ def particles(out):
 # --- what it leaves alone ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", some(METHODS, "ibdr", "mc_dropout"))
+@pytest.mark.parametrize("method", some(METHODS, "bbb", "mc_dropout"))
 def test_measuring_changes_nothing_but_the_history(method, use, tmp_path):
     """The held-out examples are augmented, from all three generators that the training uses."""
     plain, watched = tmp_path / "plain", tmp_path / "watched"

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO, TypeVar
 
 _STAGING = ".multilora-staging-"
 _COMMIT = ".multilora-commit"
+#: With what the folders begin that a killed `replace_files` leaves.
+UNFINISHED = (_STAGING, _COMMIT)
 # How often a reading is tried until it fits between two saves.
 _ATTEMPTS = 100
 # The list of the files of 50,000 particles is smaller; JSON of ours or PEFT's is never larger.

@@ -31,9 +31,12 @@ if TYPE_CHECKING:
 
 # Format 1 has no list of its files; it is still read.
 FORMAT = 2
-_INDEX = "multilora.json"
+#: Lists the files of a set of particles.
+INDEX = "multilora.json"
 # The file of a full copy.
 _MODEL = "model.safetensors"
+#: What a particle's folder may have.
+FILES = (CONFIG, WEIGHTS, _MODEL)
 
 
 def save(
@@ -71,7 +74,7 @@ def save(
         index = {"format": FORMAT, "num_particles": len(seeds), "seeds": seeds, "files": listed}
         if kind != "lora":
             index["kind"] = kind
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     replace(base, processes, path, write)
 
@@ -121,8 +124,8 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
     seeds: int | list[int] = 0
     if isinstance(path, (str, os.PathLike)):
         root = Path(path)
-        source = str(atomic.newest(root, _INDEX))
-        seeds, adapters = atomic.read_set(root, _INDEX, lambda: _read_root(root))
+        source = str(atomic.newest(root, INDEX))
+        seeds, adapters = atomic.read_set(root, INDEX, lambda: _read_root(root))
     else:
         folders = [Path(p) for p in path]
         if not folders:
@@ -138,7 +141,7 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
 
 def _read_root(root: Path) -> tuple[list[int], list[_Particle]]:
     """The seeds of the K particles, and their adapters."""
-    index = atomic.newest(root, _INDEX)
+    index = atomic.newest(root, INDEX)
     seeds, listed, kind = _read_index(index)
     adapters = []
     for particle in range(len(seeds)):
@@ -158,8 +161,8 @@ def _read_root(root: Path) -> tuple[list[int], list[_Particle]]:
 def _read_folder(folder: Path) -> _Particle:
     """An adapter folder, which may be a particle's that is saved with the others."""
     root, marker, inner = folder, CONFIG, ""
-    if atomic.newest(folder.parent, _INDEX).is_file() and folder.name.startswith("particle_"):
-        root, marker, inner = folder.parent, _INDEX, f"{folder.name}/"
+    if atomic.newest(folder.parent, INDEX).is_file() and folder.name.startswith("particle_"):
+        root, marker, inner = folder.parent, INDEX, f"{folder.name}/"
 
     def read() -> _Particle:
         config, weights, pickled = (

@@ -173,8 +173,8 @@ def _add_train(commands: Any) -> None:
     place.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of the run: new, empty, or with --resume that of the run to continue "
-        "[runs/TASK-METHOD-SEED, numbered if it exists]",
+        help="folder of the run: new, empty, that of a run without a checkpoint, or with --resume "
+        "that of the run to continue [runs/TASK-METHOD-SEED, numbered if it exists]",
     )
     place.add_argument("--resume", action="store_true", help="continue the run in --out")
     place.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")

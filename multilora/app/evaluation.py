@@ -130,13 +130,20 @@ def predictions(
     batch_size: int | None = None,
     particle_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p_k (K, N, C) on a data set, and its targets (N,); see `evaluate`."""
+    """log p_k (K, N, C) on a data set, and its targets (N,); see `evaluate`.
+
+    Raises:
+        FloatingPointError: A prediction is not a number, since the particles have diverged.
+    """
     size = task.evaluation_batch if batch_size is None else batch_size
     checks.integer("batch_size", size, 1)
     chunk = model.num_particles if particle_chunk is None else particle_chunk
     # A loader draws a number when it starts: from a generator that nothing else uses.
     loader = DataLoader(data, size, collate_fn=task.collate, generator=torch.Generator())
-    return metrics.predict_loader(model, loader, chunk, forward=task.predict)
+    log_p, targets = metrics.predict_loader(model, loader, chunk, forward=task.predict)
+    if log_p.isnan().any():
+        raise FloatingPointError("the particles have diverged: they predict NaN")
+    return log_p, targets
 
 
 _OF_VALIDATION = ("accuracy", "nll", "brier", "ece", "num_examples")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
-from multilora import atomic
+from multilora import atomic, particle_folders
 from multilora.app.settings import SETTINGS, Settings, differences, read_settings
 from multilora.app.tasks.task import ModelOptions
 
-METRICS = "metrics.json"
 CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.json"
 #: What the library writes beside the particles.
-SET = "multilora.json"
+SET = particle_folders.INDEX
 HISTORY = "history.json"
 RELIABILITY = "reliability.png"
 ENTROPIES = "entropies.png"
@@ -28,6 +28,8 @@ PICTURES = {
     HUMAN_CONFIDENCE: "whether it is unsure where people are",
     HISTORY_PICTURE: "the course of the training",
 }
+#: All files of a run beside its particles.
+_FILES = (SETTINGS, CHECKPOINT, METRICS, HISTORY, *PICTURES, SET)
 #: Lists the files that `export` wrote into a folder, beside them.
 _EXPORT = "multilora_export.json"
 
@@ -35,59 +37,91 @@ _EXPORT = "multilora_export.json"
 def make_run_folder(out: Path, settings: Settings, resume: bool, overwrite: bool = False) -> None:
     """Make `out`, which must hold neither another run nor files of the user's.
 
-    A run that failed before its first checkpoint has left nothing: another one may take its folder.
+    A run that ended before its first checkpoint holds nothing that could be lost, so any other may
+    take its place.
 
     Args:
-        overwrite: Remove what a run that is there has written, and nothing else.
+        overwrite: `out` may hold another run, but no files beside it.
 
     Raises:
-        ValueError: `out` holds a run and neither resume nor overwrite is True, a run of other
-            settings that is to be resumed, other files, or a link.
+        ValueError: `out` holds a run and neither resume nor overwrite is True, or with resume a run
+            of other settings; or it holds links, or other files.
         NotADirectoryError: `out` is a file.
     """
-    if (out / SETTINGS).is_file():
+    names = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if SETTINGS not in names:
+        # A run that was killed while it wrote its settings leaves a temporary file.
+        _refuse(out, "no run but other files", [n for n in names if not _is_temporary(n, SETTINGS)])
+    else:
         # A run must not write outside its folder.
         links = [entry for entry in out.rglob("*") if entry.is_symlink()]
         if links:
             raise ValueError(f"{links[0]} is a link; a run writes into its own folder only")
-        if not resume:
-            _clear(out, overwrite)
-        elif different := differences(read_settings(out), settings):
-            raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
-    elif out.is_dir():
-        # A run that was killed while it wrote its settings leaves a temporary file.
-        strangers = [f.name for f in out.iterdir() if not f.match(f".{SETTINGS}.*.tmp")]
-        if strangers:
+        begun = all(name == SETTINGS or _is_temporary(name, *_FILES) for name in names)
+        if resume:
+            different = differences(read_settings(out), settings)
+            if different:
+                raise ValueError(f"{out} holds a run of other settings (there, here): {different}")
+        elif overwrite:
+            _refuse(out, "files that are not of its run", _strangers(out))
+        elif not begun:
             raise ValueError(
-                f"{out} holds no run but other files, which a run might replace: "
-                f"{', '.join(sorted(strangers)[:5])}; choose another --out"
+                f"{out} holds a run already; continue it with --resume, replace it with "
+                "--overwrite, or choose another --out"
             )
     atomic.make_folder(out)
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    """Remove a run from its folder.
+def clear_run_folder(out: Path) -> None:
+    """Remove the files of the run in `out` but for its settings, and no others."""
+    inside = sorted(out.rglob("*"), reverse=True)  # a folder comes after what is in it
+    for entry in inside:
+        if entry.is_dir():
+            if _is_own_folder(entry.relative_to(out)) and not any(entry.iterdir()):
+                entry.rmdir()
+        elif entry != out / SETTINGS and _is_own(entry.relative_to(out)):
+            entry.unlink()
 
-    Raises:
-        ValueError: It has something to lose and overwrite is False, or there are other files.
-    """
-    of_a_run = (SETTINGS, CHECKPOINT, METRICS, HISTORY, *PICTURES, SET, "particle_*")
-    patterns = [p for name in of_a_run for p in (name, f".{name}.*.tmp")]
-    inside = [*out.iterdir()]
-    strangers = [f.name for f in inside if not any(f.match(p) for p in patterns)]
+
+def _refuse(out: Path, what: str, strangers: list[str]) -> None:
     if strangers:
         raise ValueError(
-            f"{out} holds a run and other files: {', '.join(sorted(strangers)[:5])}; choose "
-            "another --out"
+            f"{out} holds {what}, which a run might replace: "
+            f"{', '.join(sorted(strangers)[:5])}; choose another --out"
         )
-    if not overwrite and any((out / name).exists() for name in (CHECKPOINT, METRICS)):
-        raise ValueError(
-            f"{out} holds a run already; continue it with --resume, replace it with --overwrite, "
-            "or choose another --out"
-        )
-    # The settings go last: without them, what is left would be files of nobody.
-    for file in sorted(inside, key=lambda f: f.name == SETTINGS):
-        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _strangers(out: Path) -> list[str]:
+    """The files and folders below `out` that no run writes."""
+    inside = ((entry, entry.relative_to(out)) for entry in out.rglob("*"))
+    return [
+        str(path)
+        for entry, path in inside
+        if not (_is_own_folder(path) if entry.is_dir() else _is_own(path))
+    ]
+
+
+def _is_own(file: Path) -> bool:
+    """Whether a run writes this file, relative to its folder, or leaves it when it is killed."""
+    *folders, name = file.parts
+    if folders and folders[0].startswith(atomic.UNFINISHED):
+        folders = folders[1:]
+    if not folders:
+        return name in _FILES or _is_temporary(name, *_FILES)
+    return _is_own_folder(Path(*folders)) and name in particle_folders.FILES
+
+
+def _is_own_folder(folder: Path) -> bool:
+    *above, name = folder.parts
+    if not above and name.startswith(atomic.UNFINISHED):
+        return True
+    within = not above or (len(above) == 1 and above[0].startswith(atomic.UNFINISHED))
+    return within and re.fullmatch(r"particle_\d+", name) is not None
+
+
+def _is_temporary(name: str, *files: str) -> bool:
+    """Whether `write_file` leaves this file where it is killed while it writes one of `files`."""
+    return any(Path(name).match(f".{file}.*.tmp") for file in files)
 
 
 def free_folder(settings: Settings, method: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import zipfile
 from pathlib import Path
@@ -84,8 +85,8 @@ class RunState:
             raise ValueError(f"{self.file}: the {what} does not fit: {error!r}") from error
         Best(parameters=state["parameters"]).use(self.training.model)
         self.step, self.step_ms = state["step"], state["step_ms"]
-        # Older versions kept no history and had no validation.
-        self.history = state.get("history", [])
+        # Older versions had no validation, and no history or one with other names.
+        self.history = [shown(row) for row in state.get("history", [])]
         self.best = Best(**state.get("best", {}))
 
     def _check(self, state: dict[str, Any]) -> None:
@@ -116,7 +117,7 @@ class RunState:
             raise ValueError(f"{self.file} is damaged: its history is not a list of numbers")
         own_parameters, optimizer = trained(self.training.model), self.training.optimizer
         self._check_layout(state["parameters"], own_parameters, "parameters")
-        self._check_best(state.get("best", Best().state_dict()), own_parameters)
+        self._check_best(state.get("best", Best().state_dict()), step, own_parameters)
         self._check_layout(state["method"], self.training.method.state_dict(), "method")
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
         own = {id(p) for p in self.training.method.parameters()}
@@ -130,12 +131,17 @@ class RunState:
         expected = {"state": means if keeps else {}, "param_groups": None}
         self._check_layout(state["optimizer"], expected, "optimizer")
 
-    def _check_best(self, best: Any, parameters: dict[str, Tensor]) -> None:
+    def _check_best(self, best: Any, done: int, parameters: dict[str, Tensor]) -> None:
         self._check_layout(best, dict.fromkeys(Best().state_dict()), "best")
-        numbers = [best["step"], best["nll"], best["waiting"]]
-        if not all(type(n) in (int, float) for n in numbers):
-            raise ValueError(f"{self.file} is damaged: its best step is {numbers}")
-        if best["parameters"] is not None:
+        step, nll, waiting = numbers = best["step"], best["nll"], best["waiting"]
+        right = [type(n) for n in numbers] == [int, float, int]
+        if not right or not 0 <= step <= step + waiting <= done or math.isnan(nll):
+            raise ValueError(
+                f"{self.file} is damaged: its best step, NLL and measurements since then are "
+                f"{numbers}, after {done} steps"
+            )
+        kept = step > 0 and self.training.settings.select == "best"
+        if kept or best["parameters"] is not None:
             self._check_layout(best["parameters"], parameters, "best.parameters")
 
     def _check_layout(self, there: Any, here: Any, what: str) -> None:
@@ -152,6 +158,16 @@ class RunState:
                 raise ValueError(
                     f"{self.file}: {what} has shape {shape}, this run {tuple(here.shape)}"
                 )
+
+
+def shown(stats: dict[str, float]) -> dict[str, float]:
+    """A method's statistics as a run shows them: the loss is the particles' mean cross-entropy, and
+    the objective is what is minimised where that is another number."""
+    if "nll" not in stats:
+        return stats
+    others = {name: value for name, value in stats.items() if name not in ("loss", "nll")}
+    same = stats["loss"] == stats["nll"]
+    return {"loss": stats["nll"], **others, **({} if same else {"objective": stats["loss"]})}
 
 
 def _is_history(history: Any) -> bool:

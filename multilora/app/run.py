@@ -23,13 +23,14 @@ from multilora.app.folders import (
     CHECKPOINT,
     HISTORY,
     METRICS,
+    clear_run_folder,
     make_run_folder,
     write_json,
 )
 from multilora.app.options import described
 from multilora.app.other_data import add_sets
 from multilora.app.pictures import Entropies, write_pictures
-from multilora.app.resume import RunState, check_base, read_state
+from multilora.app.resume import RunState, check_base, read_state, shown
 from multilora.app.settings import (
     MAX_STEPS,
     MEASURED,
@@ -47,6 +48,9 @@ from multilora.ops import pairwise_frobenius
 
 #: What a clock or the machine decides among the numbers of metrics.json.
 MACHINE = ("step_ms", "seconds", "peak_memory_mb")
+#: Of the examples that are held out from training. It is no run's seed, so that no run trains on
+#: what another one holds out, where both have the same training examples to start from.
+_HELD_OUT_SEED = 0
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 
@@ -69,7 +73,7 @@ def make_task(settings: Settings, report: Report = print) -> Task:
     examples = len(task.train)  # type: ignore[arg-type]  # map-style data sets have a length
     if settings.validation >= examples:
         raise ValueError(f"validation = {settings.validation} of {examples} training examples")
-    order = torch.randperm(examples, generator=torch.Generator().manual_seed(settings.seed))
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(_HELD_OUT_SEED))
     held, rest = order[: settings.validation].tolist(), order[settings.validation :].tolist()
     return replace(task, train=_Part(task.train, rest), validation=Subset(task.train, held))
 
@@ -108,21 +112,24 @@ def train(
         measure: "test" measures the test set and all others; "validation" the validation examples
             only, as a search for hyper-parameters must.
         pictures: Whether the pictures are drawn.
-        overwrite: Replace the run that `out` holds, whatever its settings.
+        overwrite: Remove the run that `out` holds, just before the first step of the new one. Files
+            that no run writes are an error.
 
     Returns:
         What metrics.json holds.
 
     Raises:
-        ValueError: `out` holds other files, a run while resume and overwrite are False, or a run of
-            other settings; its checkpoint is damaged or of another run, which is found before the
-            model is changed; or no adapter runs in the first step.
+        ValueError: `out` holds other files, a run with a checkpoint while resume and overwrite are
+            False, or a run of other settings; its checkpoint is damaged or of another run, which
+            is found before the model is changed; or no adapter runs in the first step.
         NotADirectoryError: `out` is a file.
         FloatingPointError: The loss is not finite.
     """
     checks.integer("save_every", save_every, 1, MAX_STEPS)
     checks.choice("measure", measure, ("test", "validation"))
     check_method_args(settings.method, dict(settings.method_args))
+    if resume and overwrite:
+        raise ValueError("resume continues a run and overwrite removes it; give one of them")
     after = posthoc.of(settings)
     out = Path(out)
     make_run_folder(out, settings, resume, overwrite)
@@ -137,36 +144,40 @@ def train(
     state = RunState(out / CHECKPOINT, training)
     if resume:
         state.load()
+    over = state.best.ends(settings)
+    batches: Iterable[Any] = [] if over else training.batches(state.step)
+    if overwrite:
+        clear_run_folder(out)
     # From here on the folder belongs to this run, whose settings have all been used once.
     write_json(out / SETTINGS, settings.flat())
     training.model.train()
-    _take_steps(state, save_every, on_step)
+    _take_steps(state, batches, save_every, on_step)
     memory = peak_memory_mb(device)
-    if settings.select == "best":
-        state.best.use(training.model)
-    else:
+    if state.best.parameters is None:
         training.method.sample()
+    else:
+        state.best.use(training.model)
     model = after(training.model, task)
     model.save_pretrained(out)
     return _write_results(out, state, model, memory, measure, pictures)
 
 
-def _take_steps(state: RunState, save_every: int, on_step: OnStep | None) -> None:
+def _take_steps(
+    state: RunState, batches: Iterable[Any], save_every: int, on_step: OnStep | None
+) -> None:
     training, settings = state.training, state.training.settings
     model, interval = training.model, settings.validation_interval
     # Reading the statistics waits for a GPU, so a long run reads them at every tenth step only.
     read_every = max(1, min(10, settings.steps // 20))
     stats: dict[str, float] = {}
     first = state.step + 1
-    over = state.best.ends(settings)
-    batches: Iterable[Any] = [] if over else training.batches(state.step)
     for step, (x, y) in enumerate(batches, start=first):
         started = time.perf_counter()
         scalars = training.step(x, y, step == first)
         last = step == settings.steps
         read = step % read_every == 0 or last
         if read:
-            stats = _shown({name: value.item() for name, value in scalars.items()})
+            stats = shown({name: value.item() for name, value in scalars.items()})
             if not all(map(math.isfinite, stats.values())):
                 raise FloatingPointError(f"step {step} of {settings.method} diverged: {stats}")
         state.step = step
@@ -184,17 +195,6 @@ def _take_steps(state: RunState, save_every: int, on_step: OnStep | None) -> Non
             state.save()
         if last:
             return
-
-
-def _shown(stats: dict[str, float]) -> dict[str, float]:
-    """A method's statistics as a run shows them: the loss is the particles' mean cross-entropy, and
-    the objective is what is minimised where that is another number."""
-    objective = stats.pop("loss")
-    if "nll" not in stats:
-        return {"loss": objective, **stats}
-    loss = stats.pop("nll")
-    same = loss == objective
-    return {"loss": loss, **stats, **({} if same else {"objective": objective})}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Best:
     parameters: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     def ends(self, settings: Settings) -> bool:
         """Whether the run's patience is over."""
@@ -74,13 +74,16 @@ def check(settings: Settings, task: Task) -> None:
 def measure(step: int, training: Training, best: Best) -> dict[str, float]:
     """The validation examples' NLL and accuracy under what the run would end with at this step.
 
-    The training goes on as if nothing had been measured. `best` is brought up to date.
+    Without what comes after the training, as in laplace. The training goes on as if nothing had
+    been measured. `best` is brought up to date.
     """
     model, task, settings = training.model, training.task, training.settings
-    with _unchanged(training.method, model), predictive(model, settings):
+    chunk = settings.particle_chunk
+    with _unchanged(training.method, model):
         training.method.sample()
         assert task.validation is not None
-        log_p, targets = predictions(model, task, task.validation, None, settings.particle_chunk)
+        with predictive(model, settings):
+            log_p, targets = predictions(model, task, task.validation, None, chunk)
         found = metrics.evaluate(log_p, targets, settings.combine)
         best.waiting += 1
         if found["nll"] < best.nll:

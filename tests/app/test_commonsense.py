@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import multilora as ml
-from command import numbers
+from command import numbers, refused
 from documents import recipe
 from multilora.app import cli
 from multilora.app import run as training
@@ -406,6 +406,15 @@ def test_train_learns_and_evaluate_gives_the_same_measures(run, capsys):
     again = json.loads(capsys.readouterr().out)
     assert again["accuracy"] == metrics["accuracy"]
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+
+
+def test_other_questions_are_measured_in_place_of_the_runs(run, tmp_path, capsys):
+    for part, size in (("Train", 1), ("Test", 7)):
+        write_lines(tmp_path / f"ARC-Easy-{part}.jsonl", [arc(i, "1234") for i in range(size)])
+    assert cli.main(["evaluate", str(run), "--data", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_examples"] == 7 and found["accuracy"] > 0.5
+    refused(["evaluate", run, "--data", tmp_path / "none"], capsys, "none does not exist")
 
 
 def test_the_recipe_of_the_guide(folder, tmp_path, monkeypatch):

@@ -254,6 +254,10 @@ def test_train_and_evaluate(archive, encoder, tmp_path, capsys):
     assert cli.main(["evaluate", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+    other = write(tmp_path / "other.tar.gz", vader(files()))
+    assert cli.main(["evaluate", str(out), "--data", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_examples"] == 30
+    refused(["evaluate", out, "--data", tmp_path / "none"], capsys, "none")
     refused([*command, "--resume", "--domain", "movie"], capsys, "other settings", "domain")
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from dataclasses import fields
 
 import pytest
@@ -73,6 +74,14 @@ def test_train_and_evaluate(kitti, tmp_path, capsys):
     assert cli.main(["evaluate", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["nll"] == pytest.approx(metrics["nll"], rel=1e-6)
+    # Other data are measured in place of the run's: half of the test images, with wrong labels.
+    other = shutil.copytree(kitti, tmp_path / "other" / "kitti")
+    lines = [line.split() for line in (kitti / "test.txt").read_text().splitlines()[:6]]
+    wrong = [f"{path} {(int(label) + 1) % 4}\n" for path, label in lines]
+    (other / "test.txt").write_text("".join(wrong))
+    assert cli.main(["evaluate", str(out), "--data", str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_examples"] == 6 and found["accuracy"] < 0.3
 
 
 def test_the_recipe_of_the_guide_for_vtab(kitti, tmp_path, monkeypatch):

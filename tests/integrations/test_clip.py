@@ -166,7 +166,7 @@ def test_the_example_of_the_guide(folders, tokenizer, tmp_path, monkeypatch):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch):
+def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "CLIP_OR_FOLDER").symlink_to(folders / "model")
     (tmp_path / "PHOTOS").symlink_to(folders / "images")
@@ -181,6 +181,15 @@ def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch):
     adapter = json.loads((out / "particle_0" / "adapter_config.json").read_text())
     assert set(adapter["target_modules"]) == {"fc1", "fc2"} and not adapter["modules_to_save"]
     assert cli.main(["evaluate", str(out)]) == 0
+    other = tmp_path / "other"
+    for name, source in (("blue_whale", "owl"), ("owl", "red_fox"), ("red_fox", "blue_whale")):
+        for part in ("train", "val"):
+            shutil.copytree(folders / "images" / part / source, other / part / name)
+    (other / "val" / "owl" / "0.png").unlink()
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(out), "--data", str(other), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_examples"] == 17 and found["accuracy"] < 0.2
 
 
 def test_the_task_is_zero_shot_clip_with_its_images(folders, tokenizer):

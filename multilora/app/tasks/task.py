@@ -39,7 +39,8 @@ class Task:
     """A pretrained base, what to adapt in it, and the data sets of (input, label) pairs.
 
     Attributes:
-        validation: Examples that are neither trained on nor tested on, to choose soups.
+        validation: Examples that are neither trained on nor tested on, to choose soups and steps,
+            and to fit a temperature.
         head: The classification head, which is new and trained whole: a name, or two names.
         shifted: Further test sets of the same classes, by name: disturbed copies, other domains.
         ood: Data sets of inputs of other classes, by name; their labels are not read.

@@ -272,7 +272,7 @@ def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     command = [*TRAIN, "--data", data / "photos", "--shift", f"art={data / 'art'}"]
     command += ["--ood", f"blue={data / 'other'}", "--combine", "logit", "--out", out]
-    command += ["--validation", "3"]
+    command += ["--validation", "3", "--select", "best"]
     assert cli.main([str(word) for word in command]) == 0
     return out
 

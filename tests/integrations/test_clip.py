@@ -190,6 +190,10 @@ def test_the_recipe_on_a_folder_of_images(folders, tmp_path, monkeypatch, capsys
     assert cli.main(["evaluate", str(out), "--data", str(other), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_examples"] == 17 and found["accuracy"] < 0.2
+    # Other classes are another frozen head, over which the particles were not trained.
+    for part in ("train", "val"):
+        (other / part / "owl").rename(other / part / "fox")
+    refused(["evaluate", out, "--data", other], capsys, "trained over another base model")
 
 
 def test_the_task_is_zero_shot_clip_with_its_images(folders, tokenizer):

@@ -402,9 +402,7 @@ def test_other_commands_say_what_is_wrong(tmp_path, capsys):
     assert "run.json is damaged" in capsys.readouterr().err
 
 
-def test_one_seed_has_no_standard_error():
-    assert report.averaged(1) == "one seed, so no standard error"
-    assert report.averaged(2) == "mean ± standard error over 2 seeds"
+def test_one_run_has_no_standard_error():
     assert report._cell([0.25], 2) == "0.25" and report._cell([1.0, 3.0, None], 1) == "2.0 ± 1.0"
 
 

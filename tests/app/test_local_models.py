@@ -98,6 +98,7 @@ def test_random_weights_of_a_folders_architecture(folder, saved):
     assert not torch.equal(model.blocks[0].attn.qkv.weight, saved.blocks[0].attn.qkv.weight)
 
 
+@pytest.mark.slow
 def test_a_run_over_a_folder(folder, data, saved, tmp_path, capsys):
     out = tmp_path / "run"
     command = ["train", "--model", str(folder), "--data", str(data), *SHORT, "--out", str(out)]

@@ -86,6 +86,7 @@ def _interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_more_tolerance_gives_more_noise(tmp_path):
     results = [
         training.train(settings("tfb", tolerance=t), tmp_path / str(t)) for t in (0.0, 1e-3, 0.3)

@@ -359,6 +359,7 @@ def test_the_commands_of_the_guide_run(folders, tmp_path, monkeypatch, capsys):
         write_csv(tmp_path / f"{name}.csv", 30)
     monkeypatch.chdir(tmp_path)
     lines = block("docs/guides/text.md", "## Your own texts", "bash").splitlines()
+    assert block("README.md", "## The loop", "bash").splitlines() == lines[:2]
     for words in map(shlex.split, lines):
         more = ["--steps", "2"] if words[1] == "train" else []
         assert cli.main([*words[1:], *more]) == 0, capsys.readouterr().err

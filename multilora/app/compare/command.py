@@ -150,7 +150,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     if jobs is None:
         jobs = len(os.sched_getaffinity(0)) if device == "cpu" else 1
     if hours is not None:
-        checks.number("--max-hours", hours, 0)
+        checks.number("--max-hours", hours, 0, 10_000)
     return {
         "jobs": checks.integer("--jobs", jobs, 1, 1024),
         "device": device,

@@ -17,7 +17,7 @@ from command import numbers, refused
 from documents import block, recipe
 from models import load_peft, particles_of
 from multilora.app import cli
-from multilora.app import run as application
+from multilora.app import steps
 from multilora.app.settings import recommended
 from multilora.app.tasks import clip as task
 from multilora.integrations import clip
@@ -236,14 +236,14 @@ def test_full_copies_of_a_model_without_a_new_head_are_set_apart(folders):
     made = task.make(settings.options, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = application.particle_model(made, settings)
+        model = steps.particle_model(made, settings)
     apart = [p for p in model.particle_parameters() if p.ndim > 2]
     assert len(apart) > 5
     for p in apart:
         off = (p[0] - p[1]).std() / p[0].std()
         assert 0.005 < off < 0.03
     single = recommended("clip", "single", full=True, **data)
-    (copy,) = application.particle_model(task.make(single.options, 0), single).stacked_modules()
+    (copy,) = steps.particle_model(task.make(single.options, 0), single).stacked_modules()
     assert all(torch.equal(p[0], q) for p, q in copy[1].originals().items())
 
 

@@ -16,8 +16,7 @@ import multilora as ml
 from command import numbers, refused
 from documents import block, recipe
 from models import load_peft, particles_of
-from multilora.app import cli
-from multilora.app import steps
+from multilora.app import cli, steps
 from multilora.app.settings import recommended
 from multilora.app.tasks import clip as task
 from multilora.integrations import clip

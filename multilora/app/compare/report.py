@@ -11,6 +11,7 @@ from multilora import atomic
 from multilora.app.compare import sentences, tables
 from multilora.app.compare.analysis import PRIMARY, Analysis
 from multilora.app.compare.figure import pareto_diagram
+from multilora.app.compare.papers import of_papers
 from multilora.app.folders import to_json
 
 MARKDOWN, FIGURE, JSON = "compare.md", "compare.png", "compare.json"
@@ -95,6 +96,7 @@ def _brief(result: Any, names: Collection[str] | None = None) -> Any:
 def _markdown(analysis: Analysis) -> str:
     sections = {
         "Comparison of methods": [_summary(analysis), f"![]({FIGURE})", *_over_tasks(analysis)],
+        **({"Tables of the papers": papers} if (papers := of_papers(analysis)) else {}),
         "Cost": _costs(analysis),
         "Chosen configurations": _configurations(analysis),
         "What is behind this": _origin(analysis),

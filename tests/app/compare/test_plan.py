@@ -37,6 +37,7 @@ def test_every_trial_has_the_same_lr_and_decay_for_all_rows_that_share_them():
     # SGLD and full copies need learning rates of other sizes.
     assert {row.name for row in p.tuned} - {row.name for row in shared} == {
         "sgld",
+        "single_full",
         "ensemble_full",
         "svgd_full",
     }

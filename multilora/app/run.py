@@ -158,6 +158,7 @@ def train(
     else:
         state.best.use(training.model)
     model = after(training.model, task)
+    model.share_trunk = settings.share_trunk
     model.save_pretrained(out)
     return _write_results(out, state, model, memory, measure, pictures)
 
@@ -301,6 +302,7 @@ def load_run(
                 f"{folder} have {here}"
             )
     check_base(folder / CHECKPOINT, read_state(folder / CHECKPOINT), particles)
+    particles.share_trunk = settings.share_trunk
     return particles, task, settings
 
 

@@ -50,6 +50,12 @@ class Settings(Checked):
         shown="that of the method",
     )
     full: bool = option(FLAG, "train K copies of the whole model in place of adapters", False)
+    share_trunk: bool = option(
+        FLAG,
+        "run the blocks below the first adapted one once for all particles; dropout there has one "
+        "mask for all",
+        False,
+    )
     rank: int = option(integer(1, 2**16), "rank of the adapters", 8)
     lora_alpha: float | None = option(
         number(1e6, positive=True),
@@ -152,6 +158,8 @@ class Settings(Checked):
             raise ValueError("mc_dropout needs lora_dropout > 0; got 0")
         if self.full and self.method in ("blob", "dverge"):
             raise ValueError(f"{self.method} needs adapters, and full has none")
+        if self.full and self.share_trunk:
+            raise ValueError("share_trunk needs adapters, and full has none")
         if self.full and self.entry.posthoc:
             raise ValueError(f"{self.method} makes particles of an adapter, and full has none")
         if self.chooses and self.validate_every == 0:

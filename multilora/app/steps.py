@@ -140,6 +140,7 @@ def particle_model(task: Task, settings: Settings) -> ParticleModel:
         seed=settings.seed,
         head_init="reset" if heads else None,
         head=heads if settings.full else (),
+        share_trunk=settings.share_trunk,
         # Copies of a model share no layers, and a loop is right for any model.
         fold="loop" if settings.full else "batch",
     )

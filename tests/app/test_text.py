@@ -384,6 +384,27 @@ def test_a_stopped_run_resumes_to_the_same_numbers(folders, data, tmp_path, meth
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["ensemble", "ibdr", "tfb"])
+def test_a_shared_trunk_gives_the_same_numbers_from_fewer_rows(folders, data, tmp_path, method):
+    own = "layer.1.attention.self.query", "layer.1.attention.self.value"
+    separate = recommended(
+        "text", method, str(data), model=str(folders["bert"]), steps=6, particles=3, targets=own
+    )
+    shared = replace(separate, share_trunk=True)
+    expected = training.train(separate, tmp_path / "separate")
+    found = training.train(shared, tmp_path / "shared")
+    for name in ("nll", "brier", "mutual_information"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    model, task, settings = training.load_run(tmp_path / "shared")
+    rows = []
+    for layer in model.base.base_model.encoder.layer:
+        layer.register_forward_hook(lambda module, given, output: rows.append(len(given[0])))
+    x, _ = task.collate([task.test[0], task.test[1]])
+    assert task.predict(model, x).shape[:2] == (3, 2)
+    assert rows[-2:] == [2, 6]  # after those of the check
+    assert settings.share_trunk
+
+
 def test_the_order_of_the_labels_may_be_given(folders, data, capsys, tmp_path):
     given = ("good", "bad", "plain")
     settings = recommended("text", data=str(data), model=str(folders["bert"]), labels=given)

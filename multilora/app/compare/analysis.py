@@ -58,8 +58,9 @@ class Comparison:
         difference: row − other; None without a pair.
         p: Holm's adjusted p over the rows of the same question.
         verdict: "better" or "worse"; "equal", which means that they cannot be told apart; "none"
-            without a pair. Three others say why a gain does not count: "control", it does not beat
-            its control; "unfinished", a tuning is not; "uncounted", the row is not better than the
+            without a pair. Four others say why a gain does not count: "control", it does not beat
+            its control; "unfinished", a tuning is not; "incomplete", final runs are missing, and
+            who looks before the end finds too much; "uncounted", the row is not better than the
             reference itself.
         control: against the reference at the row's own learning rate and weight decay, where the
             row has such a control.
@@ -136,6 +137,17 @@ class Analysis:
         results = [r for task in self.tasks for r in self.runs(part, task, row)]
         return sum(bool(r.get("diverged")) for r in results), len(results)
 
+    def complete(self, row: str) -> bool:
+        """Whether all its final runs are there, and those of its control."""
+        controlled = row != self.reference and self.shares_lr(row)
+        parts = ["finals", "controls"] if controlled else ["finals"]
+        return all(
+            result is not None
+            for part in parts
+            for task in self.tasks
+            for result in self._by_seed(part, task, row).values()
+        )
+
     # --- verdicts --------------------------------------------------------------------------------
 
     def against(self, row: str, part: str, other: str, measure: Measure) -> Difference | None:
@@ -187,7 +199,9 @@ class Analysis:
         beaten = control is not None and _told(measure, control, control.p) == "better"
         if self.shares_lr(row) and not beaten:
             return "control"
-        return "unfinished" if self.edges(row) or self.edges(self.reference) else "better"
+        if self.edges(row) or self.edges(self.reference):
+            return "unfinished"
+        return "better" if self.complete(row) and self.complete(self.reference) else "incomplete"
 
     # --- compute ---------------------------------------------------------------------------------
 

@@ -45,8 +45,9 @@ RULE = (
     "A row is called better only if the 95 % interval of its paired differences leaves out zero, "
     f"the sign-flip p is below {number(LEVEL, 2)} after Holm's correction over all rows, it beats "
     "its control as well (the reference at the row's own learning rate and weight decay; by "
-    "interval and uncorrected p, since a control can only take a claim back), and the tunings of "
-    "both are finished. It is called worse by its interval and p alone."
+    "interval and uncorrected p, since a control can only take a claim back), the tunings of both "
+    "are finished, and no final run of theirs is missing. It is called worse by its interval and p "
+    "alone."
 )
 
 
@@ -111,6 +112,7 @@ _CLAUSES: dict[str, tuple[str, str, str, Callable[[Comparison], str]]] = {
     "worse": ("is worse", " than", " by {}", _loss),
     "control": ("is ahead", " of", " by {}, but its control takes that back", _taken_back),
     "unfinished": ("is ahead", " of", " by {}, but a tuning is unfinished", _gain),
+    "incomplete": ("is ahead", " of", " by {}, but final runs are missing", _gain),
     "uncounted": (
         "is ahead",
         " of",

@@ -167,6 +167,22 @@ def test_at_the_edge_of_the_learning_rates_the_tuning_is_unfinished(edge):
     assert verdicts(worse) == ["worse"] * 3
 
 
+@pytest.mark.parametrize(
+    "part, name", [("finals", "sam"), ("finals", "ensemble"), ("controls", "sam")]
+)
+def test_who_looks_before_the_end_finds_no_winner(part, name):
+    given = copy.deepcopy(evidence())
+    del given[part]["digits"][name]["100"]
+    assert verdicts(given) == ["incomplete"] * 3
+    assert "but final runs are missing" in sentence(given)
+    assert "**No row is shown to be better than the ensemble.**" in summary(given)
+    # Nor does a row win that lacks a task.
+    two = make_evidence({t: {"ensemble": REFERENCE, "sam": better(0.03)} for t in ("a", "b")})
+    assert verdicts(two) == ["better"] * 3
+    del two["finals"]["b"]["sam"]
+    assert verdicts(two) == ["incomplete"] * 3
+
+
 def test_more_mutual_information_is_never_a_win():
     values = {**REFERENCE, "mutual_information": np.full(SEEDS, 0.5)}
     reference = {**REFERENCE, "mutual_information": np.full(SEEDS, 0.1)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -250,12 +252,24 @@ class _Worker:
 
 
 def _work(connection: Connection, threads: int) -> None:
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(threads)
     # The other side closes the connection, or has died.
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             function, args = connection.recv()
             connection.send(_attempt(function, *args))
+
+
+def _end_with_the_parent() -> None:
+    """End this process at once when its parent is gone, whatever it is doing.
+
+    It would otherwise finish its run beside a comparison that has been started again on that run.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _attempt(function: Callable[..., Any], *args: Any) -> tuple[str | None, Any]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -153,3 +155,16 @@ def test_a_run_that_fails_is_named_and_no_other_starts(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"toy/single/tune-00-100000: OSError: no space left$"):
         stages(tmp_path).run()
     assert torch.get_num_threads() == threads
+
+
+def test_a_worker_ends_with_its_parent_in_the_middle_of_a_run():
+    """Else it would write into a run that the comparison, started again, has begun anew."""
+    run = "import time; print('there', flush=True); time.sleep(60)"
+    code = (
+        "import time; from multilora.app.compare.workers import _Worker; worker = _Worker(1); "
+        f"worker.start(exec, {run!r}); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "there\n"
+    parent.kill()
+    parent.communicate(timeout=20)  # until nobody holds the pipe, which the worker has too

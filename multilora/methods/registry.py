@@ -131,7 +131,7 @@ METHODS: dict[str, Entry] = {
         _maximum_a_posteriori,
         4,
         "an ensemble under a Gaussian prior of the weights",
-        search={"prior_std": (1e-2, 1.0)},
+        search={"prior_std": (1e-1, 10.0)},
     ),
     "sam": Entry(
         SAM,

@@ -94,8 +94,8 @@ def _side_by_side(
                     torch.cuda.synchronize(device)
                 if step >= _WARM_UP:
                     own.append(1000 * (time.perf_counter() - started))
-        ms, of_single = map(statistics.median, taken)
-        found[name] = {"step_ms": ms, "ratio": ms / of_single}
+        ratios = [ms / of_single for ms, of_single in zip(*taken)]
+        found[name] = {"step_ms": statistics.median(taken[0]), "ratio": statistics.median(ratios)}
     return found
 
 

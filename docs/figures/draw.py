@@ -8,11 +8,16 @@ and `<!-- end of table -->`. tests/docs looks whether the tables are those of th
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
+from multilora.app.compare import report, sentences, tables
+from multilora.app.compare.analysis import PRIMARY, Analysis, Measure
+
 ROOT = Path(__file__).parent.parent.parent
 RECORDS = ROOT / "bench" / "results" / "digits"
+COMPARISON = ROOT / "bench" / "results" / "compare" / "images"
 IMAGES = ROOT / "docs" / "images"
 METHODS = ("single", "ensemble", "svgd", "ibdr")
 COLOURS = {"single": "#57606a", "ensemble": "#0969da", "svgd": "#1a7f37", "ibdr": "#bc4c00"}
@@ -21,7 +26,20 @@ PAGES = {
     "ensemble": "methods/ensemble.md",
     "svgd": "methods/svgd.md",
     "ibdr": "methods/ibdr.md",
+    "winners": "../README.md",
+    "comparison": "evidence.md",
+    "parts": "evidence.md",
 }
+#: (row, row it is compared to) of the table "parts".
+PARTS = (
+    ("ibdr", "ibdr_no_volume"),
+    ("ibdr", "ibdr_no_ascent"),
+    ("ibdr", "ibdr_no_noise"),
+    ("ibdr", "map"),
+    ("ibdr", "sam"),
+    ("ibdr", "ensemble"),
+    ("svgd", "ensemble"),
+)
 #: (heading, path in a run, decimals); better is ↑ or ↓.
 ROWS = (
     ("accuracy ↑", ("measures", "accuracy"), 3),
@@ -63,8 +81,30 @@ def mean_and_error(numbers: list[float], decimals: int, sign: str = "") -> str:
 # --- tables --------------------------------------------------------------------------------------
 
 
+def parts(evidence: dict) -> str:
+    """Differences between rows of a comparison, with 95 % intervals."""
+    analysis = Analysis(evidence)
+    measures = (
+        *PRIMARY,
+        Measure("accuracy ↑", ("accuracy",)),
+        Measure("MI", ("mutual_information",)),
+    )
+    rows = []
+    for row, other in PARTS:
+        found = [analysis.against(row, "finals", other, measure) for measure in measures]
+        cells = [f"{sentences.number(d.mean)} {sentences.interval(d.interval)}" for d in found]
+        rows.append([f"{analysis.label(row)} − {analysis.label(other)}", *cells])
+    return tables.table(["", *(measure.heading for measure in measures)], rows)
+
+
+#: What is not of the embedded task, but of the record of `multilora compare`.
+COMPARED = {"winners": report.headline, "comparison": report.summary, "parts": parts}
+
+
 def table(name: str) -> str:
     """Of all methods; or of one, beside what it is compared with, with the paired difference."""
+    if name in COMPARED:
+        return COMPARED[name](json.loads((COMPARISON / report.JSON).read_text()))
     if name == "methods":
         columns = METHODS
         rows = [
@@ -194,6 +234,7 @@ def draw() -> None:
     draw_training(plt)
     draw_cost(plt)
     draw_speed(plt)
+    shutil.copy(COMPARISON / report.FIGURE, IMAGES / "comparison.png")
 
 
 if __name__ == "__main__":

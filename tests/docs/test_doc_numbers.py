@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import statistics
 
 import pytest
 
 from documents import ROOT
+from multilora.app.compare.analysis import Analysis
+from multilora.app.compare.sentences import number
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -24,6 +27,26 @@ def test_tables_are_of_the_records():
     for name, page in module.PAGES.items():
         text = (ROOT / "docs" / page).read_text()
         assert module.with_table(text, name) == text, page
+
+
+def test_the_numbers_of_the_evidence_are_of_the_record():
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    evidence = json.loads((RESULTS / "compare" / "images" / "compare.json").read_text())
+    trials = [statistics.fmean(t["nll"]) for t in evidence["trials"]["digits5"]["ensemble"]]
+    assert f"ranges from {number(min(trials), 2)} to {number(max(trials), 2)}" in text
+    chosen = {
+        (task, row): found["settings"]
+        for task, rows in evidence["chosen"].items()
+        for row, found in rows.items()
+    }
+    assert all(4 < chosen[task, "map"]["prior_std"] < 7 for task in evidence["chosen"])
+    p = Analysis(evidence).tests["ibdr"][0].difference.p
+    assert f"Its p without a correction\n  is {number(p)} in NLL" in text
+    alphas = [number(chosen[task, "ibdr"]["alpha"]) for task in ("digits5", "mnist5")]
+    assert f"chose α = {alphas[0]} and {alphas[1]}, around" in text
+    assert f"σ = {number(chosen['mnist5', 'ibdr']['sigma'])}" in text
+    assert f"γ = {number(chosen['digits5', 'svgd']['gamma'], 4)}" in text
+    assert not chosen["mnist5", "svgd"].keys() & {"gamma", "scope"}  # the defaults
 
 
 def case(group: str, name: str) -> dict:

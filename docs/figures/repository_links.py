@@ -39,7 +39,7 @@ def on_files(files, config):
             place = _on_site(path)
             if path.startswith("docs/") or files.get_file_from_path(place):
                 continue
-            added = File.generated(config, place, content=(ROOT / path).read_text())
+            added = File.generated(config, place, content=(ROOT / path).read_bytes())
             files.append(added)
             if place.endswith(".md"):
                 waiting.append(added)

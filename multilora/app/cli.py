@@ -244,7 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = recommended(task, **given)
     out = Path(args.out) if args.out else free_folder(settings, settings.method)
     result = _run(args, settings, out)
-    print_table([(settings.method, [result])])
+    print_table([(settings.method, result)])
     _print_sets(settings, result)
     last = settings.entry.saved(settings.particles) - 1
     kind = "whole models" if settings.full else "PEFT adapters"
@@ -321,7 +321,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(dict(columns) if args.soup else result))
     else:
-        print_table([(name, [result]) for name, result in columns])
+        print_table(columns)
         _print_sets(settings, result)
     return 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -95,20 +93,15 @@ class Progress:
         self.progress.update(self.task, completed=step, total=steps, stats=shown)
 
 
-def print_table(columns: Sequence[tuple[str, Sequence[Result]]]) -> None:
-    """Print a row for each measure and a column for each method, and a legend.
-
-    A cell is the value of one run, or the mean ± standard error over several.
-    """
+def print_table(columns: Sequence[tuple[str, Result]]) -> None:
+    """Print a row for each measure and a column for each result, and a legend."""
     table, console = _markdown()
     table.add_column("")
-    for method, _ in columns:
-        table.add_column(method, justify="right")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
     shown = set()
     for row in _ROWS:
-        cells = [
-            _cell([_look_up(r, row.path) for r in results], row.decimals) for _, results in columns
-        ]
+        cells = [_cell(_look_up(result, row.path), row.decimals) for _, result in columns]
         if any(cells):
             table.add_row(row.heading, *cells)
             shown.add(row.path[0])
@@ -137,7 +130,7 @@ def print_sets(result: Result) -> None:
         table.add_column(heading, justify="left" if heading == "set" else "right")
     sets = {"test": result, **result.get("shifted", {}), **result.get("ood", {})}
     for name, measures in sets.items():
-        table.add_row(name, *(_cell([measures.get(m)], 3) for m in _OF_A_SET))
+        table.add_row(name, *(_cell(measures.get(m), 3) for m in _OF_A_SET))
     console.print(table)
     console.print(
         "AUROC: how well the prediction's entropy, or MI, tells the set from the test set (0.5 is "
@@ -162,12 +155,5 @@ def _look_up(result: Any, path: tuple[str, ...]) -> float | None:
     return result
 
 
-def _cell(values: Sequence[float | None], decimals: int) -> str:
-    found = [v for v in values if v is not None]
-    if not found:
-        return ""
-    mean = f"{statistics.fmean(found):.{decimals}f}"
-    if len(found) == 1:
-        return mean
-    error = statistics.stdev(found) / math.sqrt(len(found))
-    return f"{mean} ± {error:.{decimals}f}"
+def _cell(value: float | None, decimals: int) -> str:
+    return "" if value is None else f"{value:.{decimals}f}"

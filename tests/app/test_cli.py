@@ -16,7 +16,7 @@ import torch
 
 import multilora as ml
 from command import numbers, refused
-from multilora.app import cli, report, steps
+from multilora.app import cli, steps
 from multilora.app import run as training
 from multilora.app.settings import Settings, recommended
 from multilora.app.tasks import digits, images
@@ -400,10 +400,6 @@ def test_other_commands_say_what_is_wrong(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{")
     assert cli.main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
     assert "run.json is damaged" in capsys.readouterr().err
-
-
-def test_one_run_has_no_standard_error():
-    assert report._cell([0.25], 2) == "0.25" and report._cell([1.0, 3.0, None], 1) == "2.0 ± 1.0"
 
 
 def test_version_and_help(capsys):

@@ -103,7 +103,7 @@ def test_evaluate_measures_the_accuracy_under_attack(run, capsys):
     assert [*attacked] == ["0.001", "0.005", "0.01", "0.03"]
     assert [*attacked.values()] == pytest.approx([*expected.values()], abs=1e-9)
     assert attacked["0.03"] <= attacked["0.001"] <= measured["accuracy"]
-    report.print_table([("dverge", [measured | {"fgsm": attacked}])])
+    report.print_table([("dverge", measured | {"fgsm": attacked})])
     table = capsys.readouterr().out
     for epsilon, accuracy in attacked.items():
         assert f"FGSM ε = {epsilon} ↑ | {accuracy:.3f}" in " ".join(table.split())

@@ -474,7 +474,7 @@ def test_the_validation_nll_is_drawn_beside_the_loss(tmp_path, monkeypatch):
 
 
 def test_the_table_and_the_progress_show_the_new_names(capsys):
-    report.print_table([("ensemble", [{"nll": 0.5, "calibrated_nll": 0.25}])])
+    report.print_table([("ensemble", {"nll": 0.5, "calibrated_nll": 0.25})])
     said = capsys.readouterr().out
     assert "calibrated NLL ↓" in said and "0.250" in said and "calibrated NLL: with a temp" in said
     with report.Progress("title") as progress:

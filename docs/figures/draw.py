@@ -8,7 +8,6 @@ and `<!-- end of table -->`. tests/docs looks whether the tables are those of th
 
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 
@@ -234,7 +233,6 @@ def draw() -> None:
     draw_training(plt)
     draw_cost(plt)
     draw_speed(plt)
-    shutil.copy(COMPARISON / report.FIGURE, IMAGES / "comparison.png")
 
 
 if __name__ == "__main__":

@@ -158,7 +158,6 @@ def train(
     else:
         state.best.use(training.model)
     model = after(training.model, task)
-    model.share_trunk = settings.share_trunk
     model.save_pretrained(out)
     return _write_results(out, state, model, memory, measure, pictures)
 

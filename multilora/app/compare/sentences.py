@@ -211,7 +211,7 @@ def _cheapest(analysis: Analysis) -> str:
         if test.difference is not None and test.difference.detectable is not None
     ]
     if shown:
-        text += f" These seeds need not show that it is worse by less than {joined(shown)}."
+        text += f" With these seeds, a loss of up to {joined(shown)} could go unseen."
     return text
 
 

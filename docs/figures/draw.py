@@ -16,7 +16,7 @@ from multilora.app.compare.analysis import PRIMARY, Analysis, Measure
 
 ROOT = Path(__file__).parent.parent.parent
 RECORDS = ROOT / "bench" / "results" / "digits"
-COMPARISON = ROOT / "bench" / "results" / "compare" / "images"
+COMPARISONS = ROOT / "bench" / "results" / "compare"
 IMAGES = ROOT / "docs" / "images"
 METHODS = ("single", "ensemble", "svgd", "ibdr")
 COLOURS = {"single": "#57606a", "ensemble": "#0969da", "svgd": "#1a7f37", "ibdr": "#bc4c00"}
@@ -25,20 +25,26 @@ PAGES = {
     "ensemble": "methods/ensemble.md",
     "svgd": "methods/svgd.md",
     "ibdr": "methods/ibdr.md",
-    "winners": "../README.md",
-    "comparison": "evidence.md",
-    "parts": "evidence.md",
+    "winners on images": "../README.md",
+    "winners on texts": "../README.md",
+    "comparison on images": "evidence.md",
+    "comparison on texts": "evidence.md",
+    "parts on images": "evidence.md",
+    "parts on texts": "evidence.md",
 }
-#: (row, row it is compared to) of the table "parts".
-PARTS = (
-    ("ibdr", "ibdr_no_volume"),
-    ("ibdr", "ibdr_no_ascent"),
-    ("ibdr", "ibdr_no_noise"),
-    ("ibdr", "map"),
-    ("ibdr", "sam"),
-    ("ibdr", "ensemble"),
-    ("svgd", "ensemble"),
-)
+#: Record -> (row, row it is compared to) of its table "parts".
+PARTS = {
+    "images": (
+        ("ibdr", "ibdr_no_volume"),
+        ("ibdr", "ibdr_no_ascent"),
+        ("ibdr", "ibdr_no_noise"),
+        ("ibdr", "map"),
+        ("ibdr", "sam"),
+        ("ibdr", "ensemble"),
+        ("svgd", "ensemble"),
+    ),
+    "texts": (("ibdr", "sam"), ("ibdr", "ensemble"), ("svgd", "ensemble")),
+}
 #: (heading, path in a run, decimals); better is ↑ or ↓.
 ROWS = (
     ("accuracy ↑", ("measures", "accuracy"), 3),
@@ -80,30 +86,40 @@ def mean_and_error(numbers: list[float], decimals: int, sign: str = "") -> str:
 # --- tables --------------------------------------------------------------------------------------
 
 
-def parts(evidence: dict) -> str:
+def comparison(name: str) -> dict:
+    """The record of `multilora compare` of this name."""
+    return json.loads((COMPARISONS / name / report.JSON).read_text())
+
+
+def parts(name: str) -> str:
     """Differences between rows of a comparison, with 95 % intervals."""
-    analysis = Analysis(evidence)
+    analysis = Analysis(comparison(name))
     measures = (
         *PRIMARY,
         Measure("accuracy ↑", ("accuracy",)),
         Measure("MI", ("mutual_information",)),
     )
     rows = []
-    for row, other in PARTS:
+    for row, other in PARTS[name]:
         found = [analysis.against(row, "finals", other, measure) for measure in measures]
         cells = [f"{sentences.number(d.mean)} {sentences.interval(d.interval)}" for d in found]
         rows.append([f"{analysis.label(row)} − {analysis.label(other)}", *cells])
     return tables.table(["", *(measure.heading for measure in measures)], rows)
 
 
-#: What is not of the embedded task, but of the record of `multilora compare`.
-COMPARED = {"winners": report.headline, "comparison": report.summary, "parts": parts}
+#: What is not of the embedded task, but of a record of `multilora compare`: "winners on images".
+COMPARED = {
+    "winners": lambda name: report.headline(comparison(name)),
+    "comparison": lambda name: report.summary(comparison(name)),
+    "parts": parts,
+}
 
 
 def table(name: str) -> str:
     """Of all methods; or of one, beside what it is compared with, with the paired difference."""
-    if name in COMPARED:
-        return COMPARED[name](json.loads((COMPARISON / report.JSON).read_text()))
+    kind, _, compared = name.partition(" on ")
+    if compared:
+        return COMPARED[kind](compared)
     if name == "methods":
         columns = METHODS
         rows = [

@@ -29,11 +29,28 @@ def test_tables_are_of_the_records():
         assert module.with_table(text, name) == text, page
 
 
+def spread(trials: list[dict]) -> list[str]:
+    """The lowest and the highest validation NLL of the trials."""
+    found = [statistics.fmean(trial["nll"]) for trial in trials]
+    return [number(min(found), 2), number(max(found), 2)]
+
+
 def test_the_numbers_of_the_evidence_are_of_the_record():
     text = (ROOT / "docs" / "evidence.md").read_text()
     evidence = json.loads((RESULTS / "compare" / "images" / "compare.json").read_text())
-    trials = [statistics.fmean(t["nll"]) for t in evidence["trials"]["digits5"]["ensemble"]]
-    assert f"ranges from {number(min(trials), 2)} to {number(max(trials), 2)}" in text
+    texts = json.loads((RESULTS / "compare" / "texts" / "compare.json").read_text())
+    low, high = spread(evidence["trials"]["digits5"]["ensemble"])
+    assert f"ranges from {low} to {high} over the trials on the digits" in text
+    low, high = spread(texts["trials"]["sentiment"]["ensemble"])
+    assert f"from {low} to {high} on the tweets" in text
+    accuracies = [
+        statistics.fmean(run["accuracy"] for run in runs.values())
+        for runs in texts["finals"]["sentiment"].values()
+    ]
+    assert f"accuracy of {number(min(accuracies), 2)} to {number(max(accuracies), 2)} says" in text
+    [one] = [t.difference for t in Analysis(texts).tests["single"] if t.measure.name == "NLL"]
+    assert f"a difference of about {number(one.detectable, 2)} between one and four" in text
+    assert all(rows["map"]["settings"]["prior_std"] > 4 for rows in texts["chosen"].values())
     chosen = {
         (task, row): found["settings"]
         for task, rows in evidence["chosen"].items()

@@ -31,6 +31,7 @@ PAGES = {
     "comparison on texts": "evidence.md",
     "parts on images": "evidence.md",
     "parts on texts": "evidence.md",
+    "parts on priors": "evidence.md",
 }
 #: Record -> (row, row it is compared to) of its table "parts".
 PARTS = {
@@ -44,6 +45,15 @@ PARTS = {
         ("svgd", "ensemble"),
     ),
     "texts": (("ibdr", "sam"), ("ibdr", "ensemble"), ("svgd", "ensemble")),
+    "priors": (
+        ("ibdr_prior", "ensemble"),
+        ("ibdr_prior", "ibdr"),
+        ("ibdr_prior", "map"),
+        ("svgd_prior", "ensemble"),
+        ("svgd_prior", "svgd"),
+        ("map_8", "map"),
+        ("map_8", "ensemble_8"),
+    ),
 }
 #: (heading, path in a run, decimals); better is ↑ or ↓.
 ROWS = (

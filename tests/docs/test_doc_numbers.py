@@ -66,6 +66,23 @@ def test_the_numbers_of_the_evidence_are_of_the_record():
     assert not chosen["mnist5", "svgd"].keys() & {"gamma", "scope"}  # the defaults
 
 
+def test_the_numbers_of_the_prior_are_of_the_record():
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    evidence = json.loads((RESULTS / "compare" / "priors" / "compare.json").read_text())
+    tests = Analysis(evidence).tests
+    assert len(tests) == 7
+    assert f"over these seven rows is {number(tests['ibdr_prior'][0].p)} in NLL" in text
+    chosen = [rows["ibdr_prior"]["settings"] for rows in evidence["chosen"].values()]
+    digits, mnist = ((1 / (20 * 2 * own["beta"])) ** 0.5 for own in chosen)  # 1/(Nτ²) = 2β
+    assert f"τ of {digits:.0f} on the digits and {mnist:.0f} on MNIST" in text
+    assert "α of {} and {}, far".format(*(number(own["alpha"]) for own in chosen)) in text
+    gains = {row: own[0].difference.mean for row, own in tests.items()}
+    assert min(gains, key=gains.__getitem__) == "map_8"
+    images = json.loads((RESULTS / "compare" / "images" / "compare.json").read_text())
+    others = [own[0].difference.mean for own in Analysis(images).tests.values()]
+    assert gains["map_8"] < min(others)
+
+
 def case(group: str, name: str) -> dict:
     cases = json.loads((RESULTS / "cpu-epyc-2-threads.json").read_text())["cases"]
     [found] = [c for c in cases if (c["group"], c["name"]) == (group, name)]

@@ -199,7 +199,7 @@ def test_without_a_winner_the_cheapest_that_is_not_worse_is_recommended():
     values = {"single": better(-0.05), "map": better(0, 1), "sam": better(0, 2)}
     ratios = {"single": 1.0, "map": 1.6, "ensemble": 2.0, "sam": 4.0}
     text = summary(evidence(values=values, ratios=ratios))
-    assert "Take the cheapest that is not shown to be worse: **map**. With these seeds, a loss" in text
+    assert "Take the cheapest that is not shown to be worse: **map**. With these seeds" in text
     d = Analysis(evidence(values=values, ratios=ratios)).tests["map"][0].difference
     assert f"a loss of up to {d.detectable:.3f}".replace(" 0.", " .") in text
 

@@ -15,15 +15,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "atomic", "checks", "fold", "forward_state", "randomness", "separate"],
-    ["optim"],
+    ["_version", "atomic", "checks", "fold", "forward_state", "randomness"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.dispatch", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction", "log_probabilities", "ranking"],
-    ["comparison", "targets", "trunk", "calibration", "diversity"],
-    ["peft_format"],
+    ["separate", "rows"],
+    ["comparison", "targets", "trunk", "calibration", "diversity", "optim"],
+    ["peft_format", "slots"],
     ["isolation", "embeddings", "peft_tensors"],
     ["run"],
     ["particle_folders"],

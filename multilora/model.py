@@ -137,6 +137,11 @@ class ParticleModel(nn.Module):
         """Whether all particles have adapters and copies of one shape, scaling and dropout."""
         return is_uniform(self.base)
 
+    @property
+    def has_own_widths(self) -> bool:
+        """Whether heads have widths of their own, so that logits come as a list."""
+        return any(head.widths is not None for _, head in self.stacked_modules())
+
     def require_uniform(self, what: str) -> None:
         """Raise NotImplementedError where the particles have configurations of their own."""
         if not self.is_uniform:

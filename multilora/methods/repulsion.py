@@ -190,11 +190,10 @@ class Groups:
         scaled = self._scaled_B(theta)
         for layer, (A, B, s) in enumerate(zip(self.lora_A, self.lora_B, self.scaling)):
             pull = k[layer] * (2 * s * s / width[layer])
-            force_A, force_B = _stein_force(theta[A], scaled[layer], pull)
             own_scales = self.scales[layer]
-            if own_scales is not None:
-                force_B = force_B * theta[own_scales]
-            force |= zip((A, B), (force_A, force_B))
+            # The scaling of particle j, in whose coordinates the gradient is taken.
+            pull_B = pull if own_scales is None else pull * theta[own_scales][:, 0, 0]
+            force |= zip((A, B), _stein_force(theta[A], scaled[layer], pull, pull_B))
         return force
 
     def _dense_forces(self, dense: list[Tensor], k: Tensor, width: Tensor) -> dict[Tensor, Tensor]:
@@ -246,18 +245,19 @@ def _squared_distances(x: Tensor) -> Tensor:
     return D.to(accumulator(x.dtype))
 
 
-def _stein_force(A: Tensor, B: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+def _stein_force(A: Tensor, B: Tensor, pull: Tensor, pull_B: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_j pull_ij · (∇_{θ_j} ½‖B_jA_j − B_iA_i‖²) for A (K, r, d_in) and B (K, d_out, r).
 
+    pull_B: in place of `pull` for the gradients in B.
     ∇_{B_j} = B_j (A_j A_jᵀ) − B_i (A_i A_jᵀ) and ∇_{A_j} = (B_jᵀB_j) A_j − (B_jᵀB_i) A_i.
     """
-    pull = pull.to(A.dtype)
+    pull, pull_B = pull.to(A.dtype), pull_B.to(A.dtype)
     gram_A = torch.einsum("ird,jsd->ijrs", A, A)  # A_i A_jᵀ
     gram_B = torch.einsum("idr,jds->ijrs", B, B)  # B_iᵀ B_j
     own_B = torch.einsum("jdr,jjrs->jds", B, gram_A)
     own_A = torch.einsum("jjrs,jsd->jrd", gram_B, A)
-    force_B = torch.einsum("ij,jds->ids", pull, own_B)
-    force_B = force_B - torch.einsum("idr,ij,ijrs->ids", B, pull, gram_A)
+    force_B = torch.einsum("ij,jds->ids", pull_B, own_B)
+    force_B = force_B - torch.einsum("idr,ij,ijrs->ids", B, pull_B, gram_A)
     force_A = torch.einsum("ij,jrd->ird", pull, own_A)
     force_A = force_A - torch.einsum("ij,jirs,isd->ird", pull, gram_B, A)
     return force_A, force_B

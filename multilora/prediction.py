@@ -186,7 +186,7 @@ class _Reading(NamedTuple):
         if getattr(model, "has_own_widths", False):
             raise NotImplementedError(
                 "the particles' heads have widths of their own, so their probabilities are no "
-                "tensor (K, B, C): model(x) gives a list of logits, model.particle(k)(x) one of them"
+                "tensor (K, B, C): model(x) gives a list of logits, model.particle(k)(x) one"
             )
         if self.forward is not None:
             out = self.forward(model, inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from multilora import checks
+from multilora.experts import LoraExperts, bank_name
 from multilora.fold import Axes, Names
 from multilora.layers import (
     LoraConv2d,
@@ -72,9 +73,10 @@ def get_particle_model(
             particles.
         config: these fields are used: r, lora_alpha, target_modules, exclude_modules,
             lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
-            alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
-            modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
-            None: full copies.
+            alpha_pattern, layers_to_transform, target_parameters (the matrices of transformers'
+            banks of experts, such as `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`),
+            init_lora_weights (True or "gaussian"), modules_to_save (with a stacked copy for each
+            particle), fan_in_fan_out and task_type. None: full copies.
         num_particles: K >= 1.
         seed: an integer, or K of them, one for each particle. With one integer, particle k starts
             from `particle_seeds(seed, K)[k]`, whatever K is.
@@ -167,7 +169,9 @@ def _adapted(
         base.get_submodule(share_trunk)
     redrawn = _redrawn_heads(base, saved, head_init)
     base.requires_grad_(False)
-    layers = [_adapt(base, name, target, len(seeds)) for name, target in targets.items()]
+    # The adapters of a parameter may hold others as their base layer.
+    made = {n: _adapt(base, n, targets[n], len(seeds)) for n in reversed(targets)}
+    layers = [made[name] for name in targets]
     heads = {name: _stack(base, name, module, len(seeds)) for name, module in saved.items()}
     for particle, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -287,9 +291,13 @@ def _redrawn_heads(
 
 
 def _adapt(base: nn.Module, name: str, target: Target, num_particles: int) -> LoraLayer:
-    layer = _layer_type(target.layer)(
-        target.layer, num_particles, target.rank, target.scaling, target.dropout
-    )
+    numbers = num_particles, target.rank, target.scaling, target.dropout
+    layer: LoraLayer
+    if target.parameter is None:
+        layer = _layer_type(target.layer)(target.layer, *numbers)
+    else:
+        name = bank_name(name)
+        layer = LoraExperts(base.get_submodule(name), *numbers, target.parameter)
     layer.train(target.layer.training)
     _replace(base, name, layer)
     return layer

@@ -124,6 +124,8 @@ class LoraLayer(ParticleLayer):
     base_layer: Any
     #: Whether dropout is on in eval mode too, as `mc_dropout` has it.
     sampling = False
+    #: Axes between the particles' and the factors' own: (E,) where the layer has E matrices.
+    groups: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -138,8 +140,8 @@ class LoraLayer(ParticleLayer):
         factory = self.masters(base_layer)
         self.base_layer = base_layer
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
-        self.lora_B = nn.Parameter(torch.zeros(num_particles, d_out, rank, **factory))
+        self.lora_A = nn.Parameter(torch.empty(num_particles, *self.groups, rank, d_in, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(num_particles, *self.groups, d_out, rank, **factory))
 
     @property
     def num_particles(self) -> int:
@@ -171,7 +173,12 @@ class LoraLayer(ParticleLayer):
         except AttributeError:
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
-            return getattr(self._modules["base_layer"], name)
+            return getattr(self.plain_layer, name)
+
+    @property
+    def plain_layer(self) -> Any:
+        """The frozen layer without any adapters."""
+        return self._modules["base_layer"]
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.enter()
@@ -190,15 +197,21 @@ class LoraLayer(ParticleLayer):
         """The layer of x (k·B, ...) with the factors of k particles."""
         raise NotImplementedError
 
+    def matrices_of(self, name: str) -> Iterator[tuple[str, int | None]]:
+        """A name for each matrix that the layer adapts, made of the layer's own, and its place
+        behind the particles' axis of the factors; None where it is the only one."""
+        yield name, None
+
     def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
         """A from Kaiming's uniform (init True) or N(0, 1/r²) ("gaussian"), B zero."""
-        fresh = torch.empty(self.lora_A.shape[1:])
+        # As PEFT draws it: where there are several matrices, as one of all their rows.
+        fresh = torch.empty(self.lora_A[particle].flatten(0, -2).shape)
         if init == "gaussian":
             nn.init.normal_(fresh, std=1 / self.rank, generator=generator)
         else:
             nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
-            self.lora_A[particle] = fresh
+            self.lora_A[particle] = fresh.view(self.lora_A.shape[1:])
             self.lora_B[particle] = 0
 
     def extra_repr(self) -> str:
@@ -520,6 +533,11 @@ def linear_sizes(module: Any) -> tuple[int, int]:
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def row_ends(n: int, state: ForwardState | None, particles: int) -> list[int]:
+    """Where the rows of each of k particles end among n leading rows: in equal parts."""
+    return [n * (k + 1) // particles for k in range(particles)]
 
 
 def split(x: Tensor, particles: int) -> Tensor:

@@ -58,12 +58,18 @@ MOST_PARTICLES = 2**20
 
 
 class Adapter(NamedTuple):
-    """One adapted layer: ΔW_k = scaling · lora_B[k] @ lora_A[k]."""
+    """One adapted matrix: ΔW_k = scaling · lora_B[k] @ lora_A[k].
+
+    parameters: the trainable tensors that lora_A and lora_B are, or are views of: the factors of
+    all E experts of a bank are (K, E, ...), and `expert` is the place of this one.
+    """
 
     name: str
     lora_A: Tensor  # (K, r, d_in)
     lora_B: Tensor  # (K, d_out, r)
     scaling: float
+    parameters: tuple[Tensor, Tensor]
+    expert: int | None = None
 
 
 class ParticleModel(nn.Module):
@@ -350,11 +356,18 @@ class ParticleModel(nn.Module):
         return list(found.values())
 
     def adapters(self) -> list[Adapter]:
-        """The adapted layers in module order, by their names in the base model."""
-        return [
-            Adapter(name, layer.lora_A, layer.lora_B, layer.scaling)
-            for name, layer in self.lora_layers()
-        ]
+        """The adapted layers in module order, by their names in the base model.
+
+        Every expert of a bank is one of its own, "mlp.experts.gate_up_proj[3]", whose factors are
+        views of those of all experts.
+        """
+        found = []
+        for layer_name, layer in self.lora_layers():
+            factors = layer.lora_A, layer.lora_B
+            for name, expert in layer.matrices_of(layer_name):
+                A, B = factors if expert is None else (f[:, expert] for f in factors)
+                found.append(Adapter(name, A, B, layer.scaling, factors, expert))
+        return found
 
     @torch.no_grad()
     def cosines(self, per_layer: bool = False) -> Tensor:

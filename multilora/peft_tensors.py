@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from multilora.experts import LoraExperts
 from multilora.layers import LoraConv2d, LoraLayer, lora_layers, stacked_modules
 from multilora.parallel import Processes
 from multilora.peft_format import PREFIX, Expected, computing_dtype
@@ -38,7 +39,10 @@ def of_particle(
 
 
 def of_adapter(name: str, layer: LoraLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The factors A (r, d_in) and B (d_out, r) of one adapter."""
+    """The factors A (r, d_in) and B (d_out, r) of one adapter; (E, ...) of a bank of experts."""
+    if isinstance(layer, LoraExperts):
+        # PEFT's are (E·r, d_in), expert first, and (d_out, r·E), expert last.
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     if isinstance(layer, LoraConv2d):
         A = A.view(A.shape[0], *layer.base_layer.weight.shape[1:])
         B = B[..., None, None]
@@ -65,7 +69,7 @@ def expected(base: nn.Module) -> dict[str, Expected]:
     for name, layer in lora_layers(base):
         for factor in ("lora_A", "lora_B"):
             key = f"{PREFIX}{name}.{factor}.weight"
-            found[key] = found[key]._replace(dtype=computing_dtype(layer.base_layer))
+            found[key] = found[key]._replace(dtype=computing_dtype(layer.plain_layer))
     return found
 
 
@@ -83,9 +87,13 @@ def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
     """Copy the tensors of each particle of this process, which must fit, into `base`."""
     slots: dict[str, Tensor] = {}
     shared: dict[str, Tensor] = {}
+    # Where the experts are the last axis.
+    banks: set[str] = set()
     for name, layer in lora_layers(base):
         slots[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
         slots[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if isinstance(layer, LoraExperts):
+            banks.add(f"{PREFIX}{name}.lora_B.weight")
     for name, stacked in stacked_modules(base):
         slots |= {_key(name, n): p for n, p in stacked.module.named_parameters()}
         shared |= of_buffers(name, stacked.module)
@@ -93,6 +101,8 @@ def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
         for particle, tensors in enumerate(particles):
             for key, tensor in tensors.items():
                 slot = shared[key] if key in shared else slots[key][particle]
+                if key in banks:
+                    slot = slot.permute(1, 2, 0)
                 slot.copy_(tensor.reshape(slot.shape))
 
 

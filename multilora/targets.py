@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from multilora.experts import bank_name, check_parameter
 from multilora.layers import ParticleLayer, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _HONOURED = frozenset(
     """
     r lora_alpha target_modules exclude_modules lora_dropout use_rslora rank_pattern alpha_pattern
     layers_to_transform layers_pattern init_lora_weights modules_to_save fan_in_fan_out task_type
+    target_parameters
     peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     """.split()
 )
@@ -32,12 +34,17 @@ _ADAPTER = "default"
 
 
 class Target(NamedTuple):
-    """A layer to adapt, with its rank, scaling and dropout as PEFT chose them."""
+    """A layer to adapt, with its rank, scaling and dropout as PEFT chose them.
+
+    parameter: which parameter of the layer is adapted, of LoraConfig.target_parameters. PEFT names
+    the adapters of a layer's second parameter as the layer, and those of its first `base_layer`.
+    """
 
     layer: nn.Module
     rank: int
     scaling: float
     dropout: float
+    parameter: str | None = None
 
 
 def check_config(config: peft.LoraConfig) -> None:
@@ -54,6 +61,11 @@ def check_config(config: peft.LoraConfig) -> None:
                 f"LoraConfig.{field.name} = {value!r} is not supported for particles; "
                 f"leave it at {getattr(default, field.name)!r}"
             )
+    if config.target_parameters and config.lora_dropout:
+        raise ValueError(
+            f"LoraConfig.lora_dropout = {config.lora_dropout!r} beside target_parameters: as in "
+            "PEFT, adapters of parameters have no dropout; set lora_dropout=0"
+        )
     if config.init_lora_weights not in (True, "gaussian"):
         raise NotImplementedError(
             f"LoraConfig.init_lora_weights = {config.init_lora_weights!r} is not supported for "
@@ -101,16 +113,18 @@ def resolve(
                 f"modules_to_save {outer!r} also contains {name!r}, which is adapted or saved "
                 "itself; choose one"
             )
-        if outer is not None:
+        of: Any = getattr(wrapper, "parameter_name", None)
+        if outer is not None and of is None:
             continue  # inside a layer that PEFT takes apart; that layer is refused below
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             saved[name] = base.get_submodule(name)
         else:
             targets[name] = Target(
-                base.get_submodule(name),
+                base.get_submodule(name if of is None else bank_name(name)),
                 wrapper.r.get(_ADAPTER, 0),
                 float(wrapper.scaling.get(_ADAPTER, 0)),
                 config.lora_dropout,
+                of,
             )
     if config.modules_to_save is not None:
         # PEFT appends a task's head at every load.
@@ -121,7 +135,10 @@ def resolve(
 def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
     """Raise TypeError for a target or a module to save that particles do not support."""
     for name, target in targets.items():
-        _check_target(name, target.layer)
+        if target.parameter is not None:
+            check_parameter(bank_name(name), target.layer, target.parameter)
+        else:
+            _check_target(name, target.layer)
     for name, module in saved.items():
         _check_saved(name, module)
 

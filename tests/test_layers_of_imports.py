@@ -22,6 +22,7 @@ LAYERS = [
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction", "log_probabilities", "ranking"],
+    ["experts"],
     ["comparison", "targets", "trunk", "calibration", "diversity"],
     ["peft_format"],
     ["isolation", "embeddings", "peft_tensors"],

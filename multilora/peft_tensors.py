@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from multilora.experts import LoraExperts
+from multilora.experts import LoraExperts, bank_name
 from multilora.layers import LoraConv2d, LoraLayer, lora_layers, stacked_modules
 from multilora.parallel import Processes
 from multilora.peft_format import PREFIX, Expected, computing_dtype
@@ -47,6 +47,11 @@ def of_adapter(name: str, layer: LoraLayer, A: Tensor, B: Tensor) -> dict[str, T
         A = A.view(A.shape[0], *layer.base_layer.weight.shape[1:])
         B = B[..., None, None]
     return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+
+
+def pattern_name(name: str, layer: LoraLayer) -> str:
+    """What PEFT matches with the names in rank_pattern and alpha_pattern."""
+    return f"{bank_name(name)}.{layer.parameter}" if isinstance(layer, LoraExperts) else name
 
 
 def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -65,13 +65,14 @@ def get_particle_model(
             particles.
         config: these fields are used: r, lora_alpha, target_modules, exclude_modules,
             lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
-            alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
-            modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
-            None: full copies. A list of K configurations gives every particle its own: rank, alpha,
-            dropout, targets and modules to save may differ, and what particle k starts from is what
-            it would start from alone. Smaller ranks are padded with zeros, which are not trained
-            and not saved. Soups, and methods that learn one posterior for all particles, need
-            particles of one configuration.
+            alpha_pattern, layers_to_transform, target_parameters (the matrices of transformers'
+            banks of experts, such as `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`),
+            init_lora_weights (True or "gaussian"), modules_to_save (with a stacked copy for each
+            particle), fan_in_fan_out and task_type. None: full copies. A list of K configurations
+            gives every particle its own: rank, alpha, dropout, targets and modules to save may
+            differ, and what particle k starts from is what it would start from alone. Smaller ranks
+            are padded with zeros, which are not trained and not saved. Soups, and methods that
+            learn one posterior for all particles, need particles of one configuration.
         num_particles: K >= 1; with a list of configurations, its length is K.
         seed: an integer, or K of them, one for each particle. With one integer, particle k starts
             from `particle_seeds(seed, K)[k]`, whatever K is.
@@ -192,8 +193,9 @@ def _adapted(
         base.get_submodule(share_trunk)
     redrawn = _redrawn_heads(base, saved, head_init)
     base.requires_grad_(False)
-    for name, each in chosen.adapted.items():
-        adapt(base, name, each)
+    # The adapters of a parameter may hold others as their base layer.
+    for name in reversed(chosen.adapted):
+        adapt(base, name, chosen.adapted[name], chosen.parameters.get(name))
     for name, trained in chosen.saved.items():
         stack(base, name, trained, widths.get(name))
     for particle, seed in enumerate(seeds):

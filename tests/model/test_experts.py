@@ -283,7 +283,8 @@ def test_unequal_rows_and_choices_of_no_one(name):
     index = torch.tensor([0, 1, 3])[torch.randint(3, (9, 2), generator=generator)]
     weights = random(9, 2)
     factors = {}
-    for parameter, scaling in zip(parameters_of(bank), (0.5, 2.0)):
+    # One number, and one for each particle.
+    for parameter, scaling in zip(parameters_of(bank), (0.5, torch.tensor([2.0, 7.0, -1.0]))):
         _, d_out, d_in = matrices(bank, parameter).shape
         A, B = random(K, EXPERTS, 3, d_in), random(K, EXPERTS, d_out, 3)
         factors[parameter] = Factors(A, B, scaling)
@@ -291,6 +292,7 @@ def test_unequal_rows_and_choices_of_no_one(name):
     for k, (start, end) in enumerate(zip([0, *ends], ends)):
         changed = copy.deepcopy(bank)
         for parameter, (A, B, scaling) in factors.items():
+            scaling = float(scaling[k]) if isinstance(scaling, torch.Tensor) else scaling
             matrices(changed, parameter).data.add_(scaling * (B[k] @ A[k]))
         rows = slice(start, end)
         expected = moe.batched_mm_experts_forward(changed, x[rows], index[rows], weights[rows])
@@ -321,6 +323,11 @@ def test_half_precision_has_float32_masters():
     exact = layer_alone(copy.deepcopy(layer).float(), x.bfloat16().float(), index, weights)
     assert y.dtype == torch.bfloat16
     assert (y.float() - exact).norm() < 0.02 * exact.norm()
+    # In float32 under autocast, where the layer's products are those of half precision.
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer_alone(copy.deepcopy(layer).float(), x, index, weights)
+    exact = layer_alone(copy.deepcopy(layer).float(), x, index, weights)
+    assert 1e-4 * exact.norm() < (y.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def layer_alone(layer, *args):

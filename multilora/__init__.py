@@ -14,6 +14,7 @@ from multilora.methods import (
     SVGD,
     BLoB,
     Ensemble,
+    Independent,
     MutualLearning,
     Variational,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "BLoB",
     "BackendUnavailableError",
     "Ensemble",
+    "Independent",
     "MutualLearning",
     "ParticleIsolationError",
     "ParticleModel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -135,10 +135,6 @@ class _Stack:
             # Stored flat; A is a convolution to r channels, B one of 1×1.
             kernel = layer.weight.shape[1:] if name == "lora_A" else (tensor.shape[2], 1, 1)
             self._shape = (tensor.shape[1], *kernel)
-        # The particles whose gradient is None though the stacked one is not; and that one, with
-        # its version, which changes with every change in place: then they have one again.
-        self._cleared: set[int] = set()
-        self._cleared_of: tuple[Tensor, int] | None = None
 
     def leaves(self) -> Iterator[SeparateParameter]:
         return (SeparateParameter(self, k) for k in range(self.particles))
@@ -176,7 +172,7 @@ class _Stack:
 
     def grad(self, particle: int) -> Tensor | None:
         stacked = self.tensor().grad
-        if stacked is None or particle in self._cleared_in(stacked):
+        if stacked is None or particle in without_gradient(stacked):
             return None
         return self.part(stacked, particle)
 
@@ -185,32 +181,24 @@ class _Stack:
         stacked = self.tensor().grad
         if stacked is None:
             return
-        cleared = self._cleared_in(stacked) | {particle}
+        cleared = without_gradient(stacked) | {particle}
         if len(cleared) == self.particles:
-            self.tensor().grad, self._cleared_of = None, None
+            self.tensor().grad = None
             return
         # The next backward adds to it.
         stacked[particle].zero_()
-        self._cleared, self._cleared_of = cleared, (stacked, stacked._version)
+        _note_without(stacked, cleared)
 
     @torch.no_grad()
     def set_grad(self, particle: int, value: Tensor) -> None:
         tensor = self.tensor()
         if tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            cleared = set(range(self.particles))
+            cleared = frozenset(range(self.particles))
         else:
-            cleared = self._cleared_in(tensor.grad)
+            cleared = without_gradient(tensor.grad)
         self.part(tensor.grad, particle).copy_(value)
-        self._cleared, self._cleared_of = cleared - {particle}, (tensor.grad, tensor.grad._version)
-
-    def _cleared_in(self, stacked: Tensor) -> set[int]:
-        if self._cleared_of is not None:
-            seen, version = self._cleared_of
-            if seen is stacked and version == stacked._version:
-                return self._cleared
-            self._cleared_of = None
-        return set()
+        _note_without(tensor.grad, cleared - {particle})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
         owner = self._tensor if self._module is None else self._module()
@@ -221,13 +209,85 @@ class _Stack:
             )
         if id(self) not in memo:
             twin = copy.copy(self)
-            twin._cleared_of = None
             if self._module is None:
                 twin._tensor = memo[id(owner)]
             else:
                 twin._module = weakref.ref(memo[id(owner)])
             memo[id(self)] = twin
         return memo[id(self)]
+
+
+def without_gradient(stacked: Tensor) -> frozenset[int]:
+    """The particles whose gradient is None, though their part of the stacked one is there.
+
+    The stacked gradient itself knows them, for all who read it, until something else writes to it:
+    then all particles have a gradient again.
+    """
+    who, version, particles = getattr(stacked, "_multilora_without", (0, 0, frozenset()))
+    return particles if (who, version) == (id(stacked), stacked._version) else frozenset()
+
+
+def _note_without(stacked: Tensor, particles: frozenset[int]) -> None:
+    setattr(stacked, "_multilora_without", (id(stacked), stacked._version, particles))  # noqa: B010
+
+
+def ranges(particles: Collection[int]) -> list[slice]:
+    """Particles as slices of those that lie side by side, in ascending order."""
+    found: list[slice] = []
+    for k in sorted(particles):
+        if found and found[-1].stop == k:
+            found[-1] = slice(found[-1].start, k + 1)
+        else:
+            found.append(slice(k, k + 1))
+    return found
+
+
+@torch.no_grad()
+def add_gradients(
+    params: Sequence[Tensor], grads: Sequence[Tensor], particles: Collection[int]
+) -> None:
+    """p.grad += g for these particles alone; the gradients of all others stay, None included.
+
+    params and grads are stacked tensors (K, ...).
+    """
+    parts, missing = ranges(particles), frozenset(range(len(params[0]))) - set(particles)
+    into, added, after = [], [], []
+    for p, g in zip(params, grads):
+        without = missing if p.grad is None else without_gradient(p.grad) & missing
+        if p.grad is None and not missing:
+            p.grad = torch.empty_like(p, memory_format=torch.contiguous_format).copy_(g)
+            continue
+        if p.grad is None:
+            p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+        into += [p.grad[part] for part in parts]
+        added += [g[part] for part in parts]
+        after.append((p.grad, without))
+    if into:
+        torch._foreach_add_(into, added)
+    for grad, without in after:
+        _note_without(grad, without)
+
+
+@torch.no_grad()
+def clear_gradients(params: Sequence[Tensor], particles: Collection[int]) -> None:
+    """Make the gradients of these particles None; the gradients of all others stay.
+
+    params are stacked tensors (K, ...).
+    """
+    parts, cleared, zeroed = ranges(particles), [], []
+    for p in params:
+        if p.grad is None:
+            continue
+        without = without_gradient(p.grad) | set(particles)
+        if len(without) == len(p):
+            p.grad = None
+        else:
+            zeroed += [p.grad[part] for part in parts]
+            cleared.append((p.grad, without))
+    if zeroed:
+        torch._foreach_zero_(zeroed)
+    for grad, without in cleared:
+        _note_without(grad, without)
 
 
 def stacked_tensors(model: Any) -> list[Tensor]:

@@ -16,13 +16,14 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # know each other.
 LAYERS = [
     ["_version", "atomic", "checks", "fold", "forward_state", "randomness", "separate"],
+    ["particle_adamw"],
     ["optim"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.dispatch", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction", "log_probabilities", "ranking"],
-    ["comparison", "targets", "trunk", "calibration", "diversity"],
+    ["comparison", "targets", "trunk", "calibration", "diversity", "labels"],
     ["peft_format"],
     ["isolation", "embeddings", "peft_tensors"],
     ["run"],

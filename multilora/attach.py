@@ -11,25 +11,17 @@ from torch import nn
 
 from multilora import checks
 from multilora.fold import Axes, Names
-from multilora.layers import (
-    LoraConv2d,
-    LoraLayer,
-    LoraLinear,
-    LoraOpaqueLinear,
-    StackedModule,
-    has_own_forward,
-)
+from multilora.layers import StackedModule
 from multilora.model import MOST_PARTICLES, ParticleModel
 from multilora.parallel import Processes
+from multilora.slots import adapt, check_heads, stack, start_particle
 from multilora.targets import (
-    Target,
     check_base,
     check_config,
     check_copied,
     check_plain,
-    check_targets,
     just_created,
-    resolve,
+    resolve_each,
     vocabulary,
 )
 from multilora.trunk import check_cut
@@ -41,8 +33,8 @@ if TYPE_CHECKING:
 
 def get_particle_model(
     base: nn.Module,
-    config: peft.LoraConfig | None,
-    num_particles: int,
+    config: peft.LoraConfig | Sequence[peft.LoraConfig] | None,
+    num_particles: int | None = None,
     seed: int | Sequence[int] = 0,
     head_init: str | None = None,
     share_trunk: bool | str = False,
@@ -53,6 +45,7 @@ def get_particle_model(
     output_axes: Mapping[str, int | None] | int | None = None,
     check_isolation: bool = True,
     head: str | Sequence[str] = (),
+    heads: Mapping[str, Sequence[int | nn.Module | None]] | None = None,
 ) -> ParticleModel:
     """K LoRA particles over `base`, which is frozen and changed in place.
 
@@ -74,8 +67,12 @@ def get_particle_model(
             lora_dropout (every particle draws its own mask), use_rslora, rank_pattern,
             alpha_pattern, layers_to_transform, init_lora_weights (True or "gaussian"),
             modules_to_save (with a stacked copy for each particle), fan_in_fan_out and task_type.
-            None: full copies.
-        num_particles: K >= 1.
+            None: full copies. A list of K configurations gives every particle its own: rank, alpha,
+            dropout, targets and modules to save may differ, and what particle k starts from is what
+            it would start from alone. Smaller ranks are padded with zeros, which are not trained
+            and not saved. Soups, and methods that learn one posterior for all particles, need
+            particles of one configuration.
+        num_particles: K >= 1; with a list of configurations, its length is K.
         seed: an integer, or K of them, one for each particle. With one integer, particle k starts
             from `particle_seeds(seed, K)[k]`, whatever K is.
         head_init: how `modules_to_save`, or with full copies `head`, start. "reset" redraws every
@@ -107,6 +104,10 @@ def get_particle_model(
             whether a scalar such as `.loss` is more than a mean. It does not run in calls with a
             key-value cache, or under torch.compile.
         head: with config=None, names of modules that are heads: `head_init` is about these.
+        heads: with a list of configurations, heads of other widths: for the name of an nn.Linear,
+            K entries, which are the number of outputs of a freshly drawn head, an nn.Linear to
+            start from, or None for the base's own. It must be in the modules to save of every
+            particle that gives an entry. Logits then come as a list of K tensors (B, C_k).
 
     Returns:
         The particle model, in the mode of `base`.
@@ -118,20 +119,22 @@ def get_particle_model(
         ValueError: a number is out of range, or weights of the base have no memory (meta).
             `base` is left unchanged by all of these.
     """
-    if config is not None:
-        check_config(config)
+    configs, num_particles = _configs(config, num_particles)
     _check_options(num_particles, head_init, share_trunk, fold, check_isolation)
     _check_axes(base, batch_axes, output_axes)
     check_base(base)
     processes = Processes.of_mesh(mesh)
+    if processes.particle_size > 1 and (heads or len({id(c) for c in configs or ()}) > 1):
+        raise NotImplementedError("particles of several processes share one configuration")
     seeds = _seeds(seed, num_particles)
     own_seeds = processes.own(seeds)
-    if config is None:
+    if configs is None:
         base, redrawn = _copied(base, own_seeds, head, head_init, share_trunk)
     elif head:
         raise ValueError(f"head = {head!r} is for config=None; LoraConfig has modules_to_save")
     else:
-        config, redrawn = _adapted(base, config, own_seeds, head_init, share_trunk)
+        configs = configs[: len(own_seeds)]
+        configs, redrawn = _adapted(base, configs, own_seeds, head_init, share_trunk, heads or {})
     if head_init is None and redrawn:
         warnings.warn(
             f"modules_to_save {list(redrawn)} start from weights drawn anew for every particle, "
@@ -141,7 +144,7 @@ def get_particle_model(
         )
     return ParticleModel(
         base,
-        config,
+        configs,
         len(own_seeds),
         seeds,
         share_trunk,
@@ -150,33 +153,53 @@ def get_particle_model(
         batch_axes,
         output_axes,
         check_isolation,
+        redrawn,
     )
+
+
+def _configs(
+    config: Any, num_particles: int | None
+) -> tuple[Sequence[peft.LoraConfig] | None, int]:
+    """The configuration of every particle, and K."""
+    if config is None or not isinstance(config, Sequence):
+        if num_particles is None:
+            raise ValueError("num_particles is needed, or a list of K configurations")
+        if config is not None:
+            check_config(config)
+        checks.integer("num_particles", num_particles, 1, MOST_PARTICLES)
+        return None if config is None else [config] * num_particles, num_particles
+    if not config or num_particles not in (None, len(config)):
+        raise ValueError(
+            f"config has {len(config)} configurations, which is K; got num_particles="
+            f"{num_particles!r}"
+        )
+    return list(config), len(config)
 
 
 def _adapted(
     base: nn.Module,
-    config: peft.LoraConfig,
+    configs: Sequence[peft.LoraConfig],
     seeds: Sequence[int],
     head_init: str | None,
     share_trunk: bool | str,
-) -> tuple[peft.LoraConfig, dict[str, str]]:
-    """Put the particles' layers into the base; the complete configuration, and `_redrawn_heads`."""
-    config, targets, saved = resolve(base, config)
-    check_targets(targets, saved)
+    heads: Mapping[str, Sequence[int | nn.Module | None]],
+) -> tuple[Sequence[peft.LoraConfig], dict[str, str]]:
+    """Put the particles' layers into the base; complete configurations, and `_redrawn_heads`."""
+    chosen = resolve_each(base, configs)
+    saved = {name: base.get_submodule(name) for name in chosen.saved}
+    widths = check_heads(saved, chosen.saved, heads)
     if isinstance(share_trunk, str):
         base.get_submodule(share_trunk)
     redrawn = _redrawn_heads(base, saved, head_init)
     base.requires_grad_(False)
-    layers = [_adapt(base, name, target, len(seeds)) for name, target in targets.items()]
-    heads = {name: _stack(base, name, module, len(seeds)) for name, module in saved.items()}
+    for name, each in chosen.adapted.items():
+        adapt(base, name, each)
+    for name, trained in chosen.saved.items():
+        stack(base, name, trained, widths.get(name))
     for particle, seed in enumerate(seeds):
-        generator = torch.Generator().manual_seed(seed)
-        for layer in layers:
-            layer.reset_particle(particle, generator, config.init_lora_weights)
-        for name in redrawn:
-            heads[name].reset_particle(particle, generator)
+        start_particle(base, particle, seed, chosen.configs[particle], redrawn, heads)
     _disable_fast_paths(base)
-    return config, redrawn
+    return chosen.configs, redrawn
 
 
 def _copied(
@@ -284,33 +307,6 @@ def _redrawn_heads(
     else:
         redrawn = just_created(base, saved) if head_init is None else {}
     return {name: why for name, why in redrawn.items() if saved[name] not in kept}
-
-
-def _adapt(base: nn.Module, name: str, target: Target, num_particles: int) -> LoraLayer:
-    layer = _layer_type(target.layer)(
-        target.layer, num_particles, target.rank, target.scaling, target.dropout
-    )
-    layer.train(target.layer.training)
-    _replace(base, name, layer)
-    return layer
-
-
-def _stack(base: nn.Module, name: str, module: nn.Module, num_particles: int) -> StackedModule:
-    stacked = StackedModule(module, num_particles)
-    stacked.train(module.training)
-    _replace(base, name, stacked)
-    return stacked
-
-
-def _layer_type(target: nn.Module) -> type[LoraLayer]:
-    if isinstance(target, nn.Conv2d):
-        return LoraConv2d
-    return LoraOpaqueLinear if has_own_forward(target) else LoraLinear
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
 
 
 def _disable_fast_paths(base: nn.Module) -> None:

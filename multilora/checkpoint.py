@@ -12,7 +12,8 @@ from torch import nn
 from multilora import embeddings, particle_folders, peft_tensors
 from multilora.attach import get_particle_model
 from multilora.model import ParticleModel
-from multilora.peft_format import CONFIG, expected_tensors
+from multilora.peft_format import PREFIX, Expected, expected_tensors
+from multilora.slots import Heads
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,10 +39,12 @@ def load_particle_model(
 
     Args:
         base: the plain model. It is left unchanged where loading fails.
-        path: that folder, or a sequence of K PEFT LoRA adapter folders of one configuration,
-            trained by anything, which become the K particles. The files of a folder must be those
-            that its multilora.json lists; a sequence of its particle folders is read without that
-            check. A folder to which another process saves is read as it was before or after that.
+        path: that folder, or a sequence of K PEFT LoRA adapter folders,
+            trained by anything, which become the K particles. Where they differ in rank, targets
+            or the like, every particle keeps its own configuration. The files of a folder must be
+            those that its multilora.json lists; a sequence of its particle folders is read without
+            that check. A folder to which another process saves is read as it was before or after
+            that.
         mesh: as in `get_particle_model`.
         **options: other arguments of `get_particle_model`; they need not be those that the
             particles were trained with.
@@ -58,21 +61,27 @@ def load_particle_model(
     saved = particle_folders.read(path)
     if not saved.configs:
         return _load_copies(base, saved, mesh, options)
-    config, file = saved.configs[0], saved.config_files[0]
     rows = embeddings.tokens_in_files(base, saved.tensor_files, saved.tensors)
-    with _fitting(file, Exception):
-        expected = expected_tensors(base, config, rows)
-    split = [embeddings.split(base, tensors, expected) for tensors in saved.tensors]
+    if options.get("heads"):
+        saved = saved._replace(is_own=True)
+    expected = _expected(base, saved, rows)
+    split = [embeddings.split(base, *each) for each in zip(saved.tensors, expected)]
     saved = saved._replace(tensors=[adapter for adapter, _ in split])
-    particle_folders.check(saved, expected, f"the base model with its {CONFIG}")
+    if saved.is_own:
+        options["heads"] = _own_heads(base, saved, expected, options.get("heads"))
+    particle_folders.check(saved, expected)
     changes = embeddings.changes(
-        base, saved.tensor_files, [stored for _, stored in split], rows, expected
+        base,
+        saved.tensor_files,
+        [stored for _, stored in split],
+        rows,
+        {key: e for each in expected for key, e in each.items()},
     )
     errors = (ValueError, TypeError, NotImplementedError)
-    with embeddings.changed(base, changes, rows), _fitting(file, *errors):
+    with embeddings.changed(base, changes, rows), _fitting(saved.config_files[0], *errors):
         model = get_particle_model(
             base,
-            config,
+            saved.configs if saved.is_own else saved.configs[0],
             len(saved.configs),
             seed=saved.seeds,
             head_init="copy",
@@ -83,11 +92,49 @@ def load_particle_model(
     return model
 
 
+def _expected(
+    base: nn.Module, saved: particle_folders.Saved, rows: int | None
+) -> list[dict[str, Expected]]:
+    """What the file of every particle must hold."""
+    if not saved.is_own:
+        with _fitting(saved.config_files[0], Exception):
+            return [expected_tensors(base, saved.configs[0], rows)] * len(saved.configs)
+    found = []
+    for config, file in zip(saved.configs, saved.config_files):
+        with _fitting(file, Exception):
+            found.append(dict(expected_tensors(base, config, rows)))
+    return found
+
+
+def _own_heads(
+    base: nn.Module,
+    saved: particle_folders.Saved,
+    expected: Sequence[dict[str, Expected]],
+    heads: Heads | None,
+) -> Heads:
+    """The heads of other widths: as given, or as the files have them. `expected` then has them."""
+    found: dict[str, list[Any]] = {}
+    for k, (tensors, wanted) in enumerate(zip(saved.tensors, expected)):
+        for key in wanted.keys() & tensors.keys():
+            name, _, own = key.removeprefix(PREFIX).rpartition(".")
+            is_head = own == "weight" and not name.endswith(("lora_A", "lora_B"))
+            if not is_head or type(base.get_submodule(name)) is not nn.Linear:
+                continue
+            out, width = wanted[key].shape[0], tensors[key].shape[:1]
+            if width in ((), (0,), (out,)) or tensors[key].shape[1:] != wanted[key].shape[1:]:
+                continue
+            found.setdefault(name, [None] * len(expected))[k] = width[0]
+            for part in (key, f"{PREFIX}{name}.bias"):
+                if part in wanted:
+                    wanted[part] = wanted[part]._replace(shape=(*width, *wanted[part].shape[1:]))
+    return found | dict(heads or {})
+
+
 def _load_copies(
     base: nn.Module, saved: particle_folders.Saved, mesh: DeviceMesh | None, options: dict[str, Any]
 ) -> ParticleModel:
     expected = peft_tensors.expected_copies(base)
-    particle_folders.check(saved, expected, "the base model")
+    particle_folders.check(saved, [expected] * len(saved.tensors), "the base model")
     particles = len(saved.tensors)
     model = get_particle_model(base, None, particles, seed=saved.seeds, mesh=mesh, **options)
     peft_tensors.fill(model.base, model.processes.own(saved.tensors))
@@ -115,23 +162,33 @@ def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]
         raise ValueError(
             f"{saved.source} has {len(saved.tensors)} particles; the model has {len(model.seeds)}"
         )
-    if model.peft_config is None or not saved.configs:
-        particle_folders.check(saved, peft_tensors.expected(model.base), "the model")
+    expected = [peft_tensors.expected(model.base, k) for k in range(model.num_particles)]
+    if model.peft_configs is None or not saved.configs:
+        expected = expected[:1] * len(saved.tensors)
+        particle_folders.check(saved, expected, "the model")
         peft_tensors.fill(model.base, model.processes.own(saved.tensors))
         return
-    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        theirs, ours = getattr(saved.configs[0], key), getattr(model.peft_config, key)
-        if theirs != ours:
-            raise ValueError(
-                f"{saved.config_files[0]}: {key} = {theirs!r}; the model has {key} = {ours!r}"
-            )
-    expected = peft_tensors.expected(model.base)
-    split = [embeddings.split(model.base, tensors, expected) for tensors in saved.tensors]
+    if model.is_uniform:
+        # The particles of other processes are like these.
+        expected = expected[:1] * len(saved.tensors)
+    _check_settings(model, saved)
+    split = [embeddings.split(model.base, *each) for each in zip(saved.tensors, expected)]
     saved = saved._replace(tensors=[adapter for adapter, _ in split])
     particle_folders.check(saved, expected, "the model")
     changes = embeddings.changes(model.base, saved.tensor_files, [stored for _, stored in split])
     with embeddings.changed(model.base, changes):
         peft_tensors.fill(model.base, model.processes.own(saved.tensors))
+
+
+def _check_settings(model: ParticleModel, saved: particle_folders.Saved) -> None:
+    """Raise ValueError where an adapter was trained with other ranks or scalings than it has."""
+    assert model.peft_configs is not None
+    for k, (config, file) in enumerate(zip(saved.configs, saved.config_files)):
+        own = model.peft_configs[k % len(model.peft_configs)]
+        for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+            theirs, ours = getattr(config, key), getattr(own, key)
+            if theirs != ours:
+                raise ValueError(f"{file}: {key} = {theirs!r}; the model has {key} = {ours!r}")
 
 
 @contextlib.contextmanager

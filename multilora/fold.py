@@ -158,6 +158,16 @@ class Inputs:
 
         return self._map(alone)
 
+    def some_rows(self, rows: Tensor) -> tuple[tuple, dict]:
+        """The arguments with these rows of the batch, in this order."""
+
+        def select(leaf: Leaf) -> Tensor:
+            if leaf.axis is None:
+                return leaf.tensor
+            return leaf.tensor.index_select(leaf.axis, rows.to(leaf.tensor.device))
+
+        return self._map(select)
+
     def folded(self, which: Sequence[int], rows: Tensor | None = None) -> tuple[tuple, dict]:
         """The arguments for some particles in one batch, particle first."""
 

@@ -26,6 +26,8 @@ class ForwardState:
         particles: k, how many particles run in it.
         rows: k·B, of which the leading axis at every particle layer is a multiple. None where one
             particle, or none, runs on whatever it is given.
+        counts: how many of the rows each of the k particles has, in their order; None where all
+            have B.
         shared_batch: B where the inputs have B rows, to be repeated at the cut of a shared trunk;
             else None.
         part: a stacked parameter (K, ...) -> the tensor (k, ...) that runs in its place.
@@ -42,10 +44,11 @@ class ForwardState:
         part: Callable[[Tensor], Tensor] | None = None,
         frozen: bool = False,
         trunk: Any = None,
+        counts: tuple[int, ...] | None = None,
     ):
         self.owner, self.particles, self.rows = owner, particles, rows
         self.shared_batch, self.part = shared_batch, part
-        self.frozen, self.trunk = frozen, trunk
+        self.frozen, self.trunk, self.counts = frozen, trunk, counts
         #: The particle layers that have run so far.
         self.ran: set[nn.Module] = set()
 

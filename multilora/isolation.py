@@ -118,6 +118,11 @@ class IsolationCheck:
             fitted.append(axis)
         return fitted
 
+    @property
+    def axes_of_rows(self) -> list[Axis] | None:
+        """The axis of the rows in every tensor of an output; None where the check does not know."""
+        return self._axes
+
     def raised(self, error: Exception) -> ParticleIsolationError:
         """The error to raise where the call raised, and one particle alone did not."""
         return self._error(

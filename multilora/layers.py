@@ -4,11 +4,12 @@ Inside a particle model the particles ride on the batch axis, particle first: a 
 (K·B, ...) and reads it as (K, B, ...).
 """
 
+import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from multilora import forward_state
 from multilora.forward_state import ForwardState
-from multilora.ops import lora_add, lora_linear
+from multilora.ops import grouped_linear, lora_add, lora_linear
 
 
 class ParticleLayer(nn.Module):
@@ -34,6 +35,18 @@ class ParticleLayer(nn.Module):
         for name, parameter in self._parameters.items():
             if parameter is not None:
                 yield self, name, parameter
+
+    def part(self, name: str, stacked: Tensor, particle: int) -> Tensor | None:
+        """One particle's numbers in a tensor (K, ...) of `stacked()`, without padding.
+
+        None where the particle has no adapter on this layer, or does not train this module.
+        """
+        return stacked[particle]
+
+    @contextlib.contextmanager
+    def narrowed(self, start: int, stop: int) -> Iterator[None]:
+        """Inside, what the layer knows of each particle is of start … stop − 1 alone."""
+        yield
 
     def enter(self) -> ForwardState | None:
         """Record that this layer runs, and return the state of the forward that it runs in.
@@ -72,6 +85,17 @@ class ParticleLayer(nn.Module):
                 f"a multiple of {unit} (K = {particles}); got {tuple(x.shape)}. Where layers put "
                 'another axis first, use fold="loop".'
             )
+
+
+def row_ends(n: int, state: ForwardState | None, particles: int) -> list[int]:
+    """Where each particle's part of n leading rows ends (k,): equal parts, or those of the state.
+
+    The n rows are m for each row of the batch, m >= 1, such as the windows of an image.
+    """
+    if state is None or state.counts is None:
+        return [n // particles * (k + 1) for k in range(particles)]
+    each = n // max(state.rows or 0, 1)
+    return [end * each for end in itertools.accumulate(state.counts)]
 
 
 def is_same_for_all(x: Tensor, state: ForwardState | None) -> bool:
@@ -114,16 +138,41 @@ def own(parameter: Tensor, state: ForwardState | None) -> Tensor:
     return parameter if state is None or state.part is None else state.part(parameter)
 
 
+#: Dropout before the adapters, see `dropped`.
+Rates = Tensor | float | None
+
+
+class Adapted(NamedTuple):
+    """What one particle has on a layer; rank 0 where it has no adapter there."""
+
+    rank: int
+    scaling: float
+    dropout: float
+
+
 class LoraLayer(ParticleLayer):
     """K adapters on one frozen layer; the factors are stored flat, whatever the layer is.
 
     lora_A (K, r, d_in), lora_B (K, d_out, r); for a convolution d_in = channels · kernel area.
+
+    Where the particles differ, r is the largest rank. The rest of a smaller factor is padding: it
+    is zero, has no gradient, and no effect even if an optimizer moves it.
+
+    Args:
+        rank: r.
+        scaling, dropout: those of all particles.
+        each: K of them where the particles differ, with ranks up to r.
     """
 
     # Any module with the attributes that a kind of layer needs: weight, bias, sizes.
     base_layer: Any
     #: Whether dropout is on in eval mode too, as `mc_dropout` has it.
     sampling = False
+
+    # What every particle is multiplied with, (K, 1, r) with zeros for padding, and its dropout,
+    # (K, 1, 1); None where all particles are alike.
+    scales: Tensor | None
+    rates: Tensor | None
 
     def __init__(
         self,
@@ -132,14 +181,41 @@ class LoraLayer(ParticleLayer):
         rank: int,
         scaling: float,
         dropout: float,
+        each: Sequence[Adapted] | None = None,
     ):
         super().__init__()
         d_out, d_in = self.weight_shape(base_layer)
         factory = self.masters(base_layer)
         self.base_layer = base_layer
-        self.rank, self.scaling, self.dropout = rank, scaling, dropout
         self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
         self.lora_B = nn.Parameter(torch.zeros(num_particles, d_out, rank, **factory))
+        self.set_each(each or (Adapted(rank, scaling, dropout),) * num_particles)
+
+    def set_each(self, each: Sequence[Adapted]) -> None:
+        """Say what every particle has here; the factors stay as they are."""
+        self.rank, first = self.lora_A.shape[1], each[0]
+        self.register_buffer("scales", None, persistent=False)
+        self.register_buffer("rates", None, persistent=False)
+        self._clean = -1
+        if first.rank == self.rank and all(a == first for a in each):
+            #: What each particle has; None where all have the same.
+            self.each: tuple[Adapted, ...] | None = None
+            self.scaling, self.dropout = first.scaling, first.dropout
+            return
+        # The scales are in B when it is used.
+        self.each, self.scaling = tuple(each), 1.0
+        self.dropout = max(a.dropout for a in each)
+        self.scales = self.lora_A.new_zeros(len(each), 1, self.rank).detach()
+        for k, a in enumerate(each):
+            self.scales[k, :, : a.rank] = a.scaling
+        rates = [a.dropout for a in each]
+        self.rates = self.lora_A.new_tensor(rates).view(-1, 1, 1)
+
+    def adapted_by(self, particle: int) -> Adapted:
+        """What one particle has on this layer."""
+        if self.each is not None:
+            return self.each[particle]
+        return Adapted(self.rank, self.scaling, self.dropout)
 
     @property
     def num_particles(self) -> int:
@@ -149,6 +225,47 @@ class LoraLayer(ParticleLayer):
     def drops(self) -> bool:
         """Whether dropout before the adapters is on."""
         return (self.training or self.sampling) and self.dropout > 0
+
+    def part(self, name: str, stacked: Tensor, particle: int) -> Tensor | None:
+        rank = self.adapted_by(particle).rank
+        if not rank:
+            return None
+        if self.each is None:
+            return stacked[particle]
+        return stacked[particle, :rank] if name == "lora_A" else stacked[particle, :, :rank]
+
+    @contextlib.contextmanager
+    def narrowed(self, start: int, stop: int) -> Iterator[None]:
+        if self.each is None:
+            yield
+            return
+        assert self.scales is not None and self.rates is not None
+        before = self.each, self.scales, self.rates
+        self.each = self.each[start:stop]
+        self.scales, self.rates = self.scales[start:stop], self.rates[start:stop]
+        try:
+            yield
+        finally:
+            self.each, self.scales, self.rates = before
+
+    def factors(self, state: ForwardState | None) -> tuple[Tensor, Tensor]:
+        """A and B of the particles that run, with ΔW = scaling · B A."""
+        if self.scales is None:
+            return own(self.lora_A, state), own(self.lora_B, state)
+        if not torch.compiler.is_compiling():
+            self.clear_padding()
+        return own(self.lora_A, state), own(self.lora_B, state) * own(self.scales, state)
+
+    def clear_padding(self) -> None:
+        """Set the padding to zero, if an optimizer that adds noise, say, has moved it."""
+        version = self.lora_A._version + self.lora_B._version
+        if self.each is None or self._clean == version or len(self.each) != self.num_particles:
+            return
+        with torch.no_grad():
+            for k, a in enumerate(self.each):
+                self.lora_A[k, a.rank :] = 0
+                self.lora_B[k, :, a.rank :] = 0
+        self._clean = self.lora_A._version + self.lora_B._version
 
     @staticmethod
     def weight_shape(base_layer: Any) -> tuple[int, int]:
@@ -177,32 +294,93 @@ class LoraLayer(ParticleLayer):
         state = self.enter()
         if state is not None and state.frozen:
             return self.base_layer(x)
-        lora_A, lora_B = own(self.lora_A, state), own(self.lora_B, state)
+        lora_A, lora_B = self.factors(state)
         rows = None if state is None else state.rows
-        if rows is None or not is_same_for_all(x, state):
+        if state is None or rows is None or not is_same_for_all(x, state):
             self.require_rows(x, state, len(lora_A))
-            return self.adapted(x, lora_A, lora_B)
+            rates = self._rates(state, x)
+            if state is not None and state.counts is not None:
+                ends = row_ends(len(x), state, len(lora_A))
+                return self.adapted_rows(x, lora_A, lora_B, rates, ends)
+            return self.adapted(x, lora_A, lora_B, rates)
         # Compute it once for every particle, and repeat the result for each of its examples.
-        y = self.adapted(x.repeat_interleave(len(lora_A), 0), lora_A, lora_B)
-        return y.repeat_interleave(rows // len(lora_A), 0).as_subclass(_ForEveryExample)
+        x = x.repeat_interleave(len(lora_A), 0)
+        y = self.adapted(x, lora_A, lora_B, self._rates(state, x))
+        counts: Any = rows // len(lora_A)
+        if state.counts is not None:
+            counts = torch.tensor(state.counts, device=y.device)
+        return y.repeat_interleave(counts, 0).as_subclass(_ForEveryExample)
 
-    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """The layer of x (k·B, ...) with the factors of k particles."""
+    def _rates(self, state: ForwardState | None, x: Tensor) -> Rates:
+        """The dropout before the adapters, as `dropped` takes it."""
+        if not self.drops:
+            return None
+        return self.dropout if self.rates is None else own(self.rates, state).to(x.dtype)
+
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
+        """The layer of x (k·B, ...) with the factors of k particles.
+
+        rates: see `dropped`.
+        """
         raise NotImplementedError
+
+    def adapted_rows(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rates: Rates,
+        ends: list[int],
+    ) -> Tensor:
+        """The layer of x (N, ...) where particle k has the rows up to ends[k]."""
+        y = self.frozen(x)
+        delta = self.delta_of_rows(x, lora_A, lora_B, rates, ends)
+        return y + delta.to(y.dtype)
+
+    def frozen(self, x: Tensor) -> Any:
+        """The frozen layer of x."""
+        return self.base_layer(x)
+
+    def delta_of_rows(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rates: Rates,
+        ends: list[int],
+    ) -> Tensor:
+        """What the adapters add in `adapted_rows`: scaling · B A x of a linear."""
+        each = x.shape[1:-1].numel()
+        rows, counts = x.reshape(-1, x.shape[-1]), [end * each for end in ends]
+        at = torch.tensor(counts, dtype=torch.int32, device=x.device)
+        if isinstance(rates, Tensor):
+            sizes = torch.tensor(ends, device=x.device).diff(prepend=at.new_zeros(1)) * each
+            rates = rates.view(-1).repeat_interleave(sizes)[:, None]
+        rows = dropped(rows, rates)
+        shrunk = grouped_linear(rows, lora_A, at)
+        delta = grouped_linear(shrunk, lora_B * self.scaling, at)
+        return delta.view(*x.shape[:-1], -1)
 
     def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
         """A from Kaiming's uniform (init True) or N(0, 1/r²) ("gaussian"), B zero."""
-        fresh = torch.empty(self.lora_A.shape[1:])
-        if init == "gaussian":
-            nn.init.normal_(fresh, std=1 / self.rank, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+        rank = self.adapted_by(particle).rank
         with torch.no_grad():
-            self.lora_A[particle] = fresh
+            self.lora_A[particle] = 0
             self.lora_B[particle] = 0
+            if not rank:
+                return
+            fresh = torch.empty(rank, self.lora_A.shape[2])
+            if init == "gaussian":
+                nn.init.normal_(fresh, std=1 / rank, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
+            self.lora_A[particle, :rank] = fresh
 
     def extra_repr(self) -> str:
-        return f"particles={self.num_particles}, rank={self.rank}, scaling={self.scaling:g}"
+        if self.each is None:
+            return f"particles={self.num_particles}, rank={self.rank}, scaling={self.scaling:g}"
+        ranks = [a.rank for a in self.each]
+        return f"particles={self.num_particles}, ranks={ranks}"
 
 
 class LoraLinear(LoraLayer):
@@ -213,13 +391,13 @@ class LoraLinear(LoraLayer):
         d_out, d_in = _linear_weight(base_layer).shape
         return d_out, d_in
 
-    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
         base = self.base_layer
         weight, bias = _linear_weight(base), base.bias
         rows = flat(x, len(lora_A))
-        if self.drops:
+        if rates is not None:
             # The mask lies before A only, so the two products read different inputs.
-            delta = _low_rank(F.dropout(rows, self.dropout), lora_A, lora_B, self.scaling)
+            delta = _low_rank(dropped(rows, rates), lora_A, lora_B, self.scaling)
             y = F.linear(rows, weight, bias)
             y = y + delta.to(y.dtype)
         else:
@@ -249,15 +427,17 @@ class LoraOpaqueLinear(LoraLayer):
             "device": tensors[0].device,
         }
 
-    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        y = self.base_layer(x)
-        self._check_output(x, y)
-        rows = flat(x, len(lora_A))
-        if self.drops:
-            rows = F.dropout(rows, self.dropout)
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
+        y = self.frozen(x)
+        rows = dropped(flat(x, len(lora_A)), rates)
         if not torch.compiler.is_compiling() and self._is_held(x, y):
             y = y.clone()
         return lora_add(y, rows, lora_A, lora_B, self.scaling)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        self._check_output(x, y)
+        return y
 
     def _check_output(self, x: Tensor, y: Any) -> None:
         name, expected = type(self.base_layer).__name__, (*x.shape[:-1], self.lora_B.shape[1])
@@ -294,11 +474,31 @@ class LoraConv2d(LoraLayer):
     def weight_shape(base_layer: Any) -> tuple[int, int]:
         return base_layer.weight.shape[0], base_layer.weight[0].numel()
 
-    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
+        y = self.base_layer(x)
+        rows = split(x, len(lora_A))  # (k, B, C, H, W)
+        delta = self._delta(dropped(rows, _beside(rates, rows)), lora_A, lora_B)
+        return y + delta.to(y.dtype)
+
+    def delta_of_rows(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rates: Rates,
+        ends: list[int],
+    ) -> Tensor:
+        parts, starts = [], [0, *ends[:-1]]
+        for k, (start, end) in enumerate(zip(starts, ends)):
+            own_rate = rates[k] if isinstance(rates, Tensor) else rates
+            rows = x[start:end][None]
+            rows = dropped(rows, _beside(own_rate, rows))
+            parts.append(self._delta(rows, lora_A[k : k + 1], lora_B[k : k + 1]))
+        return torch.cat(parts)
+
+    def _delta(self, rows: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """What the adapters add for rows (k, B, C, H, W) -> (k·B, d_out, H', W')."""
         base, particles = self.base_layer, len(lora_A)
-        rows = split(x, particles)  # (k, B, C, H, W)
-        if self.drops:
-            rows = F.dropout(rows, self.dropout)
         rows = rows.transpose(0, 1).flatten(1, 2)  # (B, k·C, H, W)
         lora_A = lora_A.reshape(-1, *base.weight.shape[1:])  # (k·r, C, kh, kw)
         lora_B = lora_B.flatten(0, 1)[..., None, None]  # (k·d_out, r, 1, 1)
@@ -306,9 +506,7 @@ class LoraConv2d(LoraLayer):
             rows, lora_A.to(rows.dtype), None, base.stride, base.padding, groups=particles
         )
         delta = F.conv2d(shrunk, lora_B.to(shrunk.dtype), groups=particles)
-        delta = delta.unflatten(1, (particles, -1)).transpose(0, 1).flatten(0, 1)
-        y = base(x)
-        return y + self.scaling * delta.to(y.dtype)
+        return self.scaling * delta.unflatten(1, (particles, -1)).transpose(0, 1).flatten(0, 1)
 
 
 class StackedModule(ParticleLayer):
@@ -316,10 +514,27 @@ class StackedModule(ParticleLayer):
 
     nn.Linear runs as one batched product and nn.Embedding as one look-up. Any other module runs
     under torch.func.vmap, or as it is for one particle. The particles share the buffers.
+
+    Args:
+        module: what the particles start from.
+        num_particles: K.
+        trained: which particles have a copy, (K,); the others run the module itself. None: all.
+        widths: out_features of every particle, of an nn.Linear. The output has those of the widest;
+            the rest of a narrower one is zero.
     """
 
-    def __init__(self, module: nn.Module, num_particles: int):
+    # 1 for a particle that has a copy, (K,); None where all have one.
+    copied: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        num_particles: int,
+        trained: Sequence[bool] | None = None,
+        widths: Sequence[int] | None = None,
+    ):
         super().__init__()
+        original, module = module, module if widths is None else widened(module, max(widths))
         # The structure without storage, to be run with other tensors. It is not registered as a
         # module, so state_dict leaves it out. Tied parameters stay one, which `to` would part.
         parameters = dict(module.named_parameters())
@@ -328,13 +543,56 @@ class StackedModule(ParticleLayer):
         }
         self.__dict__["template"] = copy.deepcopy(module, empty).to("meta")
         stacks: dict[int, Any] = {}
-        for i, parameter in enumerate(parameters.values()):
+        for i, (parameter, before) in enumerate(zip(parameters.values(), original.parameters())):
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             stacked = parameter.detach().to(dtype).expand(num_particles, *parameter.shape)
             stacks[id(parameter)] = nn.Parameter(stacked.clone())
             # Kept beside the float32 masters for the frozen base, and for its dtype.
-            self.register_buffer(f"original_{i}", parameter.detach(), persistent=False)
+            self.register_buffer(f"original_{i}", before.detach(), persistent=False)
         self.module = copy.deepcopy(module, stacks)
+        self.register_buffer("copied", None, persistent=False)
+        self.set_each(trained, widths)
+
+    def set_each(self, trained: Sequence[bool] | None, widths: Sequence[int] | None) -> None:
+        """Say which particles have a copy, and of which width; the copies stay as they are."""
+        trained = None if trained is None or all(trained) else trained
+        self.trained = None if trained is None else tuple(trained)
+        self.widths = None if widths is None else tuple(widths)
+        copied = None if trained is None else self.original_0.new_tensor(trained, dtype=torch.uint8)
+        self.copied = copied
+
+    def is_trained(self, particle: int) -> bool:
+        """Whether this particle has a copy."""
+        return self.trained is None or self.trained[particle]
+
+    def part(self, name: str, stacked: Tensor, particle: int) -> Tensor | None:
+        if not self.is_trained(particle):
+            return None
+        one = stacked[particle]
+        return one if self.widths is None else one[: self.widths[particle]]
+
+    @contextlib.contextmanager
+    def narrowed(self, start: int, stop: int) -> Iterator[None]:
+        before = self.trained, self.widths, self.copied
+        cut = slice(start, stop)
+        self.trained = None if self.trained is None else self.trained[cut]
+        self.widths = None if self.widths is None else self.widths[cut]
+        self.copied = None if self.copied is None else self.copied[cut]
+        try:
+            yield
+        finally:
+            self.trained, self.widths, self.copied = before
+
+    def _parameters_of(self, state: ForwardState | None) -> dict[str, Tensor]:
+        """The parameters (k, ...) of the particles that run."""
+        found = {n: own(p, state) for n, p in self.module.named_parameters()}
+        if self.copied is None:
+            return found
+        copied, originals = own(self.copied, state), self.originals_by_name()
+        for name, p in found.items():
+            has_copy = copied.view(-1, *[1] * (p.ndim - 1)) > 0
+            found[name] = torch.where(has_copy, p, _padded(originals[name], p[0]).to(p))
+        return found
 
     @property
     def num_particles(self) -> int:
@@ -355,7 +613,7 @@ class StackedModule(ParticleLayer):
         if state is None or not isinstance(stacked, nn.Parameter):
             raise AttributeError(f"{name!r} of a module to save: every particle has its own")
         if state.frozen:
-            return self._original()[name]
+            return self.originals_by_name()[name]
         if state.particles > 1:
             raise NotImplementedError(
                 f"the model reads {name!r} of a module to save instead of calling it, and each of "
@@ -381,18 +639,23 @@ class StackedModule(ParticleLayer):
             for name, stacked in self.module.named_parameters():
                 if stacked.ndim < 3 or not (within is None or name.startswith(f"{within}.")):
                     continue
-                std = stacked[particle].std().item()
+                one = self.part(name, stacked, particle)
+                if one is None:
+                    continue
+                std = one.std().item()
                 if not std > 0:
-                    std = 1 / math.sqrt(3 * stacked[particle, 0].numel())
-                fresh = torch.empty(stacked.shape[1:])
-                stacked[particle] = nn.init.normal_(fresh, std=std, generator=generator)
+                    std = 1 / math.sqrt(3 * one[0].numel())
+                fresh = torch.empty(one.shape)
+                one.copy_(nn.init.normal_(fresh, std=std, generator=generator))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.enter()
         self.template.train(self.training)
         if state is not None and state.frozen:
-            return self._run(self._original(), args, kwargs)
-        parameters = {n: own(p, state) for n, p in self.module.named_parameters()}
+            return self._run(self.originals_by_name(), args, kwargs)
+        parameters = self._parameters_of(state)
+        if state is not None and state.counts is not None:
+            return self._rows(args, kwargs, state, parameters)
         if len(args) == 1 and not kwargs and not is_same_for_all(args[0], state):
             if type(self.template) is nn.Linear:
                 return self._linear(args[0], state, **parameters)
@@ -404,6 +667,33 @@ class StackedModule(ParticleLayer):
         if len(next(iter(parameters.values()))) == 1:
             return self._run({name: p[0] for name, p in parameters.items()}, args, kwargs)
         return self._run_mapped(parameters, args, kwargs, state)
+
+    def _rows(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        state: ForwardState,
+        parameters: dict[str, Tensor],
+    ) -> Any:
+        """The module where the particles have unequal numbers of rows: one after another."""
+        leaves, structure = tree_flatten((args, kwargs))
+        dtype = next((t.dtype for t in _tensors_in(leaves) if t.is_floating_point()), None)
+        dtype = self.original_0.dtype if dtype is None else dtype
+        assert state.rows is not None and state.counts is not None
+        outputs = []
+        for k in range(len(state.counts)):
+            mine = []
+            for leaf in leaves:
+                if isinstance(leaf, Tensor) and leaf.ndim and not is_same_for_all(leaf, state):
+                    self.require_rows(leaf, state, len(state.counts))
+                    ends = [0, *row_ends(len(leaf), state, len(state.counts))]
+                    leaf = leaf[ends[k] : ends[k + 1]]
+                mine.append(leaf)
+            one = {name: p[k].to(dtype) for name, p in parameters.items()}
+            outputs.append(self._run(one, *tree_unflatten(mine, structure)))
+        columns = zip(*(tree_flatten(output)[0] for output in outputs))
+        joined = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+        return tree_unflatten(joined, tree_flatten(outputs[0])[1])
 
     def _run_mapped(
         self,
@@ -448,9 +738,37 @@ class StackedModule(ParticleLayer):
         """The tensor that each stacked parameter (K, ...) began as a copy of."""
         return {p: getattr(self, f"original_{i}") for i, p in enumerate(self.module.parameters())}
 
-    def _original(self) -> dict[str, Tensor]:
+    def originals_by_name(self) -> dict[str, Tensor]:
+        """The same, by the names of the module's parameters."""
         names = (name for name, _ in self.module.named_parameters())
         return {name: getattr(self, f"original_{i}") for i, name in enumerate(names)}
+
+    def as_it_was(self) -> nn.Module:
+        """The module before it was copied, over the same frozen tensors."""
+        originals = self.originals_by_name()
+        module: Any = copy.deepcopy(self.template)
+        first: dict[int, nn.Parameter] = {}
+        for name, p in list(module.named_parameters(remove_duplicate=False)):
+            if id(p) not in first:
+                first[id(p)] = nn.Parameter(originals[name], requires_grad=False)
+            parent, _, own_name = name.rpartition(".")
+            module.get_submodule(parent)._parameters[own_name] = first[id(p)]
+        for name, t in self.module.named_buffers():
+            parent, _, own_name = name.rpartition(".")
+            module.get_submodule(parent)._buffers[own_name] = t
+        if self.widths is not None:
+            module.out_features = len(originals["weight"])
+        return module.train(self.training)
+
+    def widen(self, width: int) -> None:
+        """Give an nn.Linear as many outputs, at least; those that come are zero."""
+        if width <= self.template.out_features:
+            return
+        self.__dict__["template"] = widened(self.template, width)
+        module: Any = self.module
+        for name, p in list(module.named_parameters()):
+            module._parameters[name] = grown(p, 1, width)
+        module.out_features = width
 
     def _linear(
         self, x: Tensor, state: ForwardState | None, weight: Tensor, bias: Tensor | None = None
@@ -489,6 +807,13 @@ def stacked_modules(base: nn.Module) -> Iterator[tuple[str, StackedModule]]:
     for name, module in base.named_modules():
         if isinstance(module, StackedModule):
             yield name, module
+
+
+def is_uniform(base: nn.Module) -> bool:
+    """Whether all particles have adapters and copies of the same sizes, scalings and dropout."""
+    return all(layer.each is None for _, layer in lora_layers(base)) and all(
+        stacked.trained is None and stacked.widths is None for _, stacked in stacked_modules(base)
+    )
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -531,6 +856,58 @@ def flat(x: Tensor, particles: int) -> Tensor:
     """(k·B, *, d) -> (k, T, d), with T the product of B and *, in one view to spare autograd."""
     length, *axes, d = x.shape
     return x.reshape(particles, length // particles * math.prod(axes), d)
+
+
+def grown(p: nn.Parameter, axis: int, size: int) -> nn.Parameter:
+    """A parameter with zeros behind the numbers of an axis; its gradient grows along."""
+
+    def grow(t: Tensor) -> Tensor:
+        shape = list(t.shape)
+        shape[axis] = size - shape[axis]
+        return torch.cat([t, t.new_zeros(shape)], axis)
+
+    larger = nn.Parameter(grow(p.detach()), p.requires_grad)
+    if p.grad is not None:
+        larger.grad = grow(p.grad)
+    return larger
+
+
+def widened(linear: Any, width: int) -> nn.Linear:
+    """An nn.Linear with more outputs, which are zero."""
+    wide = nn.Linear(
+        linear.in_features,
+        width,
+        linear.bias is not None,
+        device=linear.weight.device,
+        dtype=linear.weight.dtype,
+    )
+    with torch.no_grad():
+        wide.weight.copy_(_padded(linear.weight, wide.weight))
+        if linear.bias is not None:
+            wide.bias.copy_(_padded(linear.bias, wide.bias))
+    return wide.train(linear.training)
+
+
+def _padded(t: Tensor, like: Tensor) -> Tensor:
+    """t with zeros behind its leading axis, or cut there, to the length of `like`."""
+    if len(t) >= len(like):
+        return t[: len(like)]
+    return torch.cat([t, t.new_zeros(len(like) - len(t), *t.shape[1:])])
+
+
+def dropped(rows: Tensor, rates: Rates) -> Tensor:
+    """Dropout at one rate, or at rates that fit rows; None is no dropout."""
+    if rates is None:
+        return rows
+    if not isinstance(rates, Tensor):
+        return F.dropout(rows, rates)
+    kept = torch.rand_like(rows, dtype=torch.float32) >= rates
+    return torch.where(kept, rows / (1 - rates).clamp_min(1e-9), 0)
+
+
+def _beside(rates: Rates, rows: Tensor) -> Rates:
+    """Rates of particles as (k, 1, ...), to fit rows (k, ...)."""
+    return rates.view(-1, *[1] * (rows.ndim - 1)) if isinstance(rates, Tensor) else rates
 
 
 def _tensors_in(tree: Any) -> list[Tensor]:

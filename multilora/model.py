@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora import checks, particle_folders, soups
+from multilora import checks, particle_folders, slots, soups
 from multilora.diversity import cosines
 from multilora.fold import Axes
 from multilora.forward_state import ForwardState
@@ -40,6 +40,7 @@ from multilora.layers import (
     LoraLayer,
     ParticleLayer,
     StackedModule,
+    is_uniform,
     lora_layers,
     stacked_modules,
 )
@@ -58,12 +59,19 @@ MOST_PARTICLES = 2**20
 
 
 class Adapter(NamedTuple):
-    """One adapted layer: ΔW_k = scaling · lora_B[k] @ lora_A[k]."""
+    """One adapted layer: ΔW_k = scaling · lora_B[k] @ lora_A[k], times scales[k] if there are."""
 
     name: str
     lora_A: Tensor  # (K, r, d_in)
     lora_B: Tensor  # (K, d_out, r)
     scaling: float
+    #: (K, 1, r) where particles have scalings and ranks of their own, with zeros for padding.
+    scales: Tensor | None = None
+
+    def scaled(self, lora_B: Tensor | None = None) -> Tensor:
+        """B (K, d_out, r) with the scales in it, so that ΔW_k = scaling · scaled[k] @ lora_A[k]."""
+        B = self.lora_B if lora_B is None else lora_B
+        return B if self.scales is None else B * self.scales.to(B)
 
 
 class ParticleModel(nn.Module):
@@ -72,7 +80,7 @@ class ParticleModel(nn.Module):
     def __init__(
         self,
         base: nn.Module,
-        config: peft.LoraConfig | None,
+        configs: Sequence[peft.LoraConfig] | None,
         num_particles: int,
         seeds: Sequence[int],
         share_trunk: bool | str = False,
@@ -81,10 +89,13 @@ class ParticleModel(nn.Module):
         batch_axes: Axes | None = None,
         output_axes: Mapping[str, int | None] | int | None = None,
         check_isolation: bool = True,
+        redrawn: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.base = base
-        self.peft_config = config
+        #: The configuration of every particle; None for full copies.
+        self.peft_configs = None if configs is None else list(configs)
+        self._redrawn = dict(redrawn or {})
         self.num_particles = num_particles
         self.seeds = tuple(seeds)  # of all processes' particles
         self.processes = processes or Processes()
@@ -116,6 +127,25 @@ class ParticleModel(nn.Module):
         self._share_trunk = where
 
     @property
+    def peft_config(self) -> peft.LoraConfig | None:
+        """The configuration of the particles, of the first one where they differ; None for full
+        copies."""
+        return None if self.peft_configs is None else self.peft_configs[0]
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all particles have adapters and copies of one shape, scaling and dropout."""
+        return is_uniform(self.base)
+
+    def require_uniform(self, what: str) -> None:
+        """Raise NotImplementedError where the particles have configurations of their own."""
+        if not self.is_uniform:
+            raise NotImplementedError(
+                f"{what} needs particles of one configuration; these have ranks, scalings, targets "
+                "or heads of their own"
+            )
+
+    @property
     def ranks(self) -> Processes:
         """The old name of `processes`, kept for one release."""
         return self.processes
@@ -125,7 +155,13 @@ class ParticleModel(nn.Module):
         """Whether the base has blocks above a cut, where every particle gets its own rows."""
         return self._cut is not None and bool(self._cut.above)
 
-    def forward(self, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        per_particle: bool = False,
+        particle: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base model's forward for every particle: x (B, ...) -> (K, B, ...).
 
         The first forward of each mode and each form of the inputs is checked against one particle
@@ -137,30 +173,61 @@ class ParticleModel(nn.Module):
                 `pixel_values` and their like; `batch_axes` of get_particle_model settles what is
                 ambiguous. A single argument that `trunk(...)` returned goes on from there.
             per_particle: whether inputs are (K, B, ...), with a mini-batch for each particle.
+            particle: integers (N,), for inputs (N, ...): row n runs through particle[n] alone, and
+                outputs are (N, ...). Particles without rows cost nothing. It is how a batch of
+                requests for many adapters is served, and how batches of unequal sizes are trained
+                in one pass. A list of integers spares a wait for the device.
 
         Returns:
             The base's output, in which every tensor with rows for all particles is (K, B, ...),
             inside tuples, dicts and transformers' ModelOutput too. Anything else comes back as the
             base returned it, so `.loss` of a transformers model is one mean over all particles: a
             method computes its own from logits and labels. With fold="loop" every output tensor has
-            the particle axis in front.
+            the particle axis in front. Where heads have widths of their own, logits (the output, or
+            its fields "...logits") are a list of K tensors (B, ..., C_k); with `particle` they have
+            the columns of the widest head, of which row n means those of its own.
 
         Raises:
             ParticleIsolationError: the model mixes particles.
-            ValueError: a batch axis is ambiguous, or no adapter runs.
+            ValueError: a batch axis is ambiguous, no adapter runs, or `particle` names a particle
+                that is not there or has another length than the batch.
         """
+        if particle is not None:
+            return self._run_rows("forward", args, kwargs, per_particle, particle)
         if len(args) == 1 and isinstance(args[0], TrunkOutput):
             rows, kwargs = args[0], args[0].kwargs | kwargs
             return self._runner.run(self, "forward", rows.args, kwargs, False, rows)
         return self._runner.run(self, "forward", args, kwargs, per_particle)
 
-    def call(self, name: str, *args: Any, per_particle: bool = False, **kwargs: Any) -> Any:
+    def _run_rows(
+        self,
+        name: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+        particle: Tensor | Sequence[int],
+    ) -> Any:
+        if per_particle:
+            raise ValueError("per_particle=True has rows for every particle; leave `particle` out")
+        return self._runner.run_rows(self, name, args, kwargs, particle)
+
+    def call(
+        self,
+        name: str,
+        *args: Any,
+        per_particle: bool = False,
+        particle: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Another method of the base, folded and checked like its forward.
 
         Args:
             name: the method, such as "get_image_features", or its path, "vision_model.forward".
-            args, kwargs, per_particle: as in `forward`.
+            args, kwargs, per_particle, particle: as in `forward`. So
+                model.call("generate", ids, particle=[2, 0]) answers each prompt by its own adapter.
         """
+        if particle is not None:
+            return self._run_rows(name, args, kwargs, per_particle, particle)
         return self._runner.run(self, name, args, kwargs, per_particle)
 
     def trunk(self, *args: Any, **kwargs: Any) -> TrunkOutput:
@@ -207,7 +274,10 @@ class ParticleModel(nn.Module):
             )
         parts: dict[Tensor, Tensor] = {p: p.detach()[start:stop] for _, _, p in self._slots()}
         first = self.window.start
-        with self._swapped(parts, stop - start):
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers():
+                stack.enter_context(layer.narrowed(start, stop))
+            stack.enter_context(self._swapped(parts, stop - start))
             self.window = slice(first + start, first + stop)
             yield
 
@@ -229,6 +299,7 @@ class ParticleModel(nn.Module):
         Raises:
             ValueError: the weights have another shape or dtype, or are not finite.
         """
+        self.require_uniform("mixtures")
         particles = self.num_particles * self.processes.particle_size
         weights = soups.checked(weights, particles, "mixtures")
         adapters, heads = soups.Recipe.of_adapters(weights), soups.Recipe.of_heads(weights)
@@ -262,8 +333,10 @@ class ParticleModel(nn.Module):
 
     def _slots(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(module, name in it, tensor) for everything with a particle axis."""
-        layers = [m for m in self.base.modules() if isinstance(m, ParticleLayer)]
-        return [slot for layer in layers for slot in layer.stacked()]
+        return [slot for layer in self._layers() for slot in layer.stacked()]
+
+    def _layers(self) -> list[ParticleLayer]:
+        return [m for m in self.base.modules() if isinstance(m, ParticleLayer)]
 
     @contextlib.contextmanager
     def _swapped(
@@ -303,9 +376,49 @@ class ParticleModel(nn.Module):
         repeated = {p: nn.Parameter(values, p.requires_grad) for p, values in whole.items()}
         for module, name, p in self._slots():
             module._parameters[name] = repeated[p]
+        if self.peft_configs is not None:
+            self.peft_configs *= num_particles
         self.num_particles = self.every = num_particles
         self.window = slice(0, num_particles)
         self.seeds = tuple((self.seeds[0] + k) % 2**63 for k in range(num_particles))
+
+    def replace_particle(
+        self,
+        particle: int,
+        config: peft.LoraConfig | None = None,
+        seed: int = 0,
+        heads: Mapping[str, int | nn.Module | None] | None = None,
+    ) -> None:
+        """Give particle k's place to a new adapter, which starts as it would alone; in place.
+
+        The other particles keep their numbers and gradients. Where the new adapter needs a larger
+        rank, a wider head or a layer that nobody had adapted, the stacked tensors are other
+        parameters afterwards, and the leaves of `particle_parameters(separate=True)` of the other
+        particles follow them; an optimizer over the stacked tensors must be made anew. The state
+        that an optimizer has of particle k is for the caller to forget: one optimizer per particle
+        makes that easy.
+
+        Args:
+            particle: k.
+            config: as in `get_particle_model`; the particle's own where it is None.
+            seed: an integer in [0, 2^63), of this particle alone.
+            heads: for a head of another width, its start; see `get_particle_model`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: a value is out of range, or the
+                configuration does not fit the base or the other particles; nothing is changed then.
+            RuntimeError: this is inside `particles` or `mixtures`.
+        """
+        self.require_whole("replace_particle")
+        self.particle(particle)
+        checks.integer("seed", seed, 0, 2**63 - 1)
+        if self.peft_configs is None or self.processes.particle_size > 1:
+            raise NotImplementedError("replace_particle needs adapters, all in one process")
+        config = self.peft_configs[particle] if config is None else config
+        self.peft_configs[particle] = slots.replace_particle(
+            self.base, self.num_particles, particle, config, seed, self._redrawn, heads or {}
+        )
+        self.seeds = (*self.seeds[:particle], seed, *self.seeds[particle + 1 :])
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
         """The result (K, ...) of run(), computed for `particle_chunk` particles at a time."""
@@ -352,7 +465,7 @@ class ParticleModel(nn.Module):
     def adapters(self) -> list[Adapter]:
         """The adapted layers in module order, by their names in the base model."""
         return [
-            Adapter(name, layer.lora_A, layer.lora_B, layer.scaling)
+            Adapter(name, layer.lora_A, layer.lora_B, layer.scaling, layer.scales)
             for name, layer in self.lora_layers()
         ]
 
@@ -379,7 +492,7 @@ class ParticleModel(nn.Module):
         adapters = self.adapters()
         if not adapters:
             raise ValueError("cosines needs an adapted layer; this model has none")
-        factors = [f for a in adapters for f in (a.lora_A, a.lora_B)]
+        factors = [f for a in adapters for f in (a.lora_A, a.scaled())]
         factors = self.processes.gather_all(factors)
         gram = lora_gram(factors[::2], factors[1::2], [a.scaling for a in adapters])
         return cosines(gram if per_layer else gram.sum(0))
@@ -449,7 +562,7 @@ class ParticleModel(nn.Module):
         """
         self.require_whole("save_pretrained")
         particle_folders.save(
-            self.base, self.peft_config, self.processes, path, self.seeds, save_embedding_layers
+            self.base, self.peft_configs, self.processes, path, self.seeds, save_embedding_layers
         )
 
     def soup(
@@ -486,6 +599,7 @@ class ParticleModel(nn.Module):
             raise ValueError(
                 "a soup is a PEFT adapter, and full copies have none: `mixtures` runs soups of them"
             )
+        self.require_uniform("soup")
         return soups.save_soup(self.base, self.peft_config, self.processes, path, kind, weights)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multilora import atomic, embeddings, peft_tensors
+from multilora.layers import is_uniform
 from multilora.parallel import Processes
 from multilora.peft_format import (
     CONFIG,
@@ -35,13 +36,14 @@ FORMAT = 2
 INDEX = "multilora.json"
 # The file of a full copy.
 _MODEL = "model.safetensors"
+_LIST = "the list of folders"
 #: What a particle's folder may have.
 FILES = (CONFIG, WEIGHTS, _MODEL)
 
 
 def save(
     base: nn.Module,
-    config: peft.LoraConfig | None,
+    configs: Sequence[peft.LoraConfig] | None,
     processes: Processes,
     path: str | Path,
     seeds: Sequence[int],
@@ -49,21 +51,22 @@ def save(
 ) -> None:
     """Write every particle and the index; see `ParticleModel.save_pretrained`.
 
-    config: that of the adapters; None for full copies.
+    configs: those of this process's adapters, which are equal where processes share the particles;
+    None for full copies.
     """
     whole = peft_tensors.of_all_processes(base, processes)
-    shared = {} if config is None else embeddings.to_save(base, save_embedding_layers)
-    kind = "full" if config is None else "lora"
+    shared = {} if configs is None else embeddings.to_save(base, save_embedding_layers)
+    kind = "full" if configs is None else "lora"
 
     def write(folder: Path) -> None:
         for particle in range(len(seeds)):
             tensors = peft_tensors.of_particle(base, particle, whole) | shared
             own = folder / f"particle_{particle}"
-            if config is None:
+            if configs is None:
                 own.mkdir()
                 _write_tensors(own / _MODEL, tensors)
             else:
-                write_adapter(own, tensors, config)
+                write_adapter(own, tensors, configs[particle % len(configs)])
         listed = {
             name: {
                 "bytes": (folder / name).stat().st_size,
@@ -74,6 +77,8 @@ def save(
         index = {"format": FORMAT, "num_particles": len(seeds), "seeds": seeds, "files": listed}
         if kind != "lora":
             index["kind"] = kind
+        if configs is not None and not is_uniform(base):
+            index["own_configurations"] = True
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     replace(base, processes, path, write)
@@ -110,6 +115,13 @@ class Saved(NamedTuple):
     config_files: list[Path]
     tensors: list[dict[str, Tensor]]
     tensor_files: list[Path]
+    #: Whether the configurations may differ in what their adapters compute.
+    is_own: bool = False
+
+    def whose(self, particle: int) -> str:
+        """What a particle's file must fit, for messages."""
+        own = self.config_files[particle] if self.is_own else CONFIG
+        return f"the base model with its {own}"
 
 
 class _Particle(NamedTuple):
@@ -122,27 +134,29 @@ class _Particle(NamedTuple):
 def read(path: str | Path | Sequence[str | Path]) -> Saved:
     """The particles of a folder, or adapters of a sequence, checked as far as it needs no model."""
     seeds: int | list[int] = 0
+    is_own = False
     if isinstance(path, (str, os.PathLike)):
         root = Path(path)
         source = str(atomic.newest(root, INDEX))
-        seeds, adapters = atomic.read_set(root, INDEX, lambda: _read_root(root))
+        seeds, adapters, is_own = atomic.read_set(root, INDEX, lambda: _read_root(root))
     else:
         folders = [Path(p) for p in path]
         if not folders:
             raise ValueError("at least one adapter folder is needed; got none")
-        source = "the list of folders"
+        source = _LIST
         adapters = [_read_folder(folder) for folder in folders]
     found, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
     configs = [config for config in found if config is not None]
-    if configs:
-        check_same(config_files, configs)
-    return Saved(source, seeds, configs, config_files, tensors, tensor_files)
+    is_list = source == _LIST
+    if configs and not is_own:
+        is_own = not check_same(config_files, configs, may_differ=is_list)
+    return Saved(source, seeds, configs, config_files, tensors, tensor_files, is_own)
 
 
-def _read_root(root: Path) -> tuple[list[int], list[_Particle]]:
-    """The seeds of the K particles, and their adapters."""
+def _read_root(root: Path) -> tuple[list[int], list[_Particle], bool]:
+    """The seeds of the K particles, their adapters, and whether they may differ."""
     index = atomic.newest(root, INDEX)
-    seeds, listed, kind = _read_index(index)
+    seeds, listed, kind, is_own = _read_index(index)
     adapters = []
     for particle in range(len(seeds)):
         names = [f"particle_{particle}/{name}" for name in _FILES[kind]]
@@ -155,7 +169,7 @@ def _read_root(root: Path) -> tuple[list[int], list[_Particle]]:
             adapters.append(_Particle(None, index, read_tensors(*found), *found))
         else:
             adapters.append(_read_adapter(*found))
-    return seeds, adapters
+    return seeds, adapters, is_own
 
 
 def _read_folder(folder: Path) -> _Particle:
@@ -194,9 +208,9 @@ def _names(num_particles: int, kind: str) -> list[str]:
     return [f"particle_{k}/{name}" for k in range(num_particles) for name in _FILES[kind]]
 
 
-def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None, str]:
+def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None, str, bool]:
     """The seeds of the K particles; the size and digest of each file, None in format 1; the kind of
-    the particles, a key of `_FILES`."""
+    the particles, a key of `_FILES`; whether their configurations may differ."""
     atomic.require_file(file, f"{file.parent} holds no particle model")
     index = atomic.read_json(file)
     if lacking := [key for key in ("format", "num_particles", "seeds") if key not in index]:
@@ -212,7 +226,10 @@ def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f"{file} is damaged: its seed {seed!r} is not an integer in [0, 2^63)")
     if version == 1:
-        return seeds, None, "lora"
+        return seeds, None, "lora", False
+    is_own = index.get("own_configurations", False)
+    if not isinstance(is_own, bool):
+        raise ValueError(f"{file} is damaged: own_configurations is {is_own!r}")
     kind = index.get("kind", "lora")
     if not isinstance(kind, str) or kind not in _FILES:
         raise ValueError(
@@ -229,7 +246,7 @@ def _read_index(file: Path) -> tuple[list[int], dict[str, dict[str, Any]] | None
     for name, entry in listed.items():
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise ValueError(f"{file} is damaged: {name} has {entry!r} for bytes and sha256")
-    return seeds, listed, kind
+    return seeds, listed, kind, is_own
 
 
 def _check_listed(file: Path, listed: dict[str, Any], index: Path) -> None:
@@ -246,12 +263,17 @@ def _check_listed(file: Path, listed: dict[str, Any], index: Path) -> None:
         )
 
 
-def check(saved: Saved, expected: Mapping[str, Expected], whose: str) -> None:
-    """Raise ValueError, naming the file, where an adapter does not fit, or one the others."""
-    for file, loaded in zip(saved.tensor_files, saved.tensors):
-        check_tensors(file, loaded, expected, whose)
+def check(saved: Saved, expected: Sequence[Mapping[str, Expected]], whose: str = "") -> None:
+    """Raise ValueError, naming the file, where an adapter does not fit, or one the others.
+
+    expected: of every particle.
+    """
+    first: dict[str, Tensor] = {}
+    for k, (file, loaded) in enumerate(zip(saved.tensor_files, saved.tensors)):
+        check_tensors(file, loaded, expected[k], whose or saved.whose(k))
         for key, tensor in loaded.items():
-            if expected[key].is_shared and not torch.equal(tensor, saved.tensors[0][key]):
+            shared = first.setdefault(key, tensor) if expected[k][key].is_shared else tensor
+            if not torch.equal(tensor, shared):
                 raise ValueError(
                     f"{file}: {key} is not that of {saved.tensor_files[0]}; particles share buffers"
                 )

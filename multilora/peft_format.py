@@ -172,11 +172,13 @@ def _init(file: Path, init: bool | str) -> bool | str:
     raise ValueError(f"{file}: init_lora_weights = {init!r} is not known")
 
 
-def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig]) -> None:
-    """Raise ValueError where K configurations differ in what their adapters compute.
+def check_same(
+    config_files: Sequence[Path], configs: Sequence[peft.LoraConfig], may_differ: bool = False
+) -> bool:
+    """Whether K configurations agree in what their adapters compute; raises unless they may differ.
 
-    Where they differ in other fields that particles share, a warning says that the first one's
-    values are kept.
+    Where they agree, and differ in other fields that particles share, a warning says that the first
+    one's values are kept.
     """
 
     def comparable(value: Any) -> Any:
@@ -191,6 +193,8 @@ def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig])
                 continue
             unset = key == "task_type" and None in (value, first[key])
             if key not in _FREE_FIELDS and not unset:
+                if may_differ and key != "task_type":
+                    return False
                 raise ValueError(
                     f"{file}: {key} = {value!r}, but {config_files[0]} has {first[key]!r}; "
                     "particles share one configuration"
@@ -203,6 +207,7 @@ def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig])
             f"{config_files[0]} are kept, {kept}",
             stacklevel=4,
         )
+    return True
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -28,11 +28,17 @@ def of_particle(
     """
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(base):
-        A, B = whole[layer.lora_A][particle], whole[layer.lora_B][particle]
-        tensors |= of_adapter(name, layer, A, B)
+        A = layer.part("lora_A", whole[layer.lora_A], particle)
+        B = layer.part("lora_B", whole[layer.lora_B], particle)
+        if A is not None and B is not None:
+            tensors |= of_adapter(name, layer, A, B)
     for name, stacked in stacked_modules(base):
+        if not stacked.is_trained(particle):
+            continue
         for inner, parameter in stacked.module.named_parameters():
-            tensors[_key(name, inner)] = whole[parameter][particle]
+            own = stacked.part(inner, whole[parameter], particle)
+            assert own is not None
+            tensors[_key(name, inner)] = own
         tensors |= of_buffers(name, stacked.module)
     return tensors
 
@@ -55,17 +61,18 @@ def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def expected(base: nn.Module) -> dict[str, Expected]:
+def expected(base: nn.Module, particle: int = 0) -> dict[str, Expected]:
     """The names, shapes and dtypes that the file of one particle of `base` must hold."""
-    tensors = of_particle(base, 0, {p: p.detach() for p in _stacked(base)})
+    tensors = of_particle(base, particle, {p: p.detach() for p in _stacked(base)})
     found = {key: Expected(tuple(t.shape), t.dtype) for key, t in tensors.items()}
     for name, stacked in stacked_modules(base):
-        for key in of_buffers(name, stacked.module):
+        for key in of_buffers(name, stacked.module).keys() & found.keys():
             found[key] = found[key]._replace(is_shared=True)
     for name, layer in lora_layers(base):
         for factor in ("lora_A", "lora_B"):
             key = f"{PREFIX}{name}.{factor}.weight"
-            found[key] = found[key]._replace(dtype=computing_dtype(layer.base_layer))
+            if key in found:
+                found[key] = found[key]._replace(dtype=computing_dtype(layer.base_layer))
     return found
 
 
@@ -81,19 +88,13 @@ def expected_copies(base: nn.Module) -> dict[str, Expected]:
 
 def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
     """Copy the tensors of each particle of this process, which must fit, into `base`."""
-    slots: dict[str, Tensor] = {}
-    shared: dict[str, Tensor] = {}
-    for name, layer in lora_layers(base):
-        slots[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        slots[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name, stacked in stacked_modules(base):
-        slots |= {_key(name, n): p for n, p in stacked.module.named_parameters()}
-        shared |= of_buffers(name, stacked.module)
+    stacked = {p: p.detach() for p in _stacked(base)}
     with torch.no_grad():
         for particle, tensors in enumerate(particles):
+            # Views of the stacked tensors, and buffers that the particles share.
+            slots = of_particle(base, particle, stacked)
             for key, tensor in tensors.items():
-                slot = shared[key] if key in shared else slots[key][particle]
-                slot.copy_(tensor.reshape(slot.shape))
+                slots[key].copy_(tensor.reshape(slots[key].shape))
 
 
 def _key(name: str, inner: str) -> str:

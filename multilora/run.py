@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from multilora.fold import (
     conventional_axes,
     map_leaves,
     map_tensors,
+    named_tensors,
     stack,
     tensors,
     unfold,
@@ -29,6 +30,7 @@ from multilora.forward_state import ForwardState
 from multilora.isolation import IsolationCheck, ParticleIsolationError
 from multilora.layers import StackedModule
 from multilora.ops._library import FrozenTensorError
+from multilora.rows import Rows
 from multilora.trunk import Reached, TrunkOutput
 
 if TYPE_CHECKING:
@@ -87,6 +89,90 @@ class Runner:
             args, kwargs = inputs.folded(range(model.num_particles))
             return _unfolded(model, function(*args, **kwargs), inputs, None)
         return self._batch(model, name, function, inputs, rows)
+
+    def run_rows(
+        self,
+        model: ParticleModel,
+        name: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        particle: Tensor | Sequence[int],
+    ) -> Any:
+        """The method `name` of the base, row n for particle[n] alone."""
+        function = _method(model.base, name)
+        if torch.compiler.is_compiling() or _is_compiled(model.base):
+            raise NotImplementedError("rows for particles of their own do not run in torch.compile")
+        if model.processes.particle_size > 1:
+            raise NotImplementedError("rows for particles of their own need all in one process")
+        if name == "forward":
+            kwargs = self._without_cache(model, kwargs)
+        inputs = self.inputs(model, name, args, kwargs, False)
+        rows = Rows(particle, inputs.batch, model.num_particles)
+        if not rows.present:
+            raise ValueError("particle is empty: there is no row to run")
+        if model.fold == "loop":
+            return self._loop_rows(model, name, function, inputs, rows)
+        if name == "generate" and model.check_isolation:
+            self._look_at_prompts(model, args, kwargs, False)
+        axes = self._axes_of_rows(model, name, function, inputs)
+        args, kwargs = rows.sorted(inputs)
+        several = len(rows.present) > 1
+        state = ForwardState(
+            model,
+            len(rows.present),
+            inputs.batch if several else None,
+            part=rows.part(model.num_particles),
+            counts=rows.unequal_counts if several else None,
+        )
+        output = self._called(model, name, state, partial(function, *args, **kwargs))
+        if axes is None or len(axes) != sum(1 for _ in tensors(output)):
+            axes = conventional_axes(output, inputs.batch, model.output_axes)
+        return rows.back(output, axes)
+
+    def _axes_of_rows(
+        self, model: ParticleModel, name: str, function: Callable[..., Any], inputs: Inputs
+    ) -> list[Axis] | None:
+        """The axis of the rows in every tensor of the output; checks a form of inputs that is new.
+
+        What keeps particles apart in one batch keeps rows apart in any.
+        """
+        key = ("rows", name, model.training, inputs.form())
+        if key in self._checked or not _can_check(model, inputs):
+            return self._checked.get(key)
+        if name == "generate":  # checked by its forward
+            return None
+        check = IsolationCheck(model.base, function, inputs, 0, model.num_particles, 0, False)
+        if check.failure is not None:
+            raise check.failure
+        axes = check.axes_of_rows
+        if check.telling:
+            self._checked[key] = axes
+        return axes
+
+    def _loop_rows(
+        self,
+        model: ParticleModel,
+        name: str,
+        function: Callable[..., Any],
+        inputs: Inputs,
+        rows: Rows,
+    ) -> Any:
+        """One particle after another, each over its own rows."""
+        outputs, done = [], 0
+        for k, count in zip(rows.present, rows.counts):
+            own = torch.tensor(rows.order[done : done + count])
+            args, kwargs = inputs.some_rows(own)
+            state = ForwardState(model, 1, part=_of(k))
+            outputs.append(self._called(model, name, state, partial(function, *args, **kwargs)))
+            done += count
+        axes = conventional_axes(outputs[0], rows.counts[0], model.output_axes)
+        columns = iter(zip(axes, *(tensors(output) for output in outputs)))
+
+        def join(_: Tensor) -> Tensor:
+            axis, *parts = next(columns)
+            return torch.cat(parts, axis) if isinstance(axis, int) else parts[0]
+
+        return rows.back(map_tensors(join, outputs[0]), axes)
 
     def rows_at_the_cut(self, model: ParticleModel, args: tuple, kwargs: dict) -> TrunkOutput:
         """The base up to the cut of its trunk, without a graph."""
@@ -208,7 +294,7 @@ class Runner:
                     f"{type(model.base).__name__} writes into its input, which the next particle "
                     "reads: let it write into a copy"
                 )
-        return stack(outputs)
+        return own_columns(model, stack(outputs))
 
     def _called(
         self, model: ParticleModel, name: str, state: ForwardState, run: Callable[[], Any]
@@ -320,10 +406,14 @@ class ParticleView:
 
     def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         k = self._particle
-        state = ForwardState(self._model, 1, part=lambda p: p[k : k + 1])
+        state = ForwardState(self._model, 1, part=_of(k))
         with state.active():
             output = function(*args, **kwargs)
-        return map_tensors(state.mark, output)
+        return own_columns(self._model, map_tensors(state.mark, output), k)
+
+
+def _of(particle: int) -> Callable[[Tensor], Tensor]:
+    return lambda p: p[particle : particle + 1]
 
 
 def _method(base: nn.Module, name: str) -> Callable[..., Any]:
@@ -365,7 +455,31 @@ def _unfolded(model: ParticleModel, output: Any, inputs: Inputs, axes: list[Axis
     if axes is None or len(axes) != sum(1 for _ in tensors(output)):
         rows = model.num_particles * inputs.batch
         axes = conventional_axes(output, rows, model.output_axes)
-    return unfold(output, axes, model.num_particles)
+    return own_columns(model, unfold(output, axes, model.num_particles))
+
+
+def own_columns(model: ParticleModel, output: Any, particle: int | None = None) -> Any:
+    """Logits of heads that have widths of their own as K tensors, or as one particle's.
+
+    Logits are the output, an entry of a tuple, or a field "...logits", with as many columns as the
+    widest head.
+    """
+    head = next((m for _, m in model.stacked_modules() if m.widths is not None), None)
+    if head is None or head.widths is None:
+        return output
+    widths, widest = head.widths, head.template.out_features
+    names = iter([name for name, _ in named_tensors(output)])
+
+    def cut(t: Tensor) -> Any:
+        name = next(names)
+        is_logits = not name or name.isdigit() or name.endswith("logits")
+        if not is_logits or t.shape[-1:] != (widest,):
+            return t
+        if particle is not None:
+            return t[..., : widths[particle]]
+        return [one[..., :width] for one, width in zip(t, widths)]
+
+    return map_tensors(cut, output)
 
 
 def _is_compiled(base: nn.Module) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from multilora.layers import ParticleLayer
+
 
 def separate_parameters(model: Any) -> list[SeparateParameter]:
     """K leaves for every stacked tensor (K, ...), as the optimizers of K runs would get them.
@@ -26,6 +28,9 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
     (the clipping inside timm's Lamb, D-adaptation, L-BFGS) is needed once for each particle:
     `optim.EachParticle`.
 
+    Where particles have ranks or heads of their own, a leaf has its particle's true shape, and a
+    particle that has no adapter on a layer has no leaf there.
+
     A leaf stays valid after model.to(...) and load_state_dict(assign=True). It can be deep-copied
     together with the model, copy.deepcopy((model, optimizer)), but not alone, and it cannot be
     pickled: save optimizer.state_dict(). The gradient of a loss of the leaves themselves is added
@@ -35,9 +40,9 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
         model: a ParticleModel or an iterable of stacked tensors.
 
     Returns:
-        The leaves in the order of the tensors, the K particles of a tensor side by side, so that
-        `leaves[k::K]` are those of particle k (`leaf.particle` is k). An adapter of a convolution
-        has the shape that PEFT gives it there.
+        The leaves in the order of the tensors, the K particles of a tensor side by side;
+        `leaf.particle` says whose it is. An adapter of a convolution has the shape that PEFT gives
+        it there.
 
     Raises:
         RuntimeError: on use of a leaf, if the model is gone or has other particles by then.
@@ -45,12 +50,14 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
     if not isinstance(model, nn.Module):
         return [leaf for t in stacked_tensors(model) for leaf in _Stack(t).leaves()]
     wanted = {id(p) for p in stacked_tensors(model)}
+    layers = [module for module in model.modules() if isinstance(module, ParticleLayer)]
+    owners = {id(p): layer for layer in layers for _, _, p in layer.stacked()}
     leaves: list[SeparateParameter] = []
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
                 wanted.remove(id(parameter))
-                leaves += _Stack(parameter, module, name).leaves()
+                leaves += _Stack(parameter, module, name, owners.get(id(parameter))).leaves()
     return leaves
 
 
@@ -123,21 +130,25 @@ class _Stack:
         tensor: the stacked tensor (K, ...).
         module, name: the module that holds it and its name there. Without them, the tensor itself
             is kept.
+        layer: the particle layer that it belongs to, which knows what of it is a particle's.
     """
 
-    def __init__(self, tensor: Tensor, module: nn.Module | None = None, name: str = ""):
+    def __init__(
+        self,
+        tensor: Tensor,
+        module: nn.Module | None = None,
+        name: str = "",
+        layer: ParticleLayer | None = None,
+    ):
         self._tensor = tensor if module is None else None
         self._module, self._name = None if module is None else weakref.ref(module), name
+        self._layer = None if layer is None else weakref.ref(layer)
         self.particles = len(tensor)
-        self._shape: tuple[int, ...] = tensor.shape[1:]
-        layer = getattr(module, "base_layer", None)
-        if isinstance(layer, nn.Conv2d):
-            # Stored flat; A is a convolution to r channels, B one of 1×1.
-            kernel = layer.weight.shape[1:] if name == "lora_A" else (tensor.shape[2], 1, 1)
-            self._shape = (tensor.shape[1], *kernel)
 
     def leaves(self) -> Iterator[SeparateParameter]:
-        return (SeparateParameter(self, k) for k in range(self.particles))
+        stacked = self.tensor().detach()
+        every = range(self.particles)
+        return (SeparateParameter(self, k) for k in every if self._own(stacked, k) is not None)
 
     def tensor(self) -> Tensor:
         """The stacked tensor, where it is now."""
@@ -159,8 +170,26 @@ class _Stack:
             )
         return tensor
 
+    def _own(self, stacked: Tensor, particle: int) -> Tensor | None:
+        layer = None if self._layer is None else self._layer()
+        if layer is None:
+            return stacked[particle]
+        return layer.part(self._name, stacked, particle)
+
     def part(self, stacked: Tensor, particle: int) -> Tensor:
-        return stacked[particle].view(self._shape)
+        own = self._own(stacked, particle)
+        if own is None:
+            raise RuntimeError(
+                f"particle {particle} has no {self._name!r} here any more: make its parameters anew"
+            )
+        module = None if self._module is None else self._module()
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Conv2d):
+            # Stored flat; A is a convolution to r channels, B one of 1×1.
+            if self._name == "lora_A":
+                return own.view(len(own), *base.weight.shape[1:])
+            return own[..., None, None]
+        return own
 
     def follow(self, leaf: SeparateParameter) -> None:
         """Make the leaf's memory that of the tensor, which model.to and others exchange."""
@@ -182,7 +211,7 @@ class _Stack:
         if stacked is None:
             return
         cleared = without_gradient(stacked) | {particle}
-        if len(cleared) == self.particles:
+        if all(k in cleared or self._own(stacked, k) is None for k in range(self.particles)):
             self.tensor().grad = None
             return
         # The next backward adds to it.
@@ -213,6 +242,8 @@ class _Stack:
                 twin._tensor = memo[id(owner)]
             else:
                 twin._module = weakref.ref(memo[id(owner)])
+                layer = None if self._layer is None else memo.get(id(self._layer()))
+                twin._layer = None if layer is None else weakref.ref(layer)
             memo[id(self)] = twin
         return memo[id(self)]
 

@@ -9,12 +9,13 @@ import contextlib
 import copy
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from multilora.layers import ParticleLayer, has_own_forward, linear_sizes
+from multilora.layers import Adapted, ParticleLayer, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
     import peft
@@ -35,9 +36,7 @@ class Target(NamedTuple):
     """A layer to adapt, with its rank, scaling and dropout as PEFT chose them."""
 
     layer: nn.Module
-    rank: int
-    scaling: float
-    dropout: float
+    adapted: Adapted
 
 
 def check_config(config: peft.LoraConfig) -> None:
@@ -108,14 +107,77 @@ def resolve(
         else:
             targets[name] = Target(
                 base.get_submodule(name),
-                wrapper.r.get(_ADAPTER, 0),
-                float(wrapper.scaling.get(_ADAPTER, 0)),
-                config.lora_dropout,
+                Adapted(
+                    wrapper.r.get(_ADAPTER, 0),
+                    float(wrapper.scaling.get(_ADAPTER, 0)),
+                    config.lora_dropout,
+                ),
             )
     if config.modules_to_save is not None:
         # PEFT appends a task's head at every load.
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     return config, targets, saved
+
+
+class Chosen(NamedTuple):
+    """What each of K particles adapts and saves in one base."""
+
+    configs: tuple[peft.LoraConfig, ...]  # as PEFT completes them
+    #: What every particle has on a layer, in module order; rank 0 where it has nothing.
+    adapted: dict[str, tuple[Adapted, ...]]
+    #: Which particles have a copy of a module.
+    saved: dict[str, tuple[bool, ...]]
+
+
+def resolve_each(base: nn.Module, configs: Sequence[peft.LoraConfig]) -> Chosen:
+    """Let PEFT choose for every particle, and check that the particles fit together.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: a configuration does not fit the base, or a
+            particle saves a module in which another adapts a layer. The message names the particle
+            where there are several.
+    """
+    found: list[tuple[peft.LoraConfig, dict[str, Target], dict[str, nn.Module]]] = []
+    seen: list[int] = []
+    for k, config in enumerate(configs):
+        same = next((i for i in seen if configs[i] is config), None)
+        if same is None:
+            with _naming(k, len(configs)):
+                check_config(config)
+                completed, targets, saved = resolve(base, config)
+                check_targets(targets, saved)
+            seen.append(k)
+            found.append((completed, targets, saved))
+        else:
+            found.append(found[same])
+    order = {name: i for i, (name, _) in enumerate(base.named_modules())}
+    names = sorted({n for _, targets, _ in found for n in targets}, key=order.__getitem__)
+    heads = sorted({n for _, _, saved in found for n in saved}, key=order.__getitem__)
+    for head in heads:
+        if inside := [n for n in names if n == head or n.startswith(f"{head}.")]:
+            savers = [k for k, (_, _, saved) in enumerate(found) if head in saved]
+            adapters = [k for k, (_, targets, _) in enumerate(found) if inside[0] in targets]
+            raise ValueError(
+                f"particles {savers} save a copy of {head!r}, in which particles {adapters} adapt "
+                f"{inside[0]!r}: particles over one base must agree on one of the two"
+            )
+    none = Adapted(0, 0.0, 0.0)
+    return Chosen(
+        tuple(config for config, _, _ in found),
+        {n: tuple(t[n].adapted if n in t else none for _, t, _ in found) for n in names},
+        {n: tuple(n in saved for _, _, saved in found) for n in heads},
+    )
+
+
+@contextlib.contextmanager
+def _naming(particle: int, particles: int) -> Iterator[None]:
+    """An error names the particle whose configuration it is about."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if particles == 1:
+            raise
+        raise type(error)(f"the configuration of particle {particle}: {error}") from error
 
 
 def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:

@@ -203,7 +203,7 @@ def _distance(model: ParticleModel) -> dict[str, float]:
     particles = model.num_particles
     if particles == 1 or model.peft_config is None:
         return {}
-    A, B, scaling = zip(*((a.lora_A, a.lora_B, a.scaling) for a in model.adapters()))
+    A, B, scaling = zip(*((a.lora_A, a.scaled(), a.scaling) for a in model.adapters()))
     squared = pairwise_frobenius(A, B, scaling).sum(0)
     mean = squared.sqrt().sum() / (particles * (particles - 1))
     return {"particle_distance": mean.item()}

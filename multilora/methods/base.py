@@ -56,6 +56,8 @@ class Method:
     Raises:
         TypeError, ValueError: if the model has no stacked tensors of one K that require gradients,
             or a setting is out of its range.
+        NotImplementedError: if the particles have configurations of their own, and the method needs
+            equal ones.
         RuntimeError: if the processes have different settings, seeds or particles.
     """
 
@@ -66,6 +68,8 @@ class Method:
     trains_particles = True
     #: Whether only plain SGD steps right along the gradients: no momentum, decay or clipping.
     needs_plain_sgd = False
+    #: Whether particles may have ranks, scalings and targets of their own.
+    takes_own_configurations = False
     #: Processes along the particles compare their batches in every so many calls, by a digest of
     #: the targets and, where predictions interact, of the model's inputs. All need the same number.
     compare_batches = 1
@@ -82,6 +86,8 @@ class Method:
         self.passes = Passes(model, particle_chunk)
         self.passes.require_agreement({name: described(v) for name, v in settings.items()})
         self.model, self.params = self.passes.model, self.passes.params
+        if not self.takes_own_configurations and hasattr(self.model, "require_uniform"):
+            self.model.require_uniform(type(self).__name__)
         self.num_particles = self.passes.num_particles
         self.step = 0
         self._calls = 0

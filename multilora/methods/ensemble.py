@@ -32,6 +32,8 @@ class Ensemble(Method):
         TypeError, ValueError, RuntimeError: see `Method`.
     """
 
+    takes_own_configurations = True
+
     def __init__(
         self,
         model: Any,

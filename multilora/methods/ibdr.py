@@ -89,6 +89,8 @@ class IBDR(WithSpread):
 
     interacts = True
 
+    takes_own_configurations = True
+
     def __init__(
         self,
         model: Any,

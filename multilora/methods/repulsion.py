@@ -29,6 +29,8 @@ class Groups:
         self.lora_A = [a.lora_A for a in adapters]
         self.lora_B = [a.lora_B for a in adapters]
         self.scaling = [a.scaling for a in adapters]
+        # Where particles have ranks and scalings of their own; B is then taken with them.
+        self.scales = [a.scales for a in adapters]
         # A head's weight and bias belong together.
         self.dense = [[p] for p in params]
         self.has_modules = hasattr(model, "heads")
@@ -39,6 +41,7 @@ class Groups:
     def gather(self, passes: Passes) -> dict[Tensor, Tensor]:
         """theta, of all processes."""
         tensors = [*self.lora_A, *self.lora_B, *(t for group in self.dense for t in group)]
+        tensors += [s for s in self.scales if s is not None]
         return dict(zip(tensors, passes.gather(tensors)))
 
     def flat(self, theta: dict[Tensor, Tensor]) -> list[Tensor]:
@@ -54,7 +57,7 @@ class Groups:
         """
         distances = []
         if self.lora_A:
-            lora_A, lora_B = ([theta[t] for t in factor] for factor in (self.lora_A, self.lora_B))
+            lora_A, lora_B = [theta[t] for t in self.lora_A], self._scaled_B(theta)
             distances.append(pairwise_frobenius(lora_A, lora_B, self.scaling))
         return torch.cat([*distances, *(_squared_distances(x)[None] for x in dense)])
 
@@ -107,6 +110,11 @@ class Groups:
         for p, g in self.of_parameters().items():
             if p not in phi:
                 phi[p] = _mixed(mix[g].to(p.dtype), grad[p]) + force[p] * weight
+        for A, B, own_scales in zip(self.lora_A, self.lora_B, self.scales):
+            if own_scales is not None:
+                # Another particle's gradient may reach into the padding of a smaller one.
+                is_own = theta[own_scales] != 0
+                phi |= {A: phi[A] * is_own.mT, B: phi[B] * is_own}
         return phi
 
     def of_parameters(self) -> dict[Tensor, int]:
@@ -122,7 +130,11 @@ class Groups:
         mean_i ‖θ_i‖². Plain tensors have none, as their origin may mean nothing."""
         norms: list[Tensor] = []
         if self.lora_A:
-            norms += torch._foreach_norm([theta[A] for A in self.lora_A])
+            scaled = [
+                theta[A] if s is None else theta[A] * theta[s].mT
+                for A, s in zip(self.lora_A, self.scales)
+            ]
+            norms += torch._foreach_norm(scaled)
             norms = list(torch._foreach_mul(norms, self.scaling))
         if self.has_modules:
             norms += [
@@ -145,21 +157,44 @@ class Groups:
         factors = (*self.lora_A, *self.lora_B)
         # Frozen factors have no gradient; their direction is dropped.
         grads = [grad[t] if t in grad else torch.zeros_like(theta[t]) for t in factors]
-        values = [theta[t] for t in factors]
         n = len(self.lora_A)
+        values_A, values_B = [theta[t] for t in self.lora_A], self._scaled_B(theta)
+        own = [g for g, s in enumerate(self.scales) if s is not None]
+        drives = {i: grads[i] for g in own for i in (g, n + g)}
+        for i, drive in drives.items():
+            # Mixed apart: the operator's gradient is that of B with its scales.
+            grads[i] = torch.zeros_like(drive)
         phi_A, phi_B = svgd_update(
-            grads[:n], grads[n:], mix, upstream, values[:n], values[n:], self.scaling
+            grads[:n], grads[n:], mix, upstream, values_A, values_B, self.scaling
         )
-        return dict(zip(factors, (*phi_A, *phi_B)))
+        phi = dict(zip(factors, (*phi_A, *phi_B)))
+        for g in own:
+            A, B, own_scales = self.lora_A[g], self.lora_B[g], self.scales[g]
+            assert own_scales is not None
+            scales = theta[own_scales]
+            mixing = mix[g].to(A.dtype)
+            phi[A] = phi[A] + _mixed(mixing, drives[g])
+            phi[B] = phi[B] * scales + _mixed(mixing, drives[n + g])
+        return phi
+
+    def _scaled_B(self, theta: dict[Tensor, Tensor]) -> list[Tensor]:
+        """B (k, d_out, r) of every adapter, with the scales in it where there are any."""
+        pairs = zip(self.lora_B, self.scales)
+        return [theta[B] if s is None else theta[B] * theta[s] for B, s in pairs]
 
     def _stein_forces(
         self, theta: dict[Tensor, Tensor], k: Tensor, width: Tensor
     ) -> dict[Tensor, Tensor]:
         """−Σ_j ∇_j k_ji of the factors."""
         force: dict[Tensor, Tensor] = {}
+        scaled = self._scaled_B(theta)
         for layer, (A, B, s) in enumerate(zip(self.lora_A, self.lora_B, self.scaling)):
             pull = k[layer] * (2 * s * s / width[layer])
-            force |= zip((A, B), _stein_force(theta[A], theta[B], pull))
+            force_A, force_B = _stein_force(theta[A], scaled[layer], pull)
+            own_scales = self.scales[layer]
+            if own_scales is not None:
+                force_B = force_B * theta[own_scales]
+            force |= zip((A, B), (force_A, force_B))
         return force
 
     def _dense_forces(self, dense: list[Tensor], k: Tensor, width: Tensor) -> dict[Tensor, Tensor]:

@@ -67,6 +67,8 @@ class SVGD(Method):
         TypeError, RuntimeError: see `Method`.
     """
 
+    takes_own_configurations = True
+
     def __init__(
         self,
         model: Any,
@@ -93,6 +95,8 @@ class SVGD(Method):
         self.floor = checks.number("floor", floor, 0)
         self.prior_precision = checks.number("prior_precision", prior_precision, 0)
         super().__init__(model, particle_chunk=particle_chunk, nonfinite=nonfinite)
+        if any(m.trained or m.widths for _, m in getattr(self.model, "stacked_modules", tuple)()):
+            raise NotImplementedError("SVGD compares heads, so all particles need the same ones")
         if gamma != 0:
             require_different_particles(self.model, self.params, "the repulsion")
         self.groups = Groups(self.model, self.params)

@@ -6,6 +6,7 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
+from multilora.many import Run, RunArguments, fit_many
 from multilora.methods import (
     DVERGE,
     IBDR,
@@ -44,10 +45,13 @@ __all__ = [
     "MutualLearning",
     "ParticleIsolationError",
     "ParticleModel",
+    "Run",
+    "RunArguments",
     "Variational",
     "__version__",
     "causal_targets",
     "clip_grad_norm_",
+    "fit_many",
     "get_particle_model",
     "gram_volume",
     "load_particle_model",

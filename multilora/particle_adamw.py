@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from multilora import checks
-from multilora.separate import (
-    SeparateParameter,
-    clear_gradients,
-    separate_parameters,
-    without_gradient,
-)
+from multilora.gradients import clear_gradients, without_gradient
+from multilora.separate import SeparateParameter, separate_parameters
 
 
 def groups_of_particles(groups: Any, what: str) -> dict[int, list[dict[str, Any]]]:
@@ -108,6 +104,7 @@ class ParticleAdamW(Optimizer):
         each = groups_of_particles(groups, "ParticleAdamW")
         self._entries: list[_Entry] = []
         self._steps: dict[int, Tensor] = {}
+        self._parts: dict[int, _OfOne] = {}
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__([g | {"particle": k} for k, of_k in each.items() for g in of_k], options)
         self._find()
@@ -127,10 +124,12 @@ class ParticleAdamW(Optimizer):
         """The optimizer of one particle, for its schedule and its steps. It shares the groups."""
         if particle not in self._steps:
             raise ValueError(f"there are the particles {sorted(self._steps)}; got {particle!r}")
-        return _OfOne(self, particle)
+        if particle not in self._parts:
+            self._parts[particle] = _OfOne(self, particle)
+        return self._parts[particle]
 
     def replace(self, particle: int, groups: Any, **options: Any) -> None:
-        """Forget a particle's state and take other parameters for it, as for a new optimizer.
+        """Forget a particle's state and gradient, and take other parameters for it.
 
         Call it after `model.replace_particle`. What the optimizer knows of the others stays, also
         where the stacked tensors have grown.
@@ -158,10 +157,12 @@ class ParticleAdamW(Optimizer):
             raise
         self.param_groups.sort(key=lambda group: group["particle"])
         self._steps[particle].zero_()
+        self._parts.pop(particle, None)
         self._find()
         for entry in self._entries:
             entry.exp_avg[particle].zero_()
             entry.exp_avg_sq[particle].zero_()
+        self.zero_grad(particles=[particle])
 
     def _find(self) -> None:
         """Find the stacked tensors of all leaves; their means are kept where there are any."""
@@ -184,6 +185,9 @@ class ParticleAdamW(Optimizer):
             raise TypeError("ParticleAdamW takes no closure: call method.backward before the step")
         for k, work in self._work(particles).items():
             self._steps[k] += 1
+            if k in self._parts:
+                # What schedulers look for, and find where `of(k)` steps itself.
+                setattr(self._parts[k], "_opt_called", True)  # noqa: B010
             for parts in work.values():
                 group = parts["group"]
                 device = parts["params"][0].device

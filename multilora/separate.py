@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from multilora.gradients import note_without, without_gradient
 from multilora.layers import ParticleLayer
 
 
@@ -216,7 +217,7 @@ class _Stack:
             return
         # The next backward adds to it.
         stacked[particle].zero_()
-        _note_without(stacked, cleared)
+        note_without(stacked, cleared)
 
     @torch.no_grad()
     def set_grad(self, particle: int, value: Tensor) -> None:
@@ -227,7 +228,7 @@ class _Stack:
         else:
             cleared = without_gradient(tensor.grad)
         self.part(tensor.grad, particle).copy_(value)
-        _note_without(tensor.grad, cleared - {particle})
+        note_without(tensor.grad, cleared - {particle})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
         owner = self._tensor if self._module is None else self._module()
@@ -246,79 +247,6 @@ class _Stack:
                 twin._layer = None if layer is None else weakref.ref(layer)
             memo[id(self)] = twin
         return memo[id(self)]
-
-
-def without_gradient(stacked: Tensor) -> frozenset[int]:
-    """The particles whose gradient is None, though their part of the stacked one is there.
-
-    The stacked gradient itself knows them, for all who read it, until something else writes to it:
-    then all particles have a gradient again.
-    """
-    who, version, particles = getattr(stacked, "_multilora_without", (0, 0, frozenset()))
-    return particles if (who, version) == (id(stacked), stacked._version) else frozenset()
-
-
-def _note_without(stacked: Tensor, particles: frozenset[int]) -> None:
-    setattr(stacked, "_multilora_without", (id(stacked), stacked._version, particles))  # noqa: B010
-
-
-def ranges(particles: Collection[int]) -> list[slice]:
-    """Particles as slices of those that lie side by side, in ascending order."""
-    found: list[slice] = []
-    for k in sorted(particles):
-        if found and found[-1].stop == k:
-            found[-1] = slice(found[-1].start, k + 1)
-        else:
-            found.append(slice(k, k + 1))
-    return found
-
-
-@torch.no_grad()
-def add_gradients(
-    params: Sequence[Tensor], grads: Sequence[Tensor], particles: Collection[int]
-) -> None:
-    """p.grad += g for these particles alone; the gradients of all others stay, None included.
-
-    params and grads are stacked tensors (K, ...).
-    """
-    parts, missing = ranges(particles), frozenset(range(len(params[0]))) - set(particles)
-    into, added, after = [], [], []
-    for p, g in zip(params, grads):
-        without = missing if p.grad is None else without_gradient(p.grad) & missing
-        if p.grad is None and not missing:
-            p.grad = torch.empty_like(p, memory_format=torch.contiguous_format).copy_(g)
-            continue
-        if p.grad is None:
-            p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        into += [p.grad[part] for part in parts]
-        added += [g[part] for part in parts]
-        after.append((p.grad, without))
-    if into:
-        torch._foreach_add_(into, added)
-    for grad, without in after:
-        _note_without(grad, without)
-
-
-@torch.no_grad()
-def clear_gradients(params: Sequence[Tensor], particles: Collection[int]) -> None:
-    """Make the gradients of these particles None; the gradients of all others stay.
-
-    params are stacked tensors (K, ...).
-    """
-    parts, cleared, zeroed = ranges(particles), [], []
-    for p in params:
-        if p.grad is None:
-            continue
-        without = without_gradient(p.grad) | set(particles)
-        if len(without) == len(p):
-            p.grad = None
-        else:
-            zeroed += [p.grad[part] for part in parts]
-            cleared.append((p.grad, without))
-    if zeroed:
-        torch._foreach_zero_(zeroed)
-    for grad, without in cleared:
-        _note_without(grad, without)
 
 
 def stacked_tensors(model: Any) -> list[Tensor]:

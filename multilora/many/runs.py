@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from multilora.losses import named
 from multilora.many.arguments import RunArguments, read
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Run:
         loss: a name or a loss of `multilora.losses`, or a function (logits (B, ..., C), targets) ->
             a scalar. By default the base's own loss for batches with labels, and the mean
             cross-entropy for others.
-        metrics: (logits, targets) of the whole eval_dataset -> measures by name, which are stored as
-            eval_NAME. eval_loss and eval_accuracy come with it.
+        metrics: (logits, targets) of the whole eval_dataset -> measures by name, which the table
+            has as eval_NAME. eval_loss and eval_accuracy come with it.
         heads: outputs of heads of another width than the base's, by name; see
             `get_particle_model`.
     """
@@ -65,7 +66,9 @@ class Planned:
         """A text that tells runs apart, as far as their data are not concerned."""
         config = self.run.config.to_dict()
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        heads = {k: v if isinstance(v, int) else "module" for k, v in (self.run.heads or {}).items()}
+        heads = {
+            k: v if isinstance(v, int) else "module" for k, v in (self.run.heads or {}).items()
+        }
         return json.dumps([vars(self.arguments), plain, heads], sort_keys=True, default=str)
 
 
@@ -90,6 +93,10 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
             raise ValueError(f"two runs have the name {name!r}")
         who = f"run {name!r}"
         arguments = read(run.arguments, who)
+        try:
+            _ = run.loss if run.loss is None else named(run.loss)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
         if arguments.eval_strategy != "no" and run.eval_dataset is None:
             raise ValueError(f"{who}: eval_strategy = {arguments.eval_strategy!r}, no eval_dataset")
         if not hasattr(run.dataset, "__len__") and arguments.max_steps <= 0:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from multilora import checks
+from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, warn
 from multilora.methods.packing import Batch, Pack, Reader
 from multilora.methods.parameters import stacked_parameters
 from multilora.methods.tensors import gradients, zero_if_finite
-from multilora.separate import SeparateParameter, add_gradients, separate_parameters
+from multilora.separate import SeparateParameter, separate_parameters
 
 #: A batch of a particle, or its closure.
 Entry = Any
@@ -54,6 +55,8 @@ class Independent(Method):
             is inside DistributedDataParallel or on a mesh.
     """
 
+    takes_own_configurations = True
+
     def __init__(
         self,
         model: Any,
@@ -74,13 +77,22 @@ class Independent(Method):
         several = isinstance(losses, Sequence) and not isinstance(losses, str)
         each: Any = losses if several else [losses] * self.num_particles
         #: ℓ_k of each particle; None for the default.
-        self.losses = [self._loss(k, one) for k, one in enumerate(self._of_each("losses", each))]
+        self.losses = [
+            self.named_loss(k, one) for k, one in enumerate(self._of_each("losses", each))
+        ]
         weights = [1.0] * self.num_particles if weights is None else weights
         self.weights = [
             checks.number(f"weights[{k}]", w, 0)
             for k, w in enumerate(self._of_each("weights", weights))
         ]
+        #: How many rows each particle had in the last call.
+        self.rows: dict[int, int] = {}
         self._reader = Reader(self.model.base)
+        self._tell: Callable[[str], None] = warn
+        #: The particles that the last call left out since they were not finite.
+        self.skipped: list[int] = []
+        #: As `particle_nll`, with the loss of the router.
+        self.particle_loss: Tensor | None = None
 
     def parameters_of(self, particle: int) -> list[SeparateParameter]:
         """The parameters of one particle, over the memory of the stacked ones: see
@@ -102,9 +114,9 @@ class Independent(Method):
                 not in it, takes no part. An entry is (inputs, targets), where the inputs are a
                 tensor, a tuple of arguments or a mapping; a mapping with "labels", as a model of
                 transformers takes it, which are shifted where the model shifts them; or a closure,
-                () -> (logits (B, ..., C), targets), which runs `model.particle(k)`. Closures run one after
-                another, batches together. Sequences of unequal lengths are padded on the right,
-                where a mask hides the rest.
+                () -> (logits (B, ..., C), targets), which runs `model.particle(k)`. Closures run
+                one after another, batches together. Sequences of unequal lengths are padded on the
+                right, where a mask hides the rest.
             scale: s, a number or K of them: 1/M_k for M_k accumulation steps; or with a GradScaler
                 a tensor (), scaler.scale(torch.ones(())).
             num_items: for some particles, the number of labels over which the loss of a step is
@@ -130,12 +142,13 @@ class Independent(Method):
         entries = self._entries(batches)
         scales = self._scales(scale)
         items = self._items(num_items, entries)
-        device = self.params[0].device
+        device, self.rows = self.params[0].device, {}
         total: list[Tensor] = []
         losses: dict[int, Tensor] = {}
         extras: dict[int, Tensor] = {}
         for part in self._passes(entries, device):
-            values, routed = self._losses(part, items)
+            outputs, routed = self._outputs(part)
+            values = {k: self._value(k, *output, items) for k, output in outputs.items()}
             objective = sum(
                 (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
             )
@@ -143,6 +156,7 @@ class Independent(Method):
             total = grads if not total else list(torch._foreach_add(total, grads))
             losses |= {k: v.detach() for k, v in values.items()}
             extras |= {k: v.detach() for k, v in routed.items()}
+            self.rows |= {k: len(outputs[k][0]) for k in outputs}
         del grads
         looked_at = [] if isinstance(scale, Tensor) else total
         steps = self._finite(losses, looked_at)
@@ -150,6 +164,24 @@ class Independent(Method):
             add_gradients(self.params, total, steps)
         self.step += 1
         return self._stats(losses, extras, steps)
+
+    @torch.no_grad()
+    def predict(
+        self, batches: Sequence[Entry | None] | Mapping[int, Entry | None]
+    ) -> dict[int, tuple[Tensor, Tensor, Any]]:
+        """The loss (), the logits (B, ..., C) and the targets of each particle that has a batch.
+
+        Batches are as in `backward`, and run in one pass in the mode that the model is in. Logits
+        and targets of a causal language model begin where the batch has its first label.
+        """
+        self.model.require_whole("Independent.predict")
+        found = {}
+        for part in self._passes(self._entries(batches), self.params[0].device):
+            outputs, routed = self._outputs(part)
+            for k, (logits, targets) in outputs.items():
+                loss = self._value(k, logits, targets, {}) + routed.get(k, 0)
+                found[k] = (loss, logits, targets)
+        return found
 
     def _entries(self, batches: Any) -> dict[int, Entry]:
         """The entries that are there, by particle, in ascending order."""
@@ -179,18 +211,18 @@ class Independent(Method):
         packs = [dict(batches[i : i + size]) for i in range(0, len(batches), size)]
         return [*packs, *closures]
 
-    def _losses(self, part: Any, items: Mapping[int, float]) -> tuple[dict, dict]:
-        """The losses of the particles in one pass, and those of their routers."""
+    def _outputs(self, part: Any) -> tuple[dict[int, tuple[Tensor, Any]], dict[int, Tensor]]:
+        """The logits and targets of the particles in one pass, and the losses of their routers."""
         if isinstance(part, tuple):
             k, closure = part
-            logits, targets = self._of_closure(k, closure)
-            return {k: self._value(k, logits, targets, items)}, {}
+            return {k: self._of_closure(k, closure)}, {}
         pack = Pack(self._reader, part)
         output = pack.run(self.model)
-        values = {}
-        for k, logits in pack.logits(output, self._width).items():
-            values[k] = self._value(k, logits, part[k].targets, items)
-        return values, pack.router_losses(output, [k for k in values if self.losses[k] is None])
+        logits = pack.logits(output, self._width)
+        own_loss = [k for k in logits if self.losses[k] is None]
+        return {k: (z, part[k].targets) for k, z in logits.items()}, pack.router_losses(
+            output, own_loss
+        )
 
     def _of_closure(self, k: int, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         try:
@@ -234,7 +266,7 @@ class Independent(Method):
 
     def _finite(self, losses: Mapping[int, Tensor], grads: list[Tensor]) -> list[int]:
         """The particles that step; raises or warns where some are broken."""
-        every = list(losses)
+        every, self.skipped = list(losses), []
         if self.nonfinite == "ignore":
             return every
         seen = torch.stack([losses[k].float() for k in every])
@@ -248,7 +280,8 @@ class Independent(Method):
         message = f"Independent, call {self.step}: non-finite loss or gradient of {who}"
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{message}; nothing was changed")
-        warn(f"{message}; skipped, the others go on")
+        self.skipped = list(broken)
+        self._tell(f"{message}; skipped, the others go on")
         return [k for k in every if k not in broken]
 
     def _stats(
@@ -259,10 +292,18 @@ class Independent(Method):
             each = each.float()
         for k, value in losses.items():
             each[k] = value
-        self.particle_nll = each
+        self.particle_nll, self.particle_loss = each, each.clone()
+        for k, value in extras.items():
+            self.particle_loss[k] += value
         nll = each[list(steps)].mean()  # NaN where nobody steps
-        extra = sum(extras[k] for k in steps if k in extras)
-        return {"loss": nll + extra / max(len(steps), 1), "nll": nll}
+        return {"loss": self.particle_loss[list(steps)].mean(), "nll": nll}
+
+    def named_loss(self, k: int, loss: Any) -> Loss | OwnLoss | None:
+        """ℓ_k of a name, a function or None, as `losses` has it."""
+        try:
+            return None if loss is None else named(loss)
+        except ValueError as error:
+            raise ValueError(f"{self.who(k)}: {error}") from error
 
     def who(self, k: int) -> str:
         """Particle k with the name of its run, for messages."""
@@ -280,12 +321,6 @@ class Independent(Method):
                 f"{len(values)}"
             )
         return values
-
-    def _loss(self, k: int, loss: Any) -> Loss | OwnLoss | None:
-        try:
-            return None if loss is None else named(loss)
-        except ValueError as error:
-            raise ValueError(f"{self.who(k)}: {error}") from error
 
     def _scales(self, scale: Any) -> list[Any]:
         if isinstance(scale, Tensor):

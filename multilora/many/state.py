@@ -24,7 +24,7 @@ def save(sweep: Sweep, file: Path) -> None:
     named = dict(sweep.model.named_parameters()) if sweep.active else {}
     trained = {name: p for name, p in named.items() if p.requires_grad}
     grads = {
-        name: (p.grad, sorted(without_gradient(p.grad)))
+        name: (p.grad.detach(), sorted(without_gradient(p.grad)))
         for name, p in trained.items()
         if p.grad is not None
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
@@ -185,6 +186,12 @@ class Inputs:
 
         return self._map(fold)
 
+    def shifted(self) -> Inputs:
+        """These inputs for particles with rows of their own: those of particle k start at row k."""
+        inputs = copy.copy(self)
+        inputs.__class__ = _Shifted
+        return inputs
+
     def _map(self, function: Callable[[Leaf], Tensor]) -> tuple[tuple, dict]:
         leaves = iter(self.leaves)
         return map_tensors(lambda _: function(next(leaves)), (self.args, self.kwargs))
@@ -202,6 +209,17 @@ class Inputs:
         """Whether an argument comes from an earlier call, and a call may change it."""
         arguments = self.names.of(self.args, self.kwargs)
         return any(name in _CACHES and value is not None for name, value in arguments)
+
+
+class _Shifted(Inputs):
+    """See `Inputs.shifted`."""
+
+    def of_particle(self, particle: int, rows: Tensor | None = None) -> tuple[tuple, dict]:
+        return self.folded([particle], rows)
+
+    def folded(self, which: Sequence[int], rows: Tensor | None = None) -> tuple[tuple, dict]:
+        rows = torch.arange(self.batch) if rows is None else rows
+        return self.some_rows(torch.cat([(rows + k) % self.batch for k in which]))
 
 
 class Names:

@@ -169,6 +169,8 @@ class LoraLayer(ParticleLayer):
     base_layer: Any
     #: Whether dropout is on in eval mode too, as `mc_dropout` has it.
     sampling = False
+    #: Axes between the particles' and the factors' own: (E,) where the layer has E matrices.
+    groups: tuple[int, ...] = ()
 
     # What every particle is multiplied with, (K, 1, r) with zeros for padding, and its dropout,
     # (K, 1, 1); None where all particles are alike.
@@ -188,13 +190,13 @@ class LoraLayer(ParticleLayer):
         d_out, d_in = self.weight_shape(base_layer)
         factory = self.masters(base_layer)
         self.base_layer = base_layer
-        self.lora_A = nn.Parameter(torch.empty(num_particles, rank, d_in, **factory))
-        self.lora_B = nn.Parameter(torch.zeros(num_particles, d_out, rank, **factory))
+        self.lora_A = nn.Parameter(torch.empty(num_particles, *self.groups, rank, d_in, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(num_particles, *self.groups, d_out, rank, **factory))
         self.set_each(each or (Adapted(rank, scaling, dropout),) * num_particles)
 
     def set_each(self, each: Sequence[Adapted]) -> None:
         """Say what every particle has here; the factors stay as they are."""
-        self.rank, first = self.lora_A.shape[1], each[0]
+        self.rank, first = self.lora_A.shape[-2], each[0]
         self.register_buffer("scales", None, persistent=False)
         self.register_buffer("rates", None, persistent=False)
         self._clean = -1
@@ -206,9 +208,10 @@ class LoraLayer(ParticleLayer):
         # The scales are in B when it is used.
         self.each, self.scaling = tuple(each), 1.0
         self.dropout = max(a.dropout for a in each)
-        self.scales = self.lora_A.new_zeros(len(each), 1, self.rank).detach()
+        ones = [1] * (self.lora_B.ndim - 2)
+        self.scales = self.lora_A.new_zeros(len(each), *ones, self.rank).detach()
         for k, a in enumerate(each):
-            self.scales[k, :, : a.rank] = a.scaling
+            self.scales[k, ..., : a.rank] = a.scaling
         rates = [a.dropout for a in each]
         self.rates = self.lora_A.new_tensor(rates).view(-1, 1, 1)
 
@@ -233,7 +236,9 @@ class LoraLayer(ParticleLayer):
             return None
         if self.each is None:
             return stacked[particle]
-        return stacked[particle, :rank] if name == "lora_A" else stacked[particle, :, :rank]
+        if name == "lora_A":
+            return stacked[particle, ..., :rank, :]
+        return stacked[particle, ..., :rank]
 
     @contextlib.contextmanager
     def narrowed(self, start: int, stop: int) -> Iterator[None]:
@@ -264,8 +269,8 @@ class LoraLayer(ParticleLayer):
             return
         with torch.no_grad():
             for k, a in enumerate(self.each):
-                self.lora_A[k, a.rank :] = 0
-                self.lora_B[k, :, a.rank :] = 0
+                self.lora_A[k, ..., a.rank :, :] = 0
+                self.lora_B[k, ..., a.rank :] = 0
         self._clean = self.lora_A._version + self.lora_B._version
 
     @staticmethod
@@ -289,7 +294,12 @@ class LoraLayer(ParticleLayer):
         except AttributeError:
             if name.startswith("_") or "base_layer" not in self._modules:
                 raise
-            return getattr(self._modules["base_layer"], name)
+            return getattr(self.plain_layer, name)
+
+    @property
+    def plain_layer(self) -> Any:
+        """The frozen layer without any adapters."""
+        return self._modules["base_layer"]
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.enter()
@@ -362,6 +372,11 @@ class LoraLayer(ParticleLayer):
         delta = grouped_linear(shrunk, lora_B * self.scaling, at)
         return delta.view(*x.shape[:-1], -1)
 
+    def matrices_of(self, name: str) -> Iterator[tuple[str, int | None]]:
+        """A name for each matrix that the layer adapts, made of the layer's own, and its place
+        behind the particles' axis of the factors; None where it is the only one."""
+        yield name, None
+
     def reset_particle(self, particle: int, generator: torch.Generator, init: bool | str) -> None:
         """A from Kaiming's uniform (init True) or N(0, 1/r²) ("gaussian"), B zero."""
         rank = self.adapted_by(particle).rank
@@ -370,12 +385,14 @@ class LoraLayer(ParticleLayer):
             self.lora_B[particle] = 0
             if not rank:
                 return
-            fresh = torch.empty(rank, self.lora_A.shape[2])
+            # As PEFT draws it: where there are several matrices, as one of all their rows.
+            place = self.lora_A[particle, ..., :rank, :]
+            fresh = torch.empty(math.prod(place.shape[:-1]), place.shape[-1])
             if init == "gaussian":
                 nn.init.normal_(fresh, std=1 / rank, generator=generator)
             else:
                 nn.init.kaiming_uniform_(fresh, a=math.sqrt(5), generator=generator)
-            self.lora_A[particle, :rank] = fresh
+            place.copy_(fresh.view(place.shape))
 
     def extra_repr(self) -> str:
         if self.each is None:

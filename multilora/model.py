@@ -59,19 +59,24 @@ MOST_PARTICLES = 2**20
 
 
 class Adapter(NamedTuple):
-    """One adapted layer: ΔW_k = scaling · lora_B[k] @ lora_A[k], times scales[k] if there are."""
+    """One adapted matrix: ΔW_k = scaling · lora_B[k] @ lora_A[k], with scales[k] if there are any.
+
+    parameters: the trainable tensors that lora_A and lora_B are, or are views of: the factors of
+    all E experts of a bank are (K, E, ...), and `expert` is the place of this one.
+    scales: (K, 1, r) where particles have scalings and ranks of their own, zero for padding.
+    """
 
     name: str
     lora_A: Tensor  # (K, r, d_in)
     lora_B: Tensor  # (K, d_out, r)
     scaling: float
-    #: (K, 1, r) where particles have scalings and ranks of their own, with zeros for padding.
+    parameters: tuple[Tensor, Tensor]
+    expert: int | None = None
     scales: Tensor | None = None
 
-    def scaled(self, lora_B: Tensor | None = None) -> Tensor:
+    def scaled(self) -> Tensor:
         """B (K, d_out, r) with the scales in it, so that ΔW_k = scaling · scaled[k] @ lora_A[k]."""
-        B = self.lora_B if lora_B is None else lora_B
-        return B if self.scales is None else B * self.scales.to(B)
+        return self.lora_B if self.scales is None else self.lora_B * self.scales
 
 
 class ParticleModel(nn.Module):
@@ -136,6 +141,11 @@ class ParticleModel(nn.Module):
     def is_uniform(self) -> bool:
         """Whether all particles have adapters and copies of one shape, scaling and dropout."""
         return is_uniform(self.base)
+
+    @property
+    def has_own_widths(self) -> bool:
+        """Whether heads have widths of their own, so that logits come as a list."""
+        return any(head.widths is not None for _, head in self.stacked_modules())
 
     def require_uniform(self, what: str) -> None:
         """Raise NotImplementedError where the particles have configurations of their own."""
@@ -463,11 +473,20 @@ class ParticleModel(nn.Module):
         return list(found.values())
 
     def adapters(self) -> list[Adapter]:
-        """The adapted layers in module order, by their names in the base model."""
-        return [
-            Adapter(name, layer.lora_A, layer.lora_B, layer.scaling, layer.scales)
-            for name, layer in self.lora_layers()
-        ]
+        """The adapted layers in module order, by their names in the base model.
+
+        Every expert of a bank is one of its own, "mlp.experts.gate_up_proj[3]", whose factors are
+        views of those of all experts.
+        """
+        found = []
+        for layer_name, layer in self.lora_layers():
+            factors = layer.lora_A, layer.lora_B
+            rank = layer.rank
+            scales = None if layer.scales is None else layer.scales.view(-1, 1, rank)
+            for name, expert in layer.matrices_of(layer_name):
+                A, B = factors if expert is None else (f[:, expert] for f in factors)
+                found.append(Adapter(name, A, B, layer.scaling, factors, expert, scales))
+        return found
 
     @torch.no_grad()
     def cosines(self, per_layer: bool = False) -> Tensor:

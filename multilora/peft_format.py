@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multilora import atomic
+from multilora.experts import bank_name
 from multilora.layers import has_own_forward, linear_sizes
 from multilora.targets import check_plain
 
@@ -95,6 +96,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (_names, "a text or a list of texts"),
     "layers_pattern": (_names, "a text or a list of texts"),
     "layers_to_transform": (_or(_is_none, _is_index, _is_list(_is_index)), "integers"),
+    "target_parameters": (_or(_is_none, _is_list(_is_text)), "a list of texts"),
     "modules_to_save": (_or(_is_none, _is_list(_is_text)), "a list of texts"),
     "task_type": (_or(_is_none, _is_text), "a text"),
     "auto_mapping": (_or(_is_none, _is_dict(lambda value: True)), "an object"),
@@ -304,8 +306,10 @@ def expected_tensors(
                 "convolutions"
             )
         key, dtype = f"{PREFIX}{name}.lora_", computing_dtype(layer.get_base_layer())
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), None)
+        parameter = getattr(layer, "parameter_name", None)
+        known = name if parameter is None else f"{bank_name(name)}.{parameter}"
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, known), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, known), None)
         alpha = config.lora_alpha if alpha is None else alpha
         scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
         if not abs(scaling) <= torch.finfo(dtype).max:
@@ -315,7 +319,8 @@ def expected_tensors(
             )
         for factor, shape in ((f"{key}A.weight", "A"), (f"{key}B.weight", "B")):
             d = expected[factor].shape
-            d = (rank, *d[1:]) if shape == "A" else (d[0], rank, *d[2:])
+            # A bank of E experts has E ranks side by side.
+            d = (d[0] * rank, *d[1:]) if shape == "A" else (d[0], d[1] * rank, *d[2:])
             expected[factor] = Expected(d, dtype)
     return expected
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from multilora.experts import LoraExperts, bank_name
 from multilora.layers import LoraConv2d, LoraLayer, lora_layers, stacked_modules
 from multilora.parallel import Processes
 from multilora.peft_format import PREFIX, Expected, computing_dtype
@@ -44,11 +45,19 @@ def of_particle(
 
 
 def of_adapter(name: str, layer: LoraLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The factors A (r, d_in) and B (d_out, r) of one adapter."""
+    """The factors A (r, d_in) and B (d_out, r) of one adapter; (E, ...) of a bank of experts."""
+    if isinstance(layer, LoraExperts):
+        # PEFT's are (E·r, d_in), expert first, and (d_out, r·E), expert last.
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
     if isinstance(layer, LoraConv2d):
         A = A.view(A.shape[0], *layer.base_layer.weight.shape[1:])
         B = B[..., None, None]
     return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+
+
+def pattern_name(name: str, layer: LoraLayer) -> str:
+    """What PEFT matches with the names in rank_pattern and alpha_pattern."""
+    return f"{bank_name(name)}.{layer.parameter}" if isinstance(layer, LoraExperts) else name
 
 
 def of_buffers(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -72,7 +81,7 @@ def expected(base: nn.Module, particle: int = 0) -> dict[str, Expected]:
         for factor in ("lora_A", "lora_B"):
             key = f"{PREFIX}{name}.{factor}.weight"
             if key in found:
-                found[key] = found[key]._replace(dtype=computing_dtype(layer.base_layer))
+                found[key] = found[key]._replace(dtype=computing_dtype(layer.plain_layer))
     return found
 
 
@@ -89,12 +98,24 @@ def expected_copies(base: nn.Module) -> dict[str, Expected]:
 def fill(base: nn.Module, particles: Sequence[Mapping[str, Tensor]]) -> None:
     """Copy the tensors of each particle of this process, which must fit, into `base`."""
     stacked = {p: p.detach() for p in _stacked(base)}
+    banks = {
+        f"{PREFIX}{name}.{factor}.weight": (layer, factor)
+        for name, layer in lora_layers(base)
+        if isinstance(layer, LoraExperts)
+        for factor in ("lora_A", "lora_B")
+    }
     with torch.no_grad():
         for particle, tensors in enumerate(particles):
             # Views of the stacked tensors, and buffers that the particles share.
             slots = of_particle(base, particle, stacked)
             for key, tensor in tensors.items():
-                slots[key].copy_(tensor.reshape(slots[key].shape))
+                slot = slots[key]
+                if key in banks:  # whose file is in another order, so that it is no view
+                    layer, factor = banks[key]
+                    own = layer.part(factor, stacked[getattr(layer, factor)], particle)
+                    assert own is not None
+                    slot = own if factor == "lora_A" else own.permute(1, 2, 0)
+                slot.copy_(tensor.reshape(slot.shape))
 
 
 def _key(name: str, inner: str) -> str:

@@ -183,6 +183,11 @@ class _Reading(NamedTuple):
         return z, axis + (axis >= 0)
 
     def _run(self, model: nn.Module, inputs: Any) -> Tensor:
+        if getattr(model, "has_own_widths", False):
+            raise NotImplementedError(
+                "the particles' heads have widths of their own, so their probabilities are no "
+                "tensor (K, B, C): model(x) gives a list of logits, model.particle(k)(x) one"
+            )
         if self.forward is not None:
             out = self.forward(model, inputs)
         else:

@@ -53,14 +53,7 @@ class Rows:
             return None
         if last - first + 1 == len(self.present):
             return lambda p: p[first : last + 1]
-        found: dict[Tensor, Tensor] = {}
-
-        def part(p: Tensor) -> Tensor:
-            if p not in found:
-                found[p] = p[self.present]
-            return found[p]
-
-        return part
+        return lambda p: p[self.present]
 
     def sorted(self, inputs: Inputs) -> tuple[tuple, dict]:
         """The arguments with the rows of each particle together."""

@@ -73,12 +73,8 @@ class Runner:
         function = _method(model.base, name)
         if name == "forward":
             kwargs = self._without_cache(model, kwargs)
-        if not torch.compiler.is_compiling():
-            if model.thread not in (None, threading.get_ident()):
-                raise RuntimeError("another thread runs some of the particles (particle_chunk)")
-            state = forward_state.current()
-            if state is not None and state.owner is model and state.frozen:
-                return function(*args, **kwargs)
+        if not torch.compiler.is_compiling() and _is_frozen(model):
+            return function(*args, **kwargs)
         if model.fold == "loop":
             return self._loop(model, name, function, args, kwargs, per_particle)
         if name == "generate" and model.check_isolation:
@@ -106,6 +102,8 @@ class Runner:
             raise NotImplementedError("rows for particles of their own need all in one process")
         if name == "forward":
             kwargs = self._without_cache(model, kwargs)
+        if _is_frozen(model):
+            return function(*args, **kwargs)
         inputs = self.inputs(model, name, args, kwargs, False)
         rows = Rows(particle, inputs.batch, model.num_particles)
         if not rows.present:
@@ -134,14 +132,15 @@ class Runner:
     ) -> list[Axis] | None:
         """The axis of the rows in every tensor of the output; checks a form of inputs that is new.
 
-        What keeps particles apart in one batch keeps rows apart in any.
+        It is checked with as many rows for each particle, of which no two have the same.
         """
         key = ("rows", name, model.training, inputs.form())
         if key in self._checked or not _can_check(model, inputs):
             return self._checked.get(key)
         if name == "generate":  # checked by its forward
             return None
-        check = IsolationCheck(model.base, function, inputs, 0, model.num_particles, 0, False)
+        apart = inputs.shifted()
+        check = IsolationCheck(model.base, function, apart, 0, model.num_particles, 0, False)
         if check.failure is not None:
             raise check.failure
         axes = check.axes_of_rows
@@ -410,6 +409,14 @@ class ParticleView:
         with state.active():
             output = function(*args, **kwargs)
         return own_columns(self._model, map_tensors(state.mark, output), k)
+
+
+def _is_frozen(model: ParticleModel) -> bool:
+    """Whether the base runs without particles; raises where another thread runs some of them."""
+    if model.thread not in (None, threading.get_ident()):
+        raise RuntimeError("another thread runs some of the particles (particle_chunk)")
+    state = forward_state.current()
+    return state is not None and state.owner is model and state.frozen
 
 
 def _of(particle: int) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from multilora.experts import LoraExperts, bank_name
 from multilora.layers import (
     Adapted,
     LoraConv2d,
@@ -33,11 +34,19 @@ Heads = Mapping[str, Sequence[int | nn.Module | None]]
 NOTHING = Adapted(0, 0.0, 0.0)
 
 
-def adapt(base: nn.Module, name: str, each: Sequence[Adapted]) -> None:
-    """Put adapters of K particles on a layer of the base."""
+def adapt(
+    base: nn.Module, name: str, each: Sequence[Adapted], parameter: str | None = None
+) -> None:
+    """Put adapters of K particles on a layer of the base, or on a parameter of a bank of experts,
+    whose second layer goes around its first."""
+    name = name if parameter is None else bank_name(name)
     target = base.get_submodule(name)
-    widest = max(each)
-    layer = _layer_type(target)(target, len(each), *widest, each)
+    numbers = len(each), *max(each)
+    layer: LoraLayer
+    if parameter is None:
+        layer = _layer_type(target)(target, *numbers, each)
+    else:
+        layer = LoraExperts(target, *numbers, parameter, each)
     layer.train(target.training)
     _replace(base, name, layer)
 
@@ -163,8 +172,9 @@ def replace_particle(
     saved: dict[str, nn.Module] = {n: _original(base, n) for n in chosen.saved}
     trained = dict.fromkeys(saved, (True,))
     widths = check_heads(saved, trained, own)
-    for name in chosen.adapted.keys() - layers.keys():
-        adapt(base, name, [NOTHING] * particles)
+    for name in reversed(chosen.adapted):
+        if name not in layers:
+            adapt(base, name, [NOTHING] * particles, chosen.parameters.get(name))
     for name in chosen.saved.keys() - stacks.keys():
         stack(base, name, [False] * particles)
     for name, layer in lora_layers(base):
@@ -172,8 +182,8 @@ def replace_particle(
         each = [layer.adapted_by(k) for k in range(particles)]
         each[particle] = now
         if now.rank > layer.rank:
-            layer.lora_A = grown(layer.lora_A, 1, now.rank)
-            layer.lora_B = grown(layer.lora_B, 2, now.rank)
+            layer.lora_A = grown(layer.lora_A, layer.lora_A.ndim - 2, now.rank)
+            layer.lora_B = grown(layer.lora_B, layer.lora_B.ndim - 1, now.rank)
         layer.set_each(each)
     for name, stacked in stacked_modules(base):
         _restart_copy(stacked, particle, name in saved, widths.get(name, [None])[0])
@@ -187,7 +197,7 @@ def plain(base: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
     for module in base.modules():
         if isinstance(module, LoraLayer):
-            memo[id(module)] = module.base_layer
+            memo[id(module)] = module.plain_layer
         elif isinstance(module, StackedModule):
             memo[id(module)] = module.as_it_was()
     return copy.deepcopy(base, memo)
@@ -196,6 +206,15 @@ def plain(base: nn.Module) -> nn.Module:
 def _check_places(
     chosen: Any, layers: Mapping[str, LoraLayer], stacks: Mapping[str, StackedModule]
 ) -> None:
+    banks = {bank_name(n) for n, layer in layers.items() if isinstance(layer, LoraExperts)}
+    there = {n: m.parameter for n, m in layers.items() if isinstance(m, LoraExperts)}
+    for name, parameter in chosen.parameters.items():
+        if bank_name(name) in banks and there.get(name) != parameter:
+            raise ValueError(
+                f"the particles adapt {there} of the banks of experts, and the configuration "
+                f"{chosen.parameters}: as in PEFT, all adapters of a bank must be on the same "
+                "parameters"
+            )
     for head in {**chosen.saved, **stacks}:
         for name in {**chosen.adapted, **layers}:
             if name == head or name.startswith(f"{head}."):

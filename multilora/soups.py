@@ -233,10 +233,11 @@ class Recipe(NamedTuple):
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (K, r, d_in), B (K, d_out, r) -> (M, n·r, d_in), (M, d_out, n·r): the particles' side
-        by side, so that nothing is approximated."""
+        by side, so that nothing is approximated. Of a bank, all are (·, E, ·, ·)."""
         which = self.which.to(A.device)
-        each = B[which] * self.weights.to(B)[..., None, None]  # (M, n, d_out, r)
-        return A[which].flatten(1, 2), each.transpose(1, 2).flatten(2)
+        each = self.weights.to(B).view(*which.shape, *[1] * (B.ndim - 1))
+        each = B[which] * each  # (M, n, d_out, r)
+        return A[which].movedim(1, -3).flatten(-3, -2), each.movedim(1, -2).flatten(-2)
 
     def sums(self, t: Tensor) -> Tensor:
         """t (K, ...) -> (M, ...)."""
@@ -276,10 +277,11 @@ def save_soup(
         )
         for factor, what in ((A, "lora_A"), (B, "lora_B times its scaling")):
             _require_finite(f"{name}: {what}", factor)
-        errors[name] = 0.0
+        known = peft_tensors.pattern_name(name, layer)
+        errors[known] = 0.0
         if kind == "svd":
-            A, B, errors[name] = _truncate(A, B, layer.rank)
-        ranks[name] = A.shape[0]
+            A, B, errors[known] = _truncate(A, B, layer.rank)
+        ranks[known] = A.shape[-2]
         tensors |= peft_tensors.of_adapter(name, layer, A, B)
     for name, stacked in stacked_modules(base):
         for inner, parameter in stacked.module.named_parameters():
@@ -308,7 +310,8 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 
 
 def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best rank-`rank` factors of B A, through the QR of both: no d_out × d_in matrix.
+    """The best rank-`rank` factors of B A, or of each B A of a bank (E, ...), through the QR of
+    both: no d_out × d_in matrix.
 
     Also ‖B A − its best‖_F / ‖B A‖_F.
     """
@@ -317,11 +320,11 @@ def _truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     q_a, r_a = torch.linalg.qr(A.double().mT)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     norm = s.norm().item()
-    lost = s[rank:].norm().item() / norm if norm > 0 else 0.0
-    root = s[:rank].sqrt()
-    A = root[:, None] * (vh[:rank] @ q_a.mT)
-    B = (q_b @ u[:, :rank]) * root
+    lost = s[..., rank:].norm().item() / norm if norm > 0 else 0.0
+    root = s[..., :rank].sqrt()
+    A = root[..., None] * (vh[..., :rank, :] @ q_a.mT)
+    B = (q_b @ u[..., :rank]) * root[..., None, :]
     # A rank that the matrix does not have is filled with zeros.
-    A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
-    B = nn.functional.pad(B, (0, rank - B.shape[1]))
+    A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[-2]))
+    B = nn.functional.pad(B, (0, rank - B.shape[-1]))
     return A.to(dtype), B.to(dtype), lost

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from multilora.experts import bank_name, check_parameter
 from multilora.layers import Adapted, ParticleLayer, has_own_forward, linear_sizes
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _HONOURED = frozenset(
     """
     r lora_alpha target_modules exclude_modules lora_dropout use_rslora rank_pattern alpha_pattern
     layers_to_transform layers_pattern init_lora_weights modules_to_save fan_in_fan_out task_type
+    target_parameters
     peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode
     """.split()
 )
@@ -33,10 +35,15 @@ _ADAPTER = "default"
 
 
 class Target(NamedTuple):
-    """A layer to adapt, with its rank, scaling and dropout as PEFT chose them."""
+    """A layer to adapt, with its rank, scaling and dropout as PEFT chose them.
+
+    parameter: which parameter of the layer is adapted, of LoraConfig.target_parameters. PEFT names
+    the adapters of a layer's second parameter as the layer, and those of its first `base_layer`.
+    """
 
     layer: nn.Module
     adapted: Adapted
+    parameter: str | None = None
 
 
 def check_config(config: peft.LoraConfig) -> None:
@@ -53,6 +60,11 @@ def check_config(config: peft.LoraConfig) -> None:
                 f"LoraConfig.{field.name} = {value!r} is not supported for particles; "
                 f"leave it at {getattr(default, field.name)!r}"
             )
+    if config.target_parameters and config.lora_dropout:
+        raise ValueError(
+            f"LoraConfig.lora_dropout = {config.lora_dropout!r} beside target_parameters: as in "
+            "PEFT, adapters of parameters have no dropout; set lora_dropout=0"
+        )
     if config.init_lora_weights not in (True, "gaussian"):
         raise NotImplementedError(
             f"LoraConfig.init_lora_weights = {config.init_lora_weights!r} is not supported for "
@@ -100,18 +112,20 @@ def resolve(
                 f"modules_to_save {outer!r} also contains {name!r}, which is adapted or saved "
                 "itself; choose one"
             )
-        if outer is not None:
+        of: Any = getattr(wrapper, "parameter_name", None)
+        if outer is not None and of is None:
             continue  # inside a layer that PEFT takes apart; that layer is refused below
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             saved[name] = base.get_submodule(name)
         else:
             targets[name] = Target(
-                base.get_submodule(name),
+                base.get_submodule(name if of is None else bank_name(name)),
                 Adapted(
                     wrapper.r.get(_ADAPTER, 0),
                     float(wrapper.scaling.get(_ADAPTER, 0)),
                     config.lora_dropout,
                 ),
+                of,
             )
     if config.modules_to_save is not None:
         # PEFT appends a task's head at every load.
@@ -125,6 +139,8 @@ class Chosen(NamedTuple):
     configs: tuple[peft.LoraConfig, ...]  # as PEFT completes them
     #: What every particle has on a layer, in module order; rank 0 where it has nothing.
     adapted: dict[str, tuple[Adapted, ...]]
+    #: The parameter that a layer of a bank of experts adapts.
+    parameters: dict[str, str]
     #: Which particles have a copy of a module.
     saved: dict[str, tuple[bool, ...]]
 
@@ -151,7 +167,11 @@ def resolve_each(base: nn.Module, configs: Sequence[peft.LoraConfig]) -> Chosen:
         else:
             found.append(found[same])
     order = {name: i for i, (name, _) in enumerate(base.named_modules())}
-    names = sorted({n for _, targets, _ in found for n in targets}, key=order.__getitem__)
+    parameters = _parameters(found)
+    # The layer of a bank's second parameter is around that of its first.
+    names = sorted(
+        {n for _, targets, _ in found for n in targets}, key=lambda n: (order[bank_name(n)], len(n))
+    )
     heads = sorted({n for _, _, saved in found for n in saved}, key=order.__getitem__)
     for head in heads:
         if inside := [n for n in names if n == head or n.startswith(f"{head}.")]:
@@ -165,8 +185,24 @@ def resolve_each(base: nn.Module, configs: Sequence[peft.LoraConfig]) -> Chosen:
     return Chosen(
         tuple(config for config, _, _ in found),
         {n: tuple(t[n].adapted if n in t else none for _, t, _ in found) for n in names},
+        parameters,
         {n: tuple(n in saved for _, _, saved in found) for n in heads},
     )
+
+
+def _parameters(found: Sequence[tuple[Any, dict[str, Target], Any]]) -> dict[str, str]:
+    """The parameter of a bank of experts that each layer of one adapts."""
+    parameters: dict[str, str] = {}
+    for k, (_, targets, _) in enumerate(found):
+        for name, target in targets.items():
+            of = target.parameter
+            if of is not None and parameters.setdefault(name, of) != of:
+                raise ValueError(
+                    f"particle {k} adapts {of!r} of {bank_name(name)!r} where another particle "
+                    f"adapts {parameters[name]!r}: as in PEFT, all adapters of a bank of experts "
+                    "are on the same parameters"
+                )
+    return parameters
 
 
 @contextlib.contextmanager
@@ -183,7 +219,10 @@ def _naming(particle: int, particles: int) -> Iterator[None]:
 def check_targets(targets: dict[str, Target], saved: dict[str, nn.Module]) -> None:
     """Raise TypeError for a target or a module to save that particles do not support."""
     for name, target in targets.items():
-        _check_target(name, target.layer)
+        if target.parameter is not None:
+            check_parameter(bank_name(name), target.layer, target.parameter)
+        else:
+            _check_target(name, target.layer)
     for name, module in saved.items():
         _check_saved(name, module)
 

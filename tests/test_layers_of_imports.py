@@ -21,7 +21,7 @@ LAYERS = [
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction", "log_probabilities", "ranking"],
-    ["separate", "rows"],
+    ["separate", "rows", "experts"],
     ["particle_adamw"],
     ["comparison", "targets", "trunk", "calibration", "diversity", "labels", "optim"],
     ["peft_format", "slots"],

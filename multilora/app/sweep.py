@@ -130,7 +130,7 @@ def read(file: Path) -> dict[str, Any]:
         FileNotFoundError: it is not there.
         ValueError: it is not YAML, or has an unknown key.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     if not file.is_file():
         raise FileNotFoundError(f"the file of runs {file} does not exist")
@@ -157,7 +157,7 @@ def planned(asked: Mapping[str, Any]) -> Planned:
     options = dict(task) if isinstance(task, dict) else {"name": task}
     if "name" not in options:
         raise ValueError(f"task needs a name, and may have options; got {task!r}")
-    options = {"task": options.pop("name"), **options}
+    options = {"task": options["name"], **{n: v for n, v in options.items() if n != "name"}}
     options |= {name: asked[name] for name in ("seed", "validation") if name in asked}
     if "base" in asked:
         options["model"] = asked["base"]
@@ -206,7 +206,7 @@ def _values(who: str, given: Any) -> dict[str, Any]:
         raise ValueError(f"{who} has the keys {unknown}; a run has name, {', '.join(_known())}")
     values: dict[str, Any] = {}
     for name, value in given.items():
-        long = _SHORT.get(name, name)
+        long = _SHORT.get(str(name), str(name))
         if long in values:
             raise ValueError(f"{who} gives {long} twice")
         # YAML reads 1e-3 as a text.

@@ -41,7 +41,7 @@ class Noise:
                 raise ValueError('noise="A" needs a ParticleModel, whose tensors have names')
             if not passes.model.adapters():
                 raise ValueError('noise="A" needs adapters, and full copies have none')
-            noisy &= {adapter.lora_A for adapter in passes.model.adapters()}
+            noisy &= {adapter.parameters[0] for adapter in passes.model.adapters()}
             if not noisy:
                 raise ValueError('noise="A" needs a lora_A that is trained, and all are frozen')
         # Indices into the parameters, not tensors: a copy of the method has different tensors.

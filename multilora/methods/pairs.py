@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,8 +81,10 @@ class Weights:
 
     def __init__(self, model: Any, params: list[Tensor]):
         adapters = model.adapters() if hasattr(model, "adapters") else []
-        self.lora_A = [adapter.lora_A for adapter in adapters]
-        self.lora_B = [adapter.lora_B for adapter in adapters]
+        # The experts of a bank are taken apart where the distances are computed.
+        adapters = [adapter for adapter in adapters if not adapter.expert]
+        self.lora_A = [adapter.parameters[0] for adapter in adapters]
+        self.lora_B = [adapter.parameters[1] for adapter in adapters]
         self.scaling = [adapter.scaling for adapter in adapters]
         factors = {*self.lora_A, *self.lora_B}
         self.others = [p for p in params if p not in factors]
@@ -103,9 +106,11 @@ class Weights:
         theta = [t.to(dtype) for t in theta]
         # A dense tensor is an update of rank one, of θ as a row with a factor of one.
         rows = [t.flatten(1).unsqueeze(1) for t in theta[2 * layers :]]
-        lora_A = [*theta[:layers], *rows]
-        lora_B = [*theta[layers : 2 * layers], *(t.new_ones(particles, 1, 1) for t in rows)]
-        scaling = [*self.scaling, *(1.0 for _ in rows)]
+        lora_A = [m for t in theta[:layers] for m in _matrices(t)] + rows
+        lora_B = [m for t in theta[layers : 2 * layers] for m in _matrices(t)]
+        lora_B += [t.new_ones(particles, 1, 1) for t in rows]
+        scaling = [s for s, t in zip(self.scaling, theta) for _ in _matrices(t)]
+        scaling += [1.0] * len(rows)
         D = pairwise_frobenius(lora_A, lora_B, scaling).sum(0)
         if sigma is not None:
             D = D + self.size * (sigma[:, None] - sigma).to(dtype).square()
@@ -120,3 +125,8 @@ class Weights:
             W = D / (T[:, None] + T + _DELTA)
         apart = ~torch.eye(particles, dtype=torch.bool, device=W.device)
         return torch.where(apart, W, 0).sum() / max(1, particles * (particles - 1))
+
+
+def _matrices(factors: Tensor) -> Sequence[Tensor]:
+    """The factors (K, ·, ·) themselves, or those of each expert of a bank (K, E, ·, ·)."""
+    return [factors] if factors.ndim == 3 else factors.unbind(1)

@@ -94,8 +94,8 @@ def require_different_particles(model: Any, params: list[Tensor], why: str) -> N
     """Raise ValueError if all particles are equal: `why` then has an exactly zero gradient."""
     tensors = list(params)
     for adapter in model.adapters() if hasattr(model, "adapters") else ():
-        # Frozen factors tell particles apart too.
-        tensors += [adapter.lora_A, adapter.lora_B]
+        # Frozen factors tell particles apart too; the experts of a bank have the same.
+        tensors += adapter.parameters if not adapter.expert else ()
     same = torch.stack([(t == t[:1]).all() for t in tensors]).all()
     processes = getattr(model, "processes", None) or Processes()
     if processes.particle_size > 1:

@@ -113,7 +113,7 @@ class SVGD(Method):
         phi = self.groups.directions(
             theta,
             dense,
-            dict(zip(self.params, grad)),
+            self.groups.apart(dict(zip(self.params, grad))),
             (k, width),
             mix,
             scale * self.gamma / particles,
@@ -121,9 +121,10 @@ class SVGD(Method):
         )
         if self.normalise == "density":
             for p, g in self.groups.of_parameters().items():
-                factor = (particles / density[g]).to(p.dtype)
-                phi[p] = phi[p] * factor.view(-1, *[1] * (p.ndim - 1))
-        accumulate(self.params, [self.passes.put(phi[p]) for p in self.params])
+                factor = (particles / density[g]).to(phi[p].dtype)
+                phi[p] = phi[p] * factor.view(-1, *[1] * (phi[p].ndim - 1))
+        moved = self.groups.together(phi)
+        accumulate(self.params, [self.passes.put(moved[p]) for p in self.params])
         means = pair_means(k, D) if self.passes.total > 1 else {}
         return {"loss": loss, "nll": loss} | means
 

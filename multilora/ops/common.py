@@ -54,6 +54,23 @@ def wrong_target(logits: Tensor, targets: Tensor, place: int) -> ValueError:
     )
 
 
+def row_counts(ends: Tensor, rows: int) -> list[int]:
+    """The numbers of rows of the groups that end at `ends` (G,); waits for a GPU.
+
+    Raises ValueError where the ends do not ascend from 0 to `rows`.
+    """
+    counts, start = [], 0
+    for end in ends.tolist():
+        counts.append(end - start)
+        start = end
+    if start != rows or min(counts) < 0:
+        raise ValueError(
+            f"the ends of groups must ascend, from 0 or more to the number of rows, which is "
+            f"{rows}; got {ends.tolist()[:8]}{' ...' if len(counts) > 8 else ''}, {start} at last"
+        )
+    return counts
+
+
 #: Which argument of an operator the logits are.
 LOGITS_OF = {
     "gram_volume": 0,

@@ -10,7 +10,16 @@ from multilora.ops.common import accumulator, core_dtype, wrong_target
 from multilora.ops.native import NativeKernels, dense_classes, view
 
 _VENDORS = "its products are the vendor's GEMM, which no kernel of ours beats on a CPU"
-LEAVES = dict.fromkeys(("lora_linear", "lora_linear_backward", "lora_add_"), _VENDORS)
+LEAVES = dict.fromkeys(
+    (
+        "lora_linear",
+        "lora_linear_backward",
+        "lora_add_",
+        "grouped_linear",
+        "grouped_linear_backward",
+    ),
+    _VENDORS,
+)
 
 
 def refuses(op: str, args: tuple[Any, ...]) -> str | None:

@@ -18,7 +18,13 @@ from multilora.ops.common import (
 from multilora.ops.hopper import lora_linear, lora_linear_backward
 from multilora.ops.native import FactorLists, NativeKernels, dense_classes, stream, view
 
-LEAVES = {"lora_add_": "its products are thin, and bound by reading x and y: the vendor's GEMM's"}
+LEAVES = {
+    "lora_add_": "its products are thin, and bound by reading x and y: the vendor's GEMM's",
+    **dict.fromkeys(
+        ("grouped_linear", "grouped_linear_backward"),
+        "there is no kernel of its own: PyTorch's grouped product is a CUDA kernel already",
+    ),
+}
 
 
 def refuses(op: str, args: tuple[Any, ...]) -> str | None:

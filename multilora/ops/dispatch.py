@@ -1,6 +1,6 @@
 """Which backend computes an operator: one switch, one point of decision.
 
-A backend is a module with seven functions (those of reference.py), and with
+A backend is a module with nine functions (those of reference.py), and with
 
 - `LEAVES`, a dict from an operator to the reason why this backend has no kernel for it: the
   reference computes it, also where the backend was requested by name;

@@ -131,8 +131,10 @@ def promotions() -> tuple[Promotion, ...]:
 def proven_backends(op: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """The backends that records call right for `op`, and ahead of the reference, with arguments
     like these on this kind of chip; the first one is to be taken, if it is there."""
-    # There are no records of the low-rank part alone.
-    if op == "lora_add_" or (op == "lora_linear_backward" and args[2] is None):
+    # There are no records of the grouped linear, nor of the low-rank part alone.
+    if op in ("grouped_linear", "grouped_linear_backward", "lora_add_") or (
+        op == "lora_linear_backward" and args[2] is None
+    ):
         return ()
     rule, arguments = rule_of(op, args)
     # Records of float32 are measured with full products, not TF32.

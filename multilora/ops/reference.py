@@ -1,6 +1,6 @@
 """The operators in plain PyTorch: their definition, the oracle of every kernel, and the fallback.
 
-They are the seven functions of a backend; their callers have checked shapes and dtypes.
+They are the nine functions of a backend; their callers have checked shapes and dtypes.
 Dims: K particles, T or N rows, C classes, r rank, L layers.
 """
 
@@ -22,6 +22,7 @@ from multilora.ops.common import (
     check_targets,
     core_dtype,
     expand_gradient,
+    row_counts,
 )
 
 #: It computes every operator, for all arguments.
@@ -131,6 +132,94 @@ def lora_linear_backward(
     if dx is None:
         dx = x.new_empty(0)
     return dx, lora_A.new_empty(0) if dA is None else dA, lora_B.new_empty(0) if dB is None else dB
+
+
+# --- grouped_linear ------------------------------------------------------------------------------
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (T, d_in), weight (G, d_out, d_in), ends (G,) -> y (T, d_out)."""
+    return _by_group(x, _cast(weight, x.dtype).mT, ends)
+
+
+def grouped_linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """grad (T, d_out) -> dx (T, d_in), dW (G, d_out, d_in); empty where not needed."""
+    dx, dW = x.new_empty(0), weight.new_empty(0)
+    if needs[0]:
+        dx = _by_group(grad, _cast(weight, grad.dtype), ends)
+    if needs[1]:
+        dW = _cast(_outer_by_group(grad, x, ends), weight.dtype)
+    return dx, dW
+
+
+def _by_group(x: Tensor, factor: Tensor, ends: Tensor) -> Tensor:
+    """The product of every row of x (T, d) with its group's matrix in factor (G, d, cols)."""
+    rows, (groups, depth, cols) = x.shape[0], factor.shape
+    counts = row_counts(ends, rows) if ends.is_cpu else None
+    if counts is None or not _all_equal(counts):
+        if _grouped_mm_takes(x, factor):
+            # Its rows may lie apart on a GPU.
+            return F.grouped_mm(x, factor, offs=ends).contiguous()
+        counts = counts or row_counts(ends, rows)
+    if _all_equal(counts):
+        return torch.bmm(x.view(groups, rows // groups, depth), factor).view(rows, cols)
+    y = x.new_empty(rows, cols)
+    parts = zip(x.split_with_sizes(counts), factor.unbind(), y.split_with_sizes(counts))
+    for count, (own, matrix, out) in zip(counts, parts):
+        if count:
+            torch.mm(own, matrix, out=out)
+    return y
+
+
+def _outer_by_group(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """gradᵀ·x over the rows of every group: (G, d_out, d_in) from grad (T, d_out), x (T, d_in)."""
+    groups, rows, (d_out, d_in) = ends.shape[0], x.shape[0], (grad.shape[1], x.shape[1])
+    counts = row_counts(ends, rows) if ends.is_cpu else None
+    if counts is None or not _all_equal(counts):
+        if _grouped_mm_takes(grad.mT, x):
+            return F.grouped_mm(grad.mT, x, offs=ends).contiguous()
+        counts = counts or row_counts(ends, rows)
+    if _all_equal(counts):
+        each = (groups, rows // groups)
+        return torch.bmm(grad.view(*each, d_out).mT, x.view(*each, d_in))
+    dW = x.new_empty(groups, d_out, d_in)
+    parts = zip(grad.split_with_sizes(counts), x.split_with_sizes(counts), dW.unbind())
+    for above, own, out in parts:
+        # Without rows it is the sum over nothing.
+        torch.mm(above.mT, own, out=out)
+    return dW
+
+
+def _all_equal(counts: list[int]) -> bool:
+    return counts.count(counts[0]) == len(counts)
+
+
+#: The dtypes that PyTorch's grouped product computes without waiting for the ends. (On a GPU it
+#: takes the others too, one group after another.)
+_GROUPED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.bfloat16,),
+}
+
+
+def _grouped_mm_takes(a: Tensor, b: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes these two."""
+    return a.dtype in _GROUPED_DTYPES.get(a.device.type, ()) and all(map(_in_lines, (a, b)))
+
+
+def _in_lines(t: Tensor) -> bool:
+    """Whether every row, or every column, of t is contiguous and on a 16-byte boundary."""
+    (height, width), (down, right) = t.shape[-2:], t.stride()[-2:]
+    if down == 1 and right >= height:
+        steps = (right, *t.stride()[:-2])
+    elif right == 1 and down >= width:
+        steps = (down, *t.stride()[:-2])
+    else:
+        return False
+    starts = (t.data_ptr(), *(step * t.element_size() for step in steps))
+    return t.numel() > 0 and all(start % 16 == 0 for start in starts)
 
 
 # --- adapter geometry ----------------------------------------------------------------------------

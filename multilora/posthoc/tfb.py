@@ -69,6 +69,11 @@ def bayesianize(
     if len(model.seeds) != 1:
         raise ValueError(f"bayesianize needs a model of one particle; got {len(model.seeds)}")
     layers = [layer for _, layer in model.lora_layers()]
+    if any(layer.groups for layer in layers):
+        raise NotImplementedError(
+            "bayesianize does not support the experts of target_parameters, whose layers have many "
+            "matrices; adapt modules alone"
+        )
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, 0, 2**63 - 1))
     factors = [_Factors.of(layer, num_particles, generator) for layer in layers]
     if largest is None:

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 import multilora as ml
 import oracles
-from multilora.ops import lora_add, svgd_update
+from multilora.ops import grouped_linear, lora_add, svgd_update
 from oracles import relative_error
 
 _, on_each_backend = oracles.each_backend("gram_volume")
@@ -215,11 +215,13 @@ weight, bias = torch.randn(4, 6), torch.randn(4)
 lora_A, lora_B, targets = torch.randn(K, 2, 6), torch.randn(K, 4, 2), torch.arange(5) % 4
 rows, outputs, logits = torch.randn(K, 5, 6), torch.randn(K, 5, 4), torch.randn(K, 5, 4)
 mix = torch.rand(1, K, K)
+ends = torch.tensor([1, 1, 5]).int()
 
 # An operator, and the tensors that it can have tangents for.
 OPERATORS = {
     "lora_linear": (ml.lora_linear, (rows, weight, lora_A, lora_B, bias)),
     "lora_add": (lambda y, *args: lora_add(y.clone(), *args), (outputs, rows, lora_A, lora_B)),
+    "grouped_linear": (lambda x, w: grouped_linear(x, w, ends), (rows[0], lora_A)),
     "lora_gram": (ml.lora_gram, (lora_A, lora_B)),
     "pairwise_frobenius": (lambda A, B: ml.pairwise_frobenius([A], [B]), (lora_A, lora_B)),
     "gram_volume": (lambda z: ml.gram_volume(z, targets), (logits,)),

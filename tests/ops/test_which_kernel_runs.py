@@ -10,7 +10,7 @@ import torch
 import multilora as ml
 import oracles
 from multilora.app.cli import main
-from multilora.ops import dispatch, lora_add, reference, svgd_update
+from multilora.ops import dispatch, grouped_linear, lora_add, reference, svgd_update
 
 EXPECTED = {name for name in os.environ.get("MULTILORA_EXPECT_BACKENDS", "").split(",") if name}
 # Sizes that every kernel takes: the GEMM for Hopper wants halves, and multiples of 8.
@@ -22,6 +22,8 @@ FUNCTIONS = [
     "lora_linear",
     "lora_linear_backward",
     "lora_add_",
+    "grouped_linear",
+    "grouped_linear_backward",
     "traces",
     "factor_gradients",
     "volume",
@@ -46,6 +48,12 @@ def add():
     with_gradients(lambda *t: [lora_add(torch.randn(K, T, D_OUT), *t)], x, A, B)
 
 
+def grouped():
+    ends = torch.tensor([2, 2, T]).int()
+    x, weight = torch.randn(T, D_IN), torch.randn(3, D_OUT, D_IN)
+    with_gradients(lambda *t: [grouped_linear(*t, ends)], x, weight)
+
+
 def geometry(function):
     A, B = torch.randn(K, RANK, D_IN), torch.randn(K, D_OUT, RANK)
     with_gradients(lambda *t: [function(*t)], A, B)
@@ -66,6 +74,7 @@ def volume(function, particles=K):
 RUNS = {
     ("lora_linear", "lora_linear_backward"): linear,
     ("lora_add_",): add,
+    ("grouped_linear", "grouped_linear_backward"): grouped,
     ("lora_gram", "lora_gram_backward"): lambda: geometry(ml.lora_gram),
     ("pairwise_frobenius", "lora_gram_backward"): lambda: geometry(ml.pairwise_frobenius),
     ("svgd_update",): update,

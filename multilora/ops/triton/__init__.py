@@ -1,4 +1,4 @@
-"""The Triton backend: all seven functions of a backend."""
+"""The Triton backend: all nine functions of a backend."""
 
 import sys
 from typing import Any
@@ -9,12 +9,15 @@ from triton.runtime.jit import JITFunction
 from multilora.ops.common import LOGITS_OF, too_many_particles
 from multilora.ops.triton import frobenius
 from multilora.ops.triton.frobenius import factor_gradients, traces
+from multilora.ops.triton.grouped import grouped_linear, grouped_linear_backward
 from multilora.ops.triton.linear import lora_add_, lora_linear, lora_linear_backward
 from multilora.ops.triton.loss import MAX_PARTICLES, volume, volume_backward
 
 __all__ = [
     "LEAVES",
     "factor_gradients",
+    "grouped_linear",
+    "grouped_linear_backward",
     "lora_add_",
     "lora_linear",
     "lora_linear_backward",
@@ -31,8 +34,10 @@ def refuses(op: str, args: tuple[Any, ...]) -> str | None:
     """Why the kernels do not take these arguments, or None."""
     if op in LOGITS_OF:
         return too_many_particles(op, args, MAX_PARTICLES)
+    if op.startswith(("lora_linear", "lora_add", "grouped_linear")):
+        return None
     # The geometry's operators end in lora_A, lora_B and scaling.
-    return None if op.startswith(("lora_linear", "lora_add")) else frobenius.refuses(args[-3])
+    return frobenius.refuses(args[-3])
 
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):

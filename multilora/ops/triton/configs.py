@@ -211,6 +211,51 @@ def lora_pass_together(
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """block_m: rows of one group, or of the gradient of a matrix; block_n: their columns; block_k:
+    one step along the sum."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def grouped_rows(
+    groups: int, rows: int, depth: int, cols: int, dtype: torch.dtype, chip: Chip
+) -> Grouped:
+    """For y (rows, cols) from x (rows, depth) and a matrix for each group. A rule that has not been
+    measured."""
+    if dtype.itemsize > 2:
+        # As lora_gemm: full products go through plain registers.
+        return Grouped(_side(rows // groups, 64 if dtype.itemsize == 4 else 32), 32, 16, 4, 2)
+    k = _side(depth, 64 if chip.is_hopper_sized else 32)
+    # Groups are of any sizes: a tile that is as high as most of them wastes the least.
+    m, n = _side(rows // groups, 128), _side(cols, 128)
+    return Grouped(m, n, k, 8 if m * n >= 128 * 128 else 4, 3)
+
+
+def grouped_outer(
+    groups: int, rows: int, height: int, width: int, dtype: torch.dtype, chip: Chip
+) -> Grouped:
+    """For gradients (groups, height, width), each a sum over the rows of its group. A rule that has
+    not been measured."""
+    if dtype.itemsize > 2:
+        return Grouped(32, 32, 16, 4, 2)
+    m, n = _side(height, 128), _side(width, 128)
+    # Nothing splits the rows of a group: smaller tiles where there are few programs.
+    while n > 32 and groups * cdiv(height, m) * cdiv(width, n) < 2 * chip.processors:
+        n //= 2
+    return Grouped(m, n, 64 if chip.is_hopper_sized else 32, 8 if m * n >= 128 * 128 else 4, 3)
+
+
+def _side(size: int, most: int) -> int:
+    """The side of a tile: a power of two of 16 at least, which tensor cores need."""
+    return min(most, max(16, power_of_two(size)))
+
+
+@dataclass(frozen=True)
 class Geometry:
     """block: the sides of a tile of the Gram matrix; block_d: features in one step of its loop;
     chunk: features in one partial sum, at most. apply_block: rows of the stacked factor, and

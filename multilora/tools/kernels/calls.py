@@ -15,6 +15,7 @@ from multilora.tools.kernels.sizes import (
     DECODER_BLOCK,
     DECODER_BLOCKS,
     DECODER_ROWS,
+    EXPERTS,
     LOGITS,
     VIT_B,
     VIT_B_BLOCK,
@@ -53,6 +54,15 @@ def problems() -> Iterator[Problem]:
     for dtype in (torch.float16, torch.float32, torch.float64):
         for shared in (False, True):
             yield linear(4, VIT_ROWS, 768, 768, 16, dtype, shared)
+
+    for experts, d_in, d_out, rows in EXPERTS:
+        yield grouped(experts, rows, d_in, d_out, torch.bfloat16, torch.bfloat16)
+        # The factors of 4 particles.
+        yield grouped(4 * experts, 4 * rows, d_in, 16, torch.bfloat16)
+        yield grouped(4 * experts, 4 * rows, 16, d_out, torch.bfloat16)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        yield grouped(4, 1000, 768, 8, dtype)
+    yield grouped(1, 1, 1, 1, torch.bfloat16)
 
     for dtype in (torch.bfloat16, torch.float32):
         yield geometry("ViT-B", VIT_B_BLOCKS * VIT_B_BLOCK, 8, 8, dtype)
@@ -120,6 +130,31 @@ def _run_linear(
     if "added" in calls:
         shrunk = backend.lora_add_(y, x, lora_A, lora_B, 2.0)
         backend.lora_linear_backward(y, x, None, lora_A, lora_B, shrunk, 2.0, needs)
+
+
+def grouped(
+    groups: int,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    dtype: torch.dtype,
+    master: torch.dtype | None = None,
+) -> Problem:
+    """grouped_linear and its gradients, by default with a float32 master beside half-precision
+    rows."""
+    master = master or torch.promote_types(dtype, torch.float32)
+    name = f"grouped_linear {d_in}→{d_out} G{groups} T{rows}"
+    sizes = (groups, rows, d_in, d_out, dtype, master)
+    return Problem(name, dtype, partial(_run_grouped, *sizes))
+
+
+def _run_grouped(
+    groups: int, rows: int, d_in: int, d_out: int, dtype: torch.dtype, master: torch.dtype
+) -> None:
+    x, weight = _meta(dtype, rows, d_in), _meta(master, groups, d_out, d_in)
+    ends = _meta(torch.int32, groups)
+    y = backend.grouped_linear(x, weight, ends)
+    backend.grouped_linear_backward(y, x, weight, ends, [True, True])
 
 
 def geometry(

@@ -16,5 +16,9 @@ DECODER_BLOCK = [(4096, 4096)] * 4 + [(4096, 11008)] * 2 + [(11008, 4096)]
 DECODER_BLOCKS = 32
 DECODER_ROWS = 4096
 
+#: (E, d_in, d_out, T) of the experts of Mixtral-8x7B and of Qwen3-30B-A3B, for the rows of 2048
+#: tokens, which go to two and to eight of them.
+EXPERTS = [(8, 4096, 28672, 2 * 2048), (128, 2048, 1536, 8 * 2048)]
+
 #: (K, N, C) of logits.
 LOGITS = [(4, 1024, 100), (8, 256, 10), (4, 64, 32000), (4, 1024, 32000), (4, 64, 152000)]

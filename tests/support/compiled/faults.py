@@ -29,6 +29,7 @@ class Problem:
 # The depth is several times that of the pipeline.
 _GEMM = Problem("forward", ((1, 140, 320, 264, 16), "bfloat16"), 4)
 _GRAM = Problem("gram", ((48, 40, 4), 3, "float32"), 4)
+_GROUPED = Problem("grouped", (((37, 0, 201), 80, 48), "bfloat16", "bfloat16"), 4)
 _LOSS = Problem("loss", ((4, 3, 100), "float32", "logdet", 2.0), 200)
 
 
@@ -104,6 +105,12 @@ FAULTS = {
     ),
     "stores have no mask": Fault(_KERNEL, 80, r"@%p\d+ (st\.global)", r"\1"),
     "every program does the first tile": Fault(_KERNEL, 80, r"%ctaid\.x;", "0;"),
+    "rows of the next group are stored over": Fault(
+        "_grouped_linear_kernel", 90, r"@%p\d+ (st\.global)", r"\1", _GROUPED
+    ),
+    "the copies of a group's rows are not waited for": Fault(
+        "_grouped_outer_kernel", 90, r"cp\.async\.wait_group\s+\d+;", "", _GROUPED
+    ),
     "sums are of other lanes": Fault(
         "_volume_forward_kernel",
         90,

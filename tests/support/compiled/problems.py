@@ -140,6 +140,39 @@ def _linear_tensors(sizes, dtype_name: str, shared: bool) -> list[Tensor]:
     ]
 
 
+def grouped(
+    sizes: tuple[tuple[int, ...], int, int],
+    dtype_name: str,
+    master_name: str,
+    capability: int,
+    mode: str,
+    seed: int = 0,
+    change=None,
+) -> dict[str, float]:
+    """grouped_linear and its gradients; sizes: the rows of each group, d_in, d_out."""
+    torch.manual_seed(0)
+    counts, d_in, d_out = sizes
+    dtype, master = getattr(torch, dtype_name), getattr(torch, master_name)
+    x = torch.randn(sum(counts), d_in).to(dtype)
+    weight = (torch.randn(len(counts), d_out, d_in) * d_in**-0.5).to(master)
+    upstream = torch.randn(len(x), d_out).to(dtype)
+    ends = torch.tensor(counts).cumsum(0).int()
+    with for_chip(capability, mode, seed, change), _poisoned():
+        y = triton.grouped_linear(x, weight, ends)
+        grads = triton.grouped_linear_backward(upstream, x, weight, ends, [True, True])
+    # Half-precision rows meet the matrices as rounded to their dtype.
+    groups = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+
+    def exact(x, weight):
+        return torch.einsum("ti,toi->to", x.double(), weight[groups])
+
+    leaves = [x, weight.to(dtype).double()]
+    exact_grads = oracles.double_gradients(exact, leaves, upstream)
+    results = {"y": (y, exact(*leaves))}
+    results |= dict(zip(("dx", "dW"), zip(grads, exact_grads)))
+    return errors(results)
+
+
 def geometry(
     layers: tuple[tuple[int, int, int], ...],
     particles: int,

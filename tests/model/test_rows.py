@@ -1,0 +1,171 @@
+"""model(x, particle=index): every row through its own particle alone."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import multilora as ml
+from models import FAMILIES, SequenceFirst, logits_of, particles_of, values
+from opaque_layers import Int8Linear
+
+K = 4
+UNEQUAL = [3, 0, 0, 1, 3, 3, 0, 3]  # particle 2 has no rows
+EQUAL = [1, 3, 0, 2, 2, 0, 3, 1]
+SOME = [3, 1, 3, 1, 1, 3, 3, 1]  # two particles, not neighbours
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+pytestmark = pytest.mark.filterwarnings("ignore:modules_to_save:UserWarning")
+
+
+def tolerance(family):
+    return {"rtol": FAMILIES[family].tolerance, "atol": FAMILIES[family].tolerance}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("index", [UNEQUAL, EQUAL, SOME, [2] * 8, sorted(UNEQUAL)])
+def test_every_row_is_its_particles(family, index):
+    model = particles_of(FAMILIES[family].build(), FAMILIES[family].config(), K)
+    inputs = FAMILIES[family].inputs(len(index))
+    rows = logits_of(model(**inputs, particle=torch.tensor(index)))
+    everywhere = logits_of(model(**inputs))
+    expected = torch.stack([everywhere[k, n] for n, k in enumerate(index)])
+    assert (everywhere[0] - everywhere[3]).abs().max() > 1e-2
+    torch.testing.assert_close(rows, expected, **tolerance(family))
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "cnn", "gpt2", "mlp"])
+def test_gradients_are_those_of_the_particles_own_rows(family):
+    model = particles_of(FAMILIES[family].build(), FAMILIES[family].config(), K).train()
+    inputs = FAMILIES[family].inputs(len(UNEQUAL))
+    weights = torch.arange(1.0, 1 + len(UNEQUAL)).double()
+
+    def gradients(logits):
+        loss = (logits.flatten(1).square().sum(1) * weights).sum()
+        return torch.autograd.grad(loss, model.particle_parameters(), materialize_grads=True)
+
+    got = gradients(logits_of(model(**inputs, particle=UNEQUAL)))
+    each = logits_of(model(**inputs))
+    expected = gradients(torch.stack([each[k, n] for n, k in enumerate(UNEQUAL)]))
+    for one, other in zip(got, expected):
+        assert not one[2].any() and one[3].any()
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_checkpointed_blocks_run_again_with_the_same_rows():
+    model = particles_of(FAMILIES["vit"].build(), FAMILIES["vit"].config(), K).train()
+    inputs = FAMILIES["vit"].inputs(len(UNEQUAL))
+
+    def gradients():
+        loss = model(**inputs, particle=UNEQUAL).square().sum()
+        return torch.autograd.grad(loss, model.particle_parameters())
+
+    plain = gradients()
+    model.base.set_grad_checkpointing()
+    for one, other in zip(gradients(), plain):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_other_ways_to_run(monkeypatch):
+    family = FAMILIES["mlp"]
+    model, inputs = particles_of(family.build(), family.config(), K), family.inputs(8)
+    rows = model(**inputs, particle=UNEQUAL)
+    loop = copy.deepcopy(model)
+    loop.fold = "loop"
+    torch.testing.assert_close(loop(**inputs, particle=UNEQUAL), rows, **CLOSE)
+    with model.particles(1, 4):  # particles 1 … 3 are 0 … 2 there
+        inside = model(**inputs, particle=[k - 1 if k else 0 for k in UNEQUAL])
+    for n, k in enumerate(UNEQUAL):
+        torch.testing.assert_close(inside[n], rows[n] if k else inside[n], **CLOSE)
+    one = particles_of(family.build(), family.config(), 1)
+    torch.testing.assert_close(one(**inputs, particle=[0] * 8), one(**inputs)[0], **CLOSE)
+    with model.base_only():
+        torch.testing.assert_close(model(**inputs, particle=UNEQUAL), model.base(**inputs), **CLOSE)
+    whole = copy.deepcopy(model)
+    whole.share_trunk = True
+    torch.testing.assert_close(whole(**inputs, particle=UNEQUAL), rows, **CLOSE)
+
+
+def test_layers_of_every_kind():
+    """An opaque linear, dropout, a head that is no linear, and one that is looked up."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 6)
+            self.hidden = Int8Linear(nn.Linear(6, 6))
+            self.tail = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3))
+
+        def forward(self, ids):
+            return self.tail(self.hidden(self.embedding(ids)))
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=2, target_modules=["hidden"], modules_to_save=["tail", "embedding"], lora_dropout=0.5
+    )
+    model = particles_of(Net().double(), config, K)
+    ids = torch.randint(0, 11, (8, 3))
+    everywhere = model(ids)
+    rows = model(ids, particle=UNEQUAL)
+    for n, k in enumerate(UNEQUAL):
+        torch.testing.assert_close(rows[n], everywhere[k, n], **CLOSE)
+    draws = torch.stack([model.train()(ids, particle=UNEQUAL) for _ in range(200)])
+    assert (draws[0] - draws[1]).abs().max() > 1e-3
+    other = model(ids, particle=UNEQUAL)
+    assert other.shape == rows.shape
+
+
+def test_prompts_are_answered_by_their_own_adapters():
+    family = FAMILIES["llama"]
+    model = particles_of(family.build(), family.config(), K)
+    ids = torch.randint(1, 37, (5, 4), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    index = [3, 0, 3, 2, 0]
+    answers = model.call("generate", ids, particle=index, **options)
+    alone = [model.particle(k).generate(ids[n : n + 1], **options) for n, k in enumerate(index)]
+    assert torch.equal(answers, torch.cat(alone))
+    assert len({tuple(row) for row in answers[:, 4:].tolist()}) > 1
+    several = model.call("generate", ids, particle=index, num_beams=2, **options)
+    one = model.particle(2).generate(ids[3:4], num_beams=2, **options)
+    assert torch.equal(several[3:4, : one.shape[1]], one)
+
+
+def test_a_model_that_mixes_rows_is_refused():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.layer(x - x.mean(0))
+
+    config = peft.LoraConfig(r=2, target_modules=["layer"])
+    model = particles_of(Mixed().double(), config, K)
+    with pytest.raises(ml.ParticleIsolationError, match="keep its particles apart"):
+        model(torch.randn(8, 6).double(), particle=UNEQUAL)
+    first = particles_of(SequenceFirst().double(), config, K)
+    with pytest.raises(ml.ParticleIsolationError, match=r"loop"):
+        first(torch.randn(8, 3, 6).double(), particle=UNEQUAL)
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        ([0, 1, 4, 0, 0, 0, 0, -1], ValueError, r"there are 4 particles; particle has \[-1, 4\]"),
+        ([0, 1, 2], ValueError, "one for each of the 8 rows.*got 3"),
+        (torch.zeros(8), TypeError, r"integers \(N,\); got torch.float32 \(8,\)"),
+        (torch.zeros(2, 4).long(), TypeError, r"torch.int64 \(2, 4\)"),
+        ("01230123", TypeError, "'01230123'"),
+        ([0.0] * 8, TypeError, r"0\.0"),
+        (3, TypeError, "got 3"),
+    ],
+)
+def test_an_index_that_does_not_fit(index, error, message):
+    model = particles_of(FAMILIES["mlp"].build(), FAMILIES["mlp"].config(), K)
+    before = values(model)
+    with pytest.raises(error, match=message):
+        model(**FAMILIES["mlp"].inputs(8), particle=index)
+    with pytest.raises(ValueError, match="per_particle"):
+        model(**FAMILIES["mlp"].inputs(8), particle=[0] * 8, per_particle=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, values(model)))

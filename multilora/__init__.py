@@ -6,6 +6,7 @@ from multilora.attach import get_particle_model
 from multilora.checkpoint import load_particle_model
 from multilora.isolation import ParticleIsolationError
 from multilora.losses import causal_targets
+from multilora.many import Run, RunArguments, fit_many
 from multilora.methods import (
     DVERGE,
     IBDR,
@@ -14,6 +15,7 @@ from multilora.methods import (
     SVGD,
     BLoB,
     Ensemble,
+    Independent,
     MutualLearning,
     Variational,
 )
@@ -39,13 +41,17 @@ __all__ = [
     "BLoB",
     "BackendUnavailableError",
     "Ensemble",
+    "Independent",
     "MutualLearning",
     "ParticleIsolationError",
     "ParticleModel",
+    "Run",
+    "RunArguments",
     "Variational",
     "__version__",
     "causal_targets",
     "clip_grad_norm_",
+    "fit_many",
     "get_particle_model",
     "gram_volume",
     "load_particle_model",

@@ -75,7 +75,8 @@ def get_particle_model(
             learn one posterior for all particles, need particles of one configuration.
         num_particles: K >= 1; with a list of configurations, its length is K.
         seed: an integer, or K of them, one for each particle. With one integer, particle k starts
-            from `particle_seeds(seed, K)[k]`, whatever K is.
+            from `particle_seeds(seed, K)[k]`, whatever K is. Several must differ, except with a
+            list of configurations, whose particles may have nothing to do with each other.
         head_init: how `modules_to_save`, or with full copies `head`, start. "reset" redraws every
             particle's copy at the scale of the original, so that the particles start from different
             functions. "copy" keeps the original's weights, as is right for a module that was
@@ -127,7 +128,7 @@ def get_particle_model(
     processes = Processes.of_mesh(mesh)
     if processes.particle_size > 1 and (heads or len({id(c) for c in configs or ()}) > 1):
         raise NotImplementedError("particles of several processes share one configuration")
-    seeds = _seeds(seed, num_particles)
+    seeds = _seeds(seed, num_particles, isinstance(config, Sequence))
     own_seeds = processes.own(seeds)
     if configs is None:
         base, redrawn = _copied(base, own_seeds, head, head_init, share_trunk)
@@ -280,7 +281,7 @@ def _check_axes(base: nn.Module, inputs: Any, outputs: Any) -> None:
                 )
 
 
-def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
+def _seeds(seed: int | Sequence[int], num_particles: int, may_repeat: bool) -> list[int]:
     if isinstance(seed, int):
         return particle_seeds(seed, num_particles)
     if isinstance(seed, (str, bytes)) or not isinstance(seed, Sequence):
@@ -291,7 +292,7 @@ def _seeds(seed: int | Sequence[int], num_particles: int) -> list[int]:
     if not all(type(s) is int and 0 <= s < 2**63 for s in seeds):
         raise ValueError(f"seeds must be integers in [0, 2^63); got {seeds}")
     # torch's generator reads 32 bits of them.
-    if len({s % 2**32 for s in seeds}) < num_particles:
+    if not may_repeat and len({s % 2**32 for s in seeds}) < num_particles:
         raise ValueError(
             "seeds must differ, in their lower 32 bits: particles that start identical have "
             f"identical gradients and stay so under every method; got {seeds}"

@@ -82,7 +82,7 @@ def load_particle_model(
     with embeddings.changed(base, changes, rows), _fitting(saved.config_files[0], *errors):
         model = get_particle_model(
             base,
-            saved.configs if saved.is_own else saved.configs[0],
+            saved.configs if saved.is_own else [saved.configs[0]] * len(saved.configs),
             len(saved.configs),
             seed=saved.seeds,
             head_init="copy",

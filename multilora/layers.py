@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from multilora import forward_state
 from multilora.forward_state import ForwardState
+from multilora.gradients import note_without, without_gradient
 from multilora.ops import grouped_linear, lora_add, lora_linear
 
 
@@ -885,7 +886,9 @@ def grown(p: nn.Parameter, axis: int, size: int) -> nn.Parameter:
 
     larger = nn.Parameter(grow(p.detach()), p.requires_grad)
     if p.grad is not None:
+        without = without_gradient(p.grad)
         larger.grad = grow(p.grad)
+        note_without(larger.grad, without)
     return larger
 
 

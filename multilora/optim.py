@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from multilora.particle_adamw import ParticleAdamW, groups_of_particles
 from multilora.separate import SeparateParameter, separate_parameters, stacked_tensors
 
 __all__ = [
     "EachParticle",
+    "ParticleAdamW",
     "SeparateParameter",
     "clip_grad_norm_",
     "is_elementwise",
@@ -34,7 +36,10 @@ def is_elementwise(optimizer: type) -> bool:
 
 @torch.no_grad()
 def clip_grad_norm_(
-    model: Any, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    model: Any,
+    max_norm: float | Sequence[float],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
 ) -> Tensor:
     """g_k ← g_k · min(1, max_norm / (‖g_k‖ + 1e-6)) for the gradient g_k of each particle k.
 
@@ -47,7 +52,7 @@ def clip_grad_norm_(
     Args:
         model: a ParticleModel, also inside DistributedDataParallel or torch.compile, a method, or
             an iterable of stacked tensors (K, ...). Tensors without a gradient take no part.
-        max_norm: >= 0; infinity only measures.
+        max_norm: >= 0; infinity only measures. A list has a number for each particle.
         norm_type: > 0, infinity included.
         error_if_nonfinite: raise where a norm is not finite.
 
@@ -60,8 +65,10 @@ def clip_grad_norm_(
         TypeError: the parameters are separate ones.
         RuntimeError: a norm is not finite and error_if_nonfinite is set; nothing is clipped then.
     """
-    max_norm, norm_type = float(max_norm), float(norm_type)
-    if not max_norm >= 0 or not norm_type > 0:
+    several = isinstance(max_norm, Sequence)
+    limits = [*map(float, max_norm)] if isinstance(max_norm, Sequence) else [float(max_norm)]
+    norm_type = float(norm_type)
+    if not all(limit >= 0 for limit in limits) or not norm_type > 0:
         raise ValueError(
             f"clipping needs max_norm >= 0 and norm_type > 0; got {max_norm} and {norm_type}"
         )
@@ -71,6 +78,8 @@ def clip_grad_norm_(
             "torch.nn.utils.clip_grad_norm_(method.parameters(), max_norm)"
         )
     params = stacked_tensors(model)
+    if several and len(limits) != len(params[0]):
+        raise ValueError(f"max_norm has {len(limits)} numbers for {len(params[0])} particles")
     grads, device = [p.grad for p in params if p.grad is not None], params[0].device
     if not grads:
         return torch.zeros(len(params[0]), dtype=params[0].dtype, device=device)
@@ -88,8 +97,9 @@ def clip_grad_norm_(
             f"the gradient norms of the particles {bad} are {norm[bad].tolist()}, so they cannot "
             "be clipped; nothing was changed"
         )
-    if max_norm < math.inf:
-        scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
+    if min(limits) < math.inf:
+        limit = norm.new_tensor(limits)
+        scale = (limit / (norm + 1e-6)).clamp_max(1.0).masked_fill(limit == math.inf, 1.0)
         scales = [scale.to(g).view(-1, *[1] * (g.ndim - 1)) for g in grads]
         torch._foreach_mul_(grads, scales)
     return norm
@@ -112,21 +122,10 @@ class EachParticle(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Any, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]):
-        if isinstance(groups, nn.Module):
-            groups = separate_parameters(groups)
-        groups = list(groups)
-        if not groups or not isinstance(groups[0], dict):
-            groups = [{"params": groups}]
-        leaves = [leaf for group in groups for leaf in group["params"]]
-        if not leaves or not all(isinstance(leaf, SeparateParameter) for leaf in leaves):
-            kinds = sorted({type(leaf).__name__ for leaf in leaves})
-            raise TypeError(
-                f"EachParticle needs a non-empty list of separate parameters; got {kinds}"
-            )
+        by_particle = groups_of_particles(groups, "EachParticle")
         self.optimizers: list[torch.optim.Optimizer] = []
-        for k in sorted({leaf.particle for leaf in leaves}):
-            of_k = [[p for p in group["params"] if p.particle == k] for group in groups]
-            self.optimizers.append(make([g | {"params": p} for g, p in zip(groups, of_k) if p]))
+        for of_k in by_particle.values():
+            self.optimizers.append(make(of_k))
         super().__init__(self._all_groups(), {})
 
     def _all_groups(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # Format 1 has no list of its files; it is still read.
 FORMAT = 2
+#: A process that has all particles.
+ALONE = Processes()
 #: Lists the files of a set of particles.
 INDEX = "multilora.json"
 # The file of a full copy.
@@ -98,6 +101,24 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: peft.Lora
     config.inference_mode = True
     config.save_pretrained(folder)
     _write_tensors(folder / WEIGHTS, tensors)
+
+
+def save_one(base: nn.Module, particle: int, config: peft.LoraConfig, path: str | Path) -> None:
+    """Write one particle as a PEFT adapter, in place of the one that `path` may hold.
+
+    Its files are replaced together, as those of `save` are. All particles are in this process.
+    """
+    tensors = peft_tensors.of_particle(base, particle, peft_tensors.of_all_processes(base, ALONE))
+    tensors |= embeddings.to_save(base, "auto")
+    atomic.replace_files(Path(path), lambda folder: write_adapter(folder, tensors, config))
+
+
+def remove_one(path: str | Path) -> None:
+    """Remove the adapter that `save_one` wrote to `path`, and the folder where it is empty then."""
+    for name in (WEIGHTS, CONFIG):  # a folder without weights is no adapter
+        (Path(path) / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(path).rmdir()
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from multilora.gradients import note_without, without_gradient
 from multilora.layers import ParticleLayer
 
 
@@ -144,10 +145,6 @@ class _Stack:
         self._module, self._name = None if module is None else weakref.ref(module), name
         self._layer = None if layer is None else weakref.ref(layer)
         self.particles = len(tensor)
-        # The particles whose gradient is None though the stacked one is not; and that one, with
-        # its version, which changes with every change in place: then they have one again.
-        self._cleared: set[int] = set()
-        self._cleared_of: tuple[Tensor, int] | None = None
 
     def leaves(self) -> Iterator[SeparateParameter]:
         stacked = self.tensor().detach()
@@ -205,7 +202,7 @@ class _Stack:
 
     def grad(self, particle: int) -> Tensor | None:
         stacked = self.tensor().grad
-        if stacked is None or particle in self._cleared_in(stacked):
+        if stacked is None or particle in without_gradient(stacked):
             return None
         return self.part(stacked, particle)
 
@@ -214,32 +211,24 @@ class _Stack:
         stacked = self.tensor().grad
         if stacked is None:
             return
-        cleared = self._cleared_in(stacked) | {particle}
+        cleared = without_gradient(stacked) | {particle}
         if all(k in cleared or self._own(stacked, k) is None for k in range(self.particles)):
-            self.tensor().grad, self._cleared_of = None, None
+            self.tensor().grad = None
             return
         # The next backward adds to it.
         stacked[particle].zero_()
-        self._cleared, self._cleared_of = cleared, (stacked, stacked._version)
+        note_without(stacked, cleared)
 
     @torch.no_grad()
     def set_grad(self, particle: int, value: Tensor) -> None:
         tensor = self.tensor()
         if tensor.grad is None:
             tensor.grad = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            cleared = set(range(self.particles))
+            cleared = frozenset(range(self.particles))
         else:
-            cleared = self._cleared_in(tensor.grad)
+            cleared = without_gradient(tensor.grad)
         self.part(tensor.grad, particle).copy_(value)
-        self._cleared, self._cleared_of = cleared - {particle}, (tensor.grad, tensor.grad._version)
-
-    def _cleared_in(self, stacked: Tensor) -> set[int]:
-        if self._cleared_of is not None:
-            seen, version = self._cleared_of
-            if seen is stacked and version == stacked._version:
-                return self._cleared
-            self._cleared_of = None
-        return set()
+        note_without(tensor.grad, cleared - {particle})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
         owner = self._tensor if self._module is None else self._module()
@@ -250,7 +239,6 @@ class _Stack:
             )
         if id(self) not in memo:
             twin = copy.copy(self)
-            twin._cleared_of = None
             if self._module is None:
                 twin._tensor = memo[id(owner)]
             else:

@@ -15,14 +15,15 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "atomic", "checks", "fold", "forward_state", "randomness"],
+    ["_version", "atomic", "checks", "fold", "forward_state", "gradients", "randomness"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.dispatch", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],
     ["ops"],
     ["parallel", "layers", "losses", "prediction", "log_probabilities", "ranking"],
     ["separate", "rows", "experts"],
-    ["comparison", "targets", "trunk", "calibration", "diversity", "optim"],
+    ["particle_adamw"],
+    ["comparison", "targets", "trunk", "calibration", "diversity", "labels", "optim"],
     ["peft_format", "slots"],
     ["isolation", "embeddings", "peft_tensors"],
     ["run"],
@@ -32,7 +33,7 @@ LAYERS = [
     ["robustness"],
     ["attach", "methods", "metrics"],
     ["checkpoint"],
-    ["posthoc"],
+    ["posthoc", "many"],
     ["integrations"],
     ["tools"],
     ["app", "cli", "__main__"],

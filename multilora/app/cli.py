@@ -17,7 +17,7 @@ import torch
 
 from multilora import checks
 from multilora._version import __version__
-from multilora.app import info, soup
+from multilora.app import info, soup, sweep
 from multilora.app.compare import command as comparison
 from multilora.app.evaluation import evaluate, predictive
 from multilora.app.folders import (
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_own(export)
 
     comparison.add_parser(commands)
+    sweep.add_parser(commands)
     kernels.add_parser(commands)
     text = "show versions, devices and backends"
     about = commands.add_parser("info", help=text, description=_sentence(text))

@@ -138,6 +138,20 @@ def print_sets(result: Result) -> None:
     )
 
 
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of dictionaries with the same keys, without columns that are empty."""
+    table, console = _markdown()
+    names = [n for n in rows[0] if n != "folder" and any(row[n] is not None for row in rows)]
+    for name in names:
+        numbers = all(isinstance(row[name], (int, float, type(None))) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left")
+    for row in rows:
+        cells = [row[n] for n in names]
+        texts = [f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells]
+        table.add_row(*("" if c is None else t for c, t in zip(cells, texts)))
+    console.print(table)
+
+
 def _markdown() -> tuple[Any, Any]:
     """An empty table in Markdown, so that it can be pasted, and the console to print it on."""
     from rich import box

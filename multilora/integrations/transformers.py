@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from multilora import metrics
 from multilora.checkpoint import load_particles
 from multilora.integrations.generation import EnsembleLogits, Generation, generate
-from multilora.integrations.transformers_tasks import Task, with_loss
+from multilora.labels import Task, counts_items, with_loss
 from multilora.losses import NAMES
 from multilora.methods import Method
 from multilora.model import ParticleModel
@@ -122,7 +121,7 @@ class ParticleTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("DataParallel would mix the particles; use one GPU, or torchrun")
         # ParticleModel's signature and class tell Trainer something else than the base's.
-        self.label_names, self.model_accepts_loss_kwargs = ["labels"], _counts_items(base)
+        self.label_names, self.model_accepts_loss_kwargs = ["labels"], counts_items(base)
         self._loss_shifts_labels = self._task.shifts and (
             LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
         )
@@ -504,14 +503,6 @@ def _not_reentrant(enable: Callable[..., None], **options: Any) -> None:
         if name in options:
             options[name] = {"use_reentrant": False} | (options[name] or {})
     enable(**options)
-
-
-def _counts_items(base: nn.Module) -> bool:
-    """Whether Trainer would give this model, by itself, the number of labels of a step."""
-    if hasattr(base, "accepts_loss_kwargs"):
-        return bool(base.accepts_loss_kwargs)
-    parameters = inspect.signature(base.forward).parameters.values()
-    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _check_options(args: TrainingArguments | None, options: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from multilora.methods.base import Method
 from multilora.methods.dverge import DVERGE
 from multilora.methods.ensemble import Ensemble
 from multilora.methods.ibdr import IBDR
+from multilora.methods.independent import Independent
 from multilora.methods.mutual import MutualLearning
 from multilora.methods.registry import METHODS, Entry
 from multilora.methods.sam import SAM
@@ -21,6 +22,7 @@ __all__ = [
     "BLoB",
     "Ensemble",
     "Entry",
+    "Independent",
     "Method",
     "MutualLearning",
     "Variational",

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from multilora.ops.common import IGNORE_INDEX
 
@@ -128,15 +127,29 @@ class Task:
 
 
 def _check_loss_is_known(base: nn.Module, columns: list[str], known: bool) -> None:
-    if not isinstance(base, PreTrainedModel):
+    if not _is_of_transformers(base):
         return
     ours = type(base).__module__.startswith("transformers.")
     if "labels" not in columns or (ours and not known):
         raise ValueError(
             f"{type(base).__name__} has no loss that is the cross-entropy of logits at `labels`: "
-            "ParticleTrainer trains causal, masked and encoder-decoder language models, and "
+            "that is trained in causal, masked and encoder-decoder language models, and in "
             "classifiers of examples and of tokens"
         )
+
+
+def _is_of_transformers(base: nn.Module) -> bool:
+    # A program that has not imported transformers has none of its models.
+    transformers: Any = sys.modules.get("transformers")
+    return transformers is not None and isinstance(base, transformers.PreTrainedModel)
+
+
+def counts_items(base: nn.Module) -> bool:
+    """Whether Trainer would give this model, by itself, the number of labels of a step."""
+    if hasattr(base, "accepts_loss_kwargs"):
+        return bool(base.accepts_loss_kwargs)
+    parameters = inspect.signature(base.forward).parameters.values()
+    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _check_single_label(base: nn.Module) -> None:
@@ -168,11 +181,13 @@ class RouterLoss:
     def __call__(self, output: Any, particles: int, mask: Tensor | None) -> Tensor:
         """(K,) from router logits of K · B · T rows, particle by particle."""
         layers = [t.reshape(particles, -1, t.shape[-1]) for t in output.router_logits]
-        each = [
-            self.balance(tuple(layer[k] for layer in layers), self.experts, self.chosen, mask)
-            for k in range(particles)
-        ]
-        return self.coefficient * torch.stack(each)
+        each = [self.of_one([layer[k] for layer in layers], mask) for k in range(particles)]
+        return torch.stack(each)
+
+    def of_one(self, layers: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+        """() from the router logits (B · T, E) of one particle in every layer."""
+        value = self.balance(tuple(layers), self.experts, self.chosen, mask)
+        return self.coefficient * value
 
 
 def router_loss(base: nn.Module) -> RouterLoss | None:
@@ -201,7 +216,7 @@ def router_loss(base: nn.Module) -> RouterLoss | None:
     known = arguments == ["gate_logits", "num_experts", "top_k", "attention_mask"]
     if balance is None or not known or None in settings:
         raise ValueError(
-            f"the router loss of {type(base).__name__} is not one that ParticleTrainer can compute "
+            f"the router loss of {type(base).__name__} is not one that can be computed "
             "for every particle; train without it, base.config.output_router_logits = False"
         )
     return RouterLoss(balance, *settings)

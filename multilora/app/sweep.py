@@ -1,0 +1,300 @@
+"""The command `multilora sweep`: adapters of a file of runs, all over one base, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multilora import atomic
+from multilora.app.evaluation import predictions
+from multilora.app.report import print_rows
+from multilora.app.run import make_task
+from multilora.app.settings import Settings
+from multilora.app.tasks.task import Task, call_and_pass
+from multilora.checkpoint import load_particle_model
+from multilora.many import Results, Run, RunArguments, fit_many
+from multilora.metrics import evaluate
+
+_ABOUT = """\
+Train a LoRA adapter for each run of a file, all of them over one frozen model and in its every
+pass. Each run has its own rank, targets, learning rate, batches, steps and seed, and ends as it
+would alone.
+
+The file is YAML or JSON:
+
+  task: digits                # or with options, {name: digits, shots: 10}
+  validation: 25              # training examples to hold out, to choose on
+  keep: 3                     # of the adapters, the best ones; all by default
+  defaults: {rank: 8, batch_size: 8, steps: 200, lr: 3e-3}
+  grid: {rank: [2, 8], lr: [1e-3, 3e-3]}       # every combination
+  runs:                                        # and, or instead, these
+    - {name: patient, lr: 1e-4, steps: 1000}
+"""
+#: Keys of a file, beside those of its runs.
+_KEYS = ("task", "base", "seed", "validation", "defaults", "grid", "runs", "keep", "at_once")
+#: Keys of a run that decide its adapter.
+_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+#: Short names of fields of RunArguments, as `train` has them.
+_SHORT = {
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "patience": "early_stopping_patience",
+}
+_TEXTS = ("lr_scheduler_type", "train_sampling_strategy", "eval_strategy", "metric_for_best_model")
+#: The file of a sweep's folder that holds what it was asked for.
+ASKED = "sweep.json"
+#: The largest size of a file of runs, in bytes.
+_MAX_FILE = 2**20
+#: Which runs a file may have.
+_MOST_RUNS = 10_000
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep",
+        help="train many adapters of their own at once, from a file of runs",
+        description=_ABOUT,
+        epilog=f"Keys of a run: name, {', '.join(_known())}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("file", metavar="FILE", help="the runs, in YAML or JSON")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder of the table (table.json, table.csv) and of a PEFT adapter for each run "
+        "[runs/sweep-FILE]",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    parser.add_argument(
+        "--at-once", type=int, metavar="N", help="how many runs share a pass [that of FILE, or all]"
+    )
+    parser.add_argument(
+        "--save-every",
+        type=int,
+        default=200,
+        metavar="PASSES",
+        help="passes between two checkpoints [%(default)s]",
+    )
+    parser.add_argument("--device", help="device of the model [cuda if there is one, else cpu]")
+
+
+def run(args: argparse.Namespace) -> int:
+    asked = read(Path(args.file))
+    out = Path(args.out) if args.out else Path("runs") / f"sweep-{Path(args.file).stem}"
+    sweep = planned(asked)
+    _take_folder(out, asked, args.resume)
+    task = make_task(sweep.settings, print)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    task.base.to(device)
+    results = fit_many(
+        task.base,
+        runs_of(sweep, task),
+        out=out,
+        resume=args.resume,
+        keep=asked.get("keep"),
+        at_once=args.at_once if args.at_once is not None else asked.get("at_once"),
+        save_every=args.save_every,
+        seed=sweep.settings.seed,
+        head_init="reset" if task.head else None,
+    )
+    _test(results, out, sweep, device)
+    results.write(out)
+    print_rows(results.table())
+    print(f"\n{out} holds table.json, table.csv and a PEFT adapter for each run in the table")
+    return 1 if all(row.status == "failed" for row in results) else 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a file asks for: the task's settings, and the values of each run by its name."""
+
+    settings: Settings
+    runs: dict[str, dict[str, Any]]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The content of a file of runs.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is not YAML, or has an unknown key.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    if not file.is_file():
+        raise FileNotFoundError(f"the file of runs {file} does not exist")
+    try:
+        if file.stat().st_size > _MAX_FILE:
+            raise ValueError(f"it has {file.stat().st_size} bytes")
+        asked = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{file} is no file of runs: {error}") from error
+    if not isinstance(asked, dict):
+        raise ValueError(f"{file} is no file of runs: it holds a {type(asked).__name__}")
+    if unknown := sorted(map(str, asked.keys() - {*_KEYS})):
+        raise ValueError(f"{file} has the keys {unknown}; a file of runs has {', '.join(_KEYS)}")
+    return asked
+
+
+def planned(asked: Mapping[str, Any]) -> Planned:
+    """What the content of a file asks for.
+
+    Raises:
+        ValueError: a key or a value is wrong; the message names the run.
+    """
+    task = asked.get("task", "digits")
+    options = dict(task) if isinstance(task, dict) else {"name": task}
+    if "name" not in options:
+        raise ValueError(f"task needs a name, and may have options; got {task!r}")
+    options = {"task": options["name"], **{n: v for n, v in options.items() if n != "name"}}
+    options |= {name: asked[name] for name in ("seed", "validation") if name in asked}
+    if "base" in asked:
+        options["model"] = asked["base"]
+    defaults = _values("defaults", asked.get("defaults", {}))
+    runs: dict[str, dict[str, Any]] = {}
+    for name, given in _each(asked):
+        if name in runs:
+            raise ValueError(f"two runs have the name {name!r}")
+        runs[name] = defaults | _values(f"run {name!r}", given)
+    if not 0 < len(runs) <= _MOST_RUNS:
+        raise ValueError(f"a file of runs has runs, a grid or both; got {len(runs)} runs")
+    return Planned(Settings.of(options), runs)
+
+
+def _each(asked: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The runs that a file names, and those of its grid."""
+    grid, listed = asked.get("grid") or {}, asked.get("runs") or []
+    if not isinstance(grid, dict) or not all(isinstance(v, list) and v for v in grid.values()):
+        raise ValueError(f"grid must be names with a list of values each; got {grid!r}")
+    if not isinstance(listed, list) or not all(isinstance(r, dict) for r in listed):
+        raise ValueError(f"runs must be a list of runs, each names and values; got {listed!r}")
+    found = []
+    for values in itertools.product(*grid.values()) if grid else ():
+        given = dict(zip(grid, values))
+        found.append((",".join(f"{n}={_short(v)}" for n, v in given.items()), given))
+    for number, one in enumerate(listed):
+        given = dict(one)
+        found.append((str(given.pop("name", f"run_{number}")), given))
+    return found
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _known() -> list[str]:
+    return [*_ADAPTER, *_SHORT, *(f.name for f in fields(RunArguments))]
+
+
+def _values(who: str, given: Any) -> dict[str, Any]:
+    """The values of a run by their long names."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{who}: names and values are needed; got {given!r}")
+    unknown = sorted(map(str, given.keys() - {*_known()}))
+    if unknown:
+        raise ValueError(f"{who} has the keys {unknown}; a run has name, {', '.join(_known())}")
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        long = _SHORT.get(str(name), str(name))
+        if long in values:
+            raise ValueError(f"{who} gives {long} twice")
+        # YAML reads 1e-3 as a text.
+        is_text = isinstance(value, str) and long not in (*_TEXTS, "target_modules")
+        values[long] = _number(f"{who}: {name}", value) if is_text else value
+    return values
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number; got {text!r}") from error
+
+
+def runs_of(sweep: Planned, task: Task) -> list[Run]:
+    """The runs, over the data of a task.
+
+    Raises:
+        ValueError: the task learns from something else than its logits, or a value is wrong.
+    """
+    import peft
+
+    if task.learn is not call_and_pass:
+        raise ValueError(f"the task {sweep.settings.task!r} learns in a way that a sweep cannot")
+    heads = [task.head] if isinstance(task.head, str) else [*(task.head or ())]
+    made = []
+    for name, values in sweep.runs.items():
+        rank = values.get("rank", 8)
+        targets = values.get("target_modules", task.targets)
+        own = {n: v for n, v in values.items() if n not in _ADAPTER}
+        try:
+            arguments = RunArguments(**own)
+            config = peft.LoraConfig(
+                r=rank,
+                lora_alpha=values.get("lora_alpha", rank),
+                lora_dropout=values.get("lora_dropout", 0.0),
+                use_rslora=values.get("use_rslora", False),
+                target_modules=[targets] if isinstance(targets, str) else list(targets),
+                modules_to_save=list(heads) or None,
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"run {name!r}: {error}") from error
+        if arguments.eval_strategy != "no" and task.validation is None:
+            raise ValueError(
+                f"run {name!r}: eval_strategy needs validation examples, which the task "
+                f"{sweep.settings.task!r} has none of; hold some out with validation: N"
+            )
+        made.append(
+            Run(
+                config,
+                task.train,
+                arguments,
+                name,
+                eval_dataset=task.validation,
+                collate=task.collate,
+            )
+        )
+    return made
+
+
+def _take_folder(out: Path, asked: Mapping[str, Any], resume: bool) -> None:
+    """Make the folder, which must hold no other sweep."""
+    atomic.make_folder(out)
+    file, text = out / ASKED, json.dumps(asked, indent=2, sort_keys=True, default=str) + "\n"
+    if file.is_file():
+        if not resume:
+            raise ValueError(
+                f"{out} holds a sweep already; continue it with --resume, or choose another --out"
+            )
+        if file.read_text() != text:
+            raise ValueError(f"{out} holds a sweep of another file of runs; choose another --out")
+        return
+    if inside := sorted(entry.name for entry in out.iterdir()):
+        raise ValueError(f"{out} holds other files: {', '.join(inside[:5])}; choose another --out")
+    atomic.write_text(file, text)
+
+
+def _test(results: Results, out: Path, sweep: Planned, device: str) -> None:
+    """Add what the adapters that were kept measure on the test set."""
+    kept = [row for row in results if row.folder is not None]
+    if not kept:
+        return
+    quiet: Callable[[str], None] = lambda _: None  # noqa: E731
+    task = make_task(sweep.settings, quiet)
+    model = load_particle_model(task.base.to(device), [out / row.name for row in kept]).to(device)
+    log_p, targets = predictions(model.eval(), task, task.test)
+    measured = evaluate(log_p, targets)
+    for k, row in enumerate(kept):
+        row.measures["test_accuracy"] = measured["member_accuracy"][k]
+        row.measures["test_nll"] = measured["member_nll"][k]

@@ -1,0 +1,105 @@
+"""A run of a sweep: what is trained, on what, and how."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from multilora.losses import named
+from multilora.many.arguments import RunArguments, read
+
+if TYPE_CHECKING:
+    import peft
+
+_NAME = re.compile(r"[\w=][\w=.,+-]*")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuning of `fit_many`.
+
+    Args:
+        config: of its adapter.
+        dataset: of its examples, with a length and an order; or an iterable, which is read in its
+            own order, again and again, and needs max_steps. Examples are mappings, as transformers
+            has them, or pairs (input, target).
+        arguments: TrainingArguments, `RunArguments`, or an object with such names.
+        name: of its folder and its row in the table; "run_0", "run_1", ... by default.
+        eval_dataset: is evaluated in its order.
+        collate: makes a batch of a list of examples. By default transformers' default_data_collator
+            for mappings, and torch's default_collate for others.
+        loss: a name or a loss of `multilora.losses`, or a function (logits (B, ..., C), targets) ->
+            a scalar. By default the base's own loss for batches with labels, and the mean
+            cross-entropy for others.
+        metrics: (logits, targets) of the whole eval_dataset -> measures by name, which the table
+            has as eval_NAME. eval_loss and eval_accuracy come with it.
+        heads: outputs of heads of another width than the base's, by name; see
+            `get_particle_model`.
+    """
+
+    config: peft.LoraConfig
+    dataset: Any
+    arguments: Any = field(default_factory=RunArguments)
+    name: str | None = None
+    eval_dataset: Any = None
+    collate: Callable[[list[Any]], Any] | None = None
+    loss: Any = None
+    metrics: Callable[[Any, Any], Mapping[str, float]] | None = None
+    heads: Mapping[str, int | nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run with its name, and its arguments as they are honoured."""
+
+    run: Run
+    name: str
+    arguments: RunArguments
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that tells runs apart, as far as their data are not concerned."""
+        config = self.run.config.to_dict()
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        heads = {
+            k: v if isinstance(v, int) else "module" for k, v in (self.run.heads or {}).items()
+        }
+        return json.dumps([vars(self.arguments), plain, heads], sort_keys=True, default=str)
+
+
+def planned(runs: Sequence[Run]) -> list[Planned]:
+    """The runs, checked.
+
+    Raises:
+        TypeError, ValueError: there is none, one is of another kind, names are equal or cannot be
+            those of a folder, or arguments are not supported; the message names the run.
+    """
+    if not isinstance(runs, Sequence) or not runs or not all(isinstance(r, Run) for r in runs):
+        raise TypeError("fit_many needs a non-empty list of Run")
+    found: dict[str, Planned] = {}
+    for number, run in enumerate(runs):
+        name = f"run_{number}" if run.name is None else run.name
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"run {number}: a name has letters, digits and =.,+-_ and begins with none of "
+                f".,+-; got {name!r}"
+            )
+        if name in found:
+            raise ValueError(f"two runs have the name {name!r}")
+        who = f"run {name!r}"
+        arguments = read(run.arguments, who)
+        try:
+            _ = run.loss if run.loss is None else named(run.loss)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
+        if arguments.eval_strategy != "no" and run.eval_dataset is None:
+            raise ValueError(f"{who}: eval_strategy = {arguments.eval_strategy!r}, no eval_dataset")
+        if not hasattr(run.dataset, "__len__") and arguments.max_steps <= 0:
+            raise ValueError(f"{who}: a dataset without a length needs max_steps")
+        found[name] = Planned(run, name, arguments)
+    return list(found.values())

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multilora.layers import Adapted, LoraLayer, row_ends
+from multilora.layers import Adapted, LoraLayer
 from multilora.ops import grouped_linear
 from multilora.ops._library import FrozenTensorError
+from multilora.particle_layer import row_ends
 
 _PROTOCOL = "transformers.integrations.moe"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -33,21 +33,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora import checks, particle_folders, slots, soups
+from multilora.copies import StackedModule, stacked_modules
 from multilora.diversity import cosines
 from multilora.fold import Axes
 from multilora.forward_state import ForwardState
-from multilora.layers import (
-    LoraLayer,
-    ParticleLayer,
-    StackedModule,
-    is_uniform,
-    lora_layers,
-    stacked_modules,
-)
+from multilora.layers import LoraLayer, lora_layers
 from multilora.ops import lora_gram
 from multilora.optim import separate_parameters
 from multilora.parallel import Processes
+from multilora.particle_layer import ParticleLayer
 from multilora.run import ParticleView, Runner
+from multilora.slots import is_uniform
 from multilora.trunk import Cut, TrunkOutput, check_cut
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multilora import atomic, embeddings, peft_tensors
-from multilora.layers import is_uniform
 from multilora.parallel import Processes
 from multilora.peft_format import (
     CONFIG,
@@ -27,6 +26,7 @@ from multilora.peft_format import (
     read_config,
     read_tensors,
 )
+from multilora.slots import is_uniform
 
 if TYPE_CHECKING:
     import peft

@@ -218,7 +218,7 @@ class Independent(Method):
             return {k: self._of_closure(k, closure)}, {}
         pack = Pack(self._reader, part)
         output = pack.run(self.model)
-        logits = pack.logits(output, self._width)
+        logits = pack.logits(output, self._widths())
         own_loss = [k for k in logits if self.losses[k] is None]
         return {k: (z, part[k].targets) for k, z in logits.items()}, pack.router_losses(
             output, own_loss
@@ -257,12 +257,11 @@ class Independent(Method):
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{self.who(k)}: {shapes}: {error}") from error
 
-    def _width(self, k: int) -> int | None:
-        """The classes of particle k where heads have widths of their own."""
-        for _, head in self.model.stacked_modules():
-            if getattr(head, "widths", None) is not None:
-                return head.widths[k]
-        return None
+    def _widths(self) -> Sequence[int] | None:
+        """The classes of each particle's head, where heads have widths of their own."""
+        # A look at every module, so once in a pass.
+        every = (head.widths for _, head in self.model.stacked_modules())
+        return next((widths for widths in every if widths is not None), None)
 
     def _finite(self, losses: Mapping[int, Tensor], grads: list[Tensor]) -> list[int]:
         """The particles that step; raises or warns where some are broken."""

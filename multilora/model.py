@@ -16,6 +16,9 @@ The way of a batch from model(x) to the layers and back:
 6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
    for all particles into (K, B, ...).
 
+With `particle=index`, `rows.Rows` puts the rows of each particle side by side, the state has their
+counts, and the layers read (N, ...) by them; outputs come back in the order of the rows.
+
 A backward that runs a checkpointed part of the base again finds the state of its forward through
 hooks on the outputs (`ForwardState.mark`).
 """

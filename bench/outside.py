@@ -25,7 +25,7 @@ from bench.jobs import Context
 from bench.processes import ROOT, kill, start
 from multilora.ops.dispatch import missing_reason
 
-TESTS = ("lora_linear", "lora_add", "geometry", "volume", "svgd_update")
+TESTS = ("lora_linear", "lora_add", "grouped", "geometry", "volume", "svgd_update")
 #: Bytes of a log that are kept; a longer one keeps its beginning and its end.
 LOG = 6 * 2**20
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from multilora import checks
+from multilora.copies import StackedModule
 from multilora.fold import Axes, Names
-from multilora.layers import StackedModule
 from multilora.model import MOST_PARTICLES, ParticleModel
 from multilora.parallel import Processes
 from multilora.slots import adapt, check_heads, stack, start_particle

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from multilora import embeddings, particle_folders, peft_tensors
+from multilora import checks, embeddings, particle_folders, peft_tensors
 from multilora.attach import get_particle_model
 from multilora.model import ParticleModel
 from multilora.peft_format import PREFIX, Expected, expected_tensors
@@ -27,6 +27,8 @@ def load_particle_model(
     base: nn.Module,
     path: str | Path | Sequence[str | Path],
     mesh: DeviceMesh | None = None,
+    *,
+    own_configurations: bool = False,
     **options: Any,
 ) -> ParticleModel:
     """The particle model that `save_pretrained` wrote to `path`, over the plain model `base`.
@@ -39,13 +41,13 @@ def load_particle_model(
 
     Args:
         base: the plain model. It is left unchanged where loading fails.
-        path: that folder, or a sequence of K PEFT LoRA adapter folders,
-            trained by anything, which become the K particles. Where they differ in rank, targets
-            or the like, every particle keeps its own configuration. The files of a folder must be
-            those that its multilora.json lists; a sequence of its particle folders is read without
-            that check. A folder to which another process saves is read as it was before or after
-            that.
+        path: that folder, or a sequence of K PEFT LoRA adapter folders of one configuration,
+            trained by anything, which become the K particles. The files of a folder must be those
+            that its multilora.json lists; a sequence of its particle folders is read without that
+            check. A folder to which another process saves is read as it was before or after that.
         mesh: as in `get_particle_model`.
+        own_configurations: whether adapters may differ in rank, scaling, targets and heads too, as
+            those of a folder may that was saved so. Each particle then keeps its own configuration.
         **options: other arguments of `get_particle_model`; they need not be those that the
             particles were trained with.
 
@@ -58,12 +60,11 @@ def load_particle_model(
         ValueError: a file is damaged, comes from another save, is not finite, or does not fit the
             others or `base`. The message names the file and the mismatch.
     """
-    saved = particle_folders.read(path)
+    checks.flag("own_configurations", own_configurations)
+    saved = particle_folders.read(path, own_configurations or bool(options.get("heads")))
     if not saved.configs:
         return _load_copies(base, saved, mesh, options)
     rows = embeddings.tokens_in_files(base, saved.tensor_files, saved.tensors)
-    if options.get("heads"):
-        saved = saved._replace(is_own=True)
     expected = _expected(base, saved, rows)
     split = [embeddings.split(base, *each) for each in zip(saved.tensors, expected)]
     saved = saved._replace(tensors=[adapter for adapter, _ in split])

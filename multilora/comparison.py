@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from multilora.fold import Axis
-from multilora.layers import ParticleLayer
+from multilora.particle_layer import ParticleLayer
 
 
 def own_part(many: Tensor, one: Tensor, axis: Axis, n: int, k: int) -> tuple[Tensor, Tensor]:

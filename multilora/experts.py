@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multilora.layers import Adapted, LoraLayer, row_ends
+from multilora.layers import Adapted, LoraLayer
 from multilora.ops import grouped_linear
 from multilora.ops._library import FrozenTensorError
+from multilora.particle_layer import row_ends
 
 _PROTOCOL = "transformers.integrations.moe"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,7 +25,7 @@ class Factors(NamedTuple):
 
     lora_A: Tensor  # (k, E, r, d_in)
     lora_B: Tensor  # (k, E, d_out, r)
-    scaling: float
+    scaling: float | Tensor  # (k,) where the particles have their own
 
 
 class LoraExperts(LoraLayer):
@@ -125,15 +126,16 @@ def run_bank(
 class _Routed:
     """The rows of every pair of an expert and a particle side by side, expert first.
 
-    order: for each place, which of the (row, choice) pairs stands there. experts: its expert. ends:
-    of the groups of rows of an expert; and of an expert and a particle, (E·k,).
+    order: for each place, which of the (row, choice) pairs stands there. experts, particles: whose
+    it is. expert_ends (E,), pair_ends (E·k,): where the rows of an expert end, and those of an
+    expert and a particle.
     """
 
     def __init__(self, top_k_index: Tensor, ends: list[int], experts: int):
         particles, device = len(ends), top_k_index.device
         groups = (top_k_index * particles + _particles(ends, device)[:, None]).flatten()
         groups, self.order = groups.sort(stable=True)
-        self.experts = groups // particles
+        self.experts, self.particles = groups // particles, groups % particles
         # Counting would wait for a GPU.
         all_groups = torch.arange(1, experts * particles + 1, device=device)
         self.pair_ends = torch.searchsorted(groups, all_groups, out_int32=True)
@@ -169,8 +171,11 @@ def _adapted(
         return y
     # The groups are expert first.
     lora_A, lora_B = (f.transpose(0, 1).flatten(0, 1) for f in (factors.lora_A, factors.lora_B))
-    shrunk = grouped_linear(x, lora_A, routed.pair_ends) * factors.scaling
-    return y + grouped_linear(shrunk, lora_B, routed.pair_ends)
+    scaling = factors.scaling
+    if isinstance(scaling, Tensor):
+        scaling = scaling.to(x)[routed.particles].unsqueeze(1)
+    shrunk = grouped_linear(x, lora_A, routed.pair_ends) * scaling
+    return y + grouped_linear(shrunk.to(y.dtype), lora_B, routed.pair_ends)
 
 
 def matrices(bank: Any, parameter: str) -> Tensor:

@@ -16,6 +16,9 @@ The way of a batch from model(x) to the layers and back:
 6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
    for all particles into (K, B, ...).
 
+With `particle=index`, `rows.Rows` puts the rows of each particle side by side, the state has their
+counts, and the layers read (N, ...) by them; outputs come back in the order of the rows.
+
 A backward that runs a checkpointed part of the base again finds the state of its forward through
 hooks on the outputs (`ForwardState.mark`).
 """
@@ -33,21 +36,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora import checks, particle_folders, slots, soups
+from multilora.copies import StackedModule, stacked_modules
 from multilora.diversity import cosines
 from multilora.fold import Axes
 from multilora.forward_state import ForwardState
-from multilora.layers import (
-    LoraLayer,
-    ParticleLayer,
-    StackedModule,
-    is_uniform,
-    lora_layers,
-    stacked_modules,
-)
+from multilora.layers import LoraLayer, lora_layers
 from multilora.ops import lora_gram
 from multilora.optim import separate_parameters
 from multilora.parallel import Processes
+from multilora.particle_layer import ParticleLayer
 from multilora.run import ParticleView, Runner
+from multilora.slots import is_uniform
 from multilora.trunk import Cut, TrunkOutput, check_cut
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from multilora import atomic, embeddings, peft_tensors
-from multilora.layers import is_uniform
 from multilora.parallel import Processes
 from multilora.peft_format import (
     CONFIG,
@@ -27,6 +26,7 @@ from multilora.peft_format import (
     read_config,
     read_tensors,
 )
+from multilora.slots import is_uniform
 
 if TYPE_CHECKING:
     import peft
@@ -39,7 +39,6 @@ ALONE = Processes()
 INDEX = "multilora.json"
 # The file of a full copy.
 _MODEL = "model.safetensors"
-_LIST = "the list of folders"
 #: What a particle's folder may have.
 FILES = (CONFIG, WEIGHTS, _MODEL)
 
@@ -152,8 +151,11 @@ class _Particle(NamedTuple):
     tensor_file: Path
 
 
-def read(path: str | Path | Sequence[str | Path]) -> Saved:
-    """The particles of a folder, or adapters of a sequence, checked as far as it needs no model."""
+def read(path: str | Path | Sequence[str | Path], may_differ: bool = False) -> Saved:
+    """The particles of a folder, or adapters of a sequence, checked as far as it needs no model.
+
+    may_differ: whether each may have a configuration of its own, as a folder may say by itself.
+    """
     seeds: int | list[int] = 0
     is_own = False
     if isinstance(path, (str, os.PathLike)):
@@ -164,13 +166,13 @@ def read(path: str | Path | Sequence[str | Path]) -> Saved:
         folders = [Path(p) for p in path]
         if not folders:
             raise ValueError("at least one adapter folder is needed; got none")
-        source = _LIST
+        source = "the list of folders"
         adapters = [_read_folder(folder) for folder in folders]
     found, config_files, tensors, tensor_files = (list(column) for column in zip(*adapters))
     configs = [config for config in found if config is not None]
-    is_list = source == _LIST
+    is_own |= may_differ
     if configs and not is_own:
-        is_own = not check_same(config_files, configs, may_differ=is_list)
+        check_same(config_files, configs)
     return Saved(source, seeds, configs, config_files, tensors, tensor_files, is_own)
 
 

@@ -174,13 +174,11 @@ def _init(file: Path, init: bool | str) -> bool | str:
     raise ValueError(f"{file}: init_lora_weights = {init!r} is not known")
 
 
-def check_same(
-    config_files: Sequence[Path], configs: Sequence[peft.LoraConfig], may_differ: bool = False
-) -> bool:
-    """Whether K configurations agree in what their adapters compute; raises unless they may differ.
+def check_same(config_files: Sequence[Path], configs: Sequence[peft.LoraConfig]) -> None:
+    """Raise ValueError where K configurations differ in what their adapters compute.
 
-    Where they agree, and differ in other fields that particles share, a warning says that the first
-    one's values are kept.
+    Where they differ in other fields that particles share, a warning says that the first one's
+    values are kept.
     """
 
     def comparable(value: Any) -> Any:
@@ -195,11 +193,9 @@ def check_same(
                 continue
             unset = key == "task_type" and None in (value, first[key])
             if key not in _FREE_FIELDS and not unset:
-                if may_differ and key != "task_type":
-                    return False
                 raise ValueError(
                     f"{file}: {key} = {value!r}, but {config_files[0]} has {first[key]!r}; "
-                    "particles share one configuration"
+                    "particles share one configuration, unless own_configurations=True"
                 )
             differing.add(key)
     if notable := sorted(differing.difference(_DESCRIPTIONS)):
@@ -209,7 +205,6 @@ def check_same(
             f"{config_files[0]} are kept, {kept}",
             stacklevel=4,
         )
-    return True
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -289,7 +284,14 @@ def expected_tensors(
         warnings.simplefilter("ignore")
         if vocabulary is not None:
             shadow.resize_token_embeddings(vocabulary, mean_resizing=False)
-        wrapped = get_peft_model(shadow, plain, low_cpu_mem_usage=True)
+        try:
+            wrapped = get_peft_model(shadow, plain, low_cpu_mem_usage=True)
+        except Exception as error:
+            if config.target_parameters:
+                raise ValueError(
+                    f"target_parameters = {config.target_parameters!r}: {error}"
+                ) from error
+            raise
         state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     expected = {key: Expected(tuple(t.shape), t.dtype) for key, t in state.items()}
     for name, layer in shadow.named_modules():

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from multilora.copies import stacked_modules
 from multilora.experts import LoraExperts, bank_name
-from multilora.layers import LoraConv2d, LoraLayer, lora_layers, stacked_modules
+from multilora.layers import LoraConv2d, LoraLayer, lora_layers
 from multilora.parallel import Processes
 from multilora.peft_format import PREFIX, Expected, computing_dtype
 

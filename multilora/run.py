@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from multilora import forward_state
+from multilora.copies import StackedModule
 from multilora.fold import (
     Axis,
     Inputs,
@@ -28,7 +29,6 @@ from multilora.fold import (
 )
 from multilora.forward_state import ForwardState
 from multilora.isolation import IsolationCheck, ParticleIsolationError
-from multilora.layers import StackedModule
 from multilora.ops._library import FrozenTensorError
 from multilora.rows import Rows
 from multilora.trunk import Reached, TrunkOutput

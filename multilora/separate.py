@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from multilora.gradients import note_without, without_gradient
-from multilora.layers import ParticleLayer
+from multilora.particle_layer import ParticleLayer
 
 
 def separate_parameters(model: Any) -> list[SeparateParameter]:

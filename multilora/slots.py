@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from multilora.copies import StackedModule, grown, stacked_modules
 from multilora.experts import LoraExperts, bank_name
 from multilora.layers import (
     Adapted,
@@ -17,11 +18,8 @@ from multilora.layers import (
     LoraLayer,
     LoraLinear,
     LoraOpaqueLinear,
-    StackedModule,
-    grown,
     has_own_forward,
     lora_layers,
-    stacked_modules,
 )
 from multilora.targets import resolve_each
 
@@ -254,3 +252,10 @@ def _restart_copy(stacked: StackedModule, particle: int, trained: bool, width: i
 
 def _only(particles: int, particle: int, entry: Any) -> list[Any]:
     return [entry if k == particle else None for k in range(particles)]
+
+
+def is_uniform(base: nn.Module) -> bool:
+    """Whether all particles have adapters and copies of the same sizes, scalings and dropout."""
+    return all(layer.each is None for _, layer in lora_layers(base)) and all(
+        stacked.trained is None and stacked.widths is None for _, stacked in stacked_modules(base)
+    )

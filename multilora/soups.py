@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from multilora import embeddings, peft_tensors
-from multilora.layers import lora_layers, stacked_modules
+from multilora.copies import stacked_modules
+from multilora.layers import lora_layers
 from multilora.ops.common import IGNORE_INDEX
 from multilora.parallel import Processes
 from multilora.particle_folders import replace, write_adapter

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora.experts import bank_name, check_parameter
-from multilora.layers import Adapted, ParticleLayer, has_own_forward, linear_sizes
+from multilora.layers import Adapted, has_own_forward, linear_sizes
+from multilora.particle_layer import ParticleLayer
 
 if TYPE_CHECKING:
     import peft

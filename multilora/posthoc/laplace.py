@@ -62,13 +62,14 @@ def laplace(
     Raises:
         ModuleNotFoundError: laplace-torch is not installed; it is the extra "laplace".
         ValueError: an argument is out of range, a batch is none, or the adapter does not fit.
+        NotImplementedError: subset="all" of an adapter with target_parameters.
         FileNotFoundError, PermissionError: as `load_particle_model`. `base` is unchanged by all.
     """
     check_laplace(subset, structure, prior_precision)
     checks.integer("num_particles", num_particles, 1, MOST_PARTICLES)
     checks.integer("seed", seed, 0, 2**63 - 1)
     Laplace = _laplace_torch()
-    network, keys = _as_peft_loads_it(path, base, forward)
+    network, keys = _as_peft_loads_it(path, base, forward, subset)
     if subset == "last_layer":
         laplace_args["last_layer_name"] = _last_layer(network)
     given = {} if prior_precision == "marglik" else {"prior_precision": prior_precision}
@@ -139,13 +140,22 @@ _LABELS = "labels"
 
 
 def _as_peft_loads_it(
-    path: str | Path, base: nn.Module, forward: Callable[[nn.Module, Any], Tensor] | None
+    path: str | Path,
+    base: nn.Module,
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+    subset: str,
 ) -> tuple[_Network, dict[str, str]]:
     """The adapter over a copy of `base`, and {a trained tensor's name: its key in PEFT's file}."""
     import peft
     from peft.utils import get_peft_model_state_dict
 
-    particle_folders.read([path])  # its errors name the file
+    (config,) = particle_folders.read([path]).configs  # its errors name the file
+    if subset == "all" and config.target_parameters:
+        # PEFT holds their factors in linears that it never calls.
+        raise NotImplementedError(
+            f"{path} has target_parameters, for which laplace-torch finds no curvature; "
+            'subset="last_layer" keeps them as they are'
+        )
     try:
         model = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(path), is_trainable=True)
     except (RuntimeError, ValueError) as error:

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers.integrations import moe
 
 import multilora as ml
 from models import load_peft, particles_of, peft_tensors
 from multilora.attach import particle_seeds
 from multilora.checkpoint import load_particles
-from multilora.experts import Factors, LoraExperts, run_bank
+from multilora.experts import Factors, LoraExperts, matrices, parameters_of, run_bank
 from multilora.forward_state import ForwardState
 from multilora.optim import EachParticle, clip_grad_norm_
 from multilora.peft_tensors import of_particle
+from multilora.posthoc.laplace import _as_peft_loads_it
 
 # PEFT asks transformers' models for a property that they are about to lose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -246,9 +248,32 @@ def test_starts():
 # --- the layer ----------------------------------------------------------------------------------
 
 
-def test_unequal_rows_and_choices_of_no_one():
+@moe.use_experts_implementation(has_gate=False, has_post_expert_norm=True)
+class PlainBank(nn.Module):
+    """Experts without a gate, and with a norm behind them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts, self.act_fn = EXPERTS, nn.GELU()
+        self.up_proj = nn.Parameter(torch.randn(EXPERTS, 48, 16))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, 16, 48))
+        self.post_expert_norm = nn.LayerNorm(16)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        raise NotImplementedError
+
+
+def banks():
+    inside = "model.layers.0.mlp.experts"
+    return {kind: base_of(kind).get_submodule(inside) for kind in ("mixtral", "gpt-oss")} | {
+        "plain": PlainBank(None).double()
+    }
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "plain"])
+def test_unequal_rows_and_choices_of_no_one(name):
     # Particle 1 has no row, and expert 2 is nobody's choice.
-    bank = base_of("gpt-oss").requires_grad_(False).get_submodule("model.layers.0.mlp.experts")
+    bank = banks()[name].requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -257,18 +282,21 @@ def test_unequal_rows_and_choices_of_no_one():
     x, ends = random(9, 16), [2, 2, 9]
     index = torch.tensor([0, 1, 3])[torch.randint(3, (9, 2), generator=generator)]
     weights = random(9, 2)
-    factors = {
-        "gate_up_proj": Factors(random(K, EXPERTS, 2, 16), random(K, EXPERTS, 48, 2), 0.5),
-        "down_proj": Factors(random(K, EXPERTS, 3, 24), random(K, EXPERTS, 16, 3), 2.0),
-    }
+    factors = {}
+    # One number, and one for each particle.
+    for parameter, scaling in zip(parameters_of(bank), (0.5, torch.tensor([2.0, 7.0, -1.0]))):
+        _, d_out, d_in = matrices(bank, parameter).shape
+        A, B = random(K, EXPERTS, 3, d_in), random(K, EXPERTS, d_out, 3)
+        factors[parameter] = Factors(A, B, scaling)
     y = run_bank(bank, x, index, weights, factors, ends)
     for k, (start, end) in enumerate(zip([0, *ends], ends)):
         changed = copy.deepcopy(bank)
-        for name, (A, B, scaling) in factors.items():
-            # gpt-oss has (E, d_in, d_out).
-            getattr(changed, name).data += scaling * (B[k] @ A[k]).mT
-        expected = changed(x[start:end], index[start:end], weights[start:end])
-        torch.testing.assert_close(y[start:end], expected, rtol=1e-12, atol=1e-12)
+        for parameter, (A, B, scaling) in factors.items():
+            scaling = float(scaling[k]) if isinstance(scaling, torch.Tensor) else scaling
+            matrices(changed, parameter).data.add_(scaling * (B[k] @ A[k]))
+        rows = slice(start, end)
+        expected = moe.batched_mm_experts_forward(changed, x[rows], index[rows], weights[rows])
+        torch.testing.assert_close(y[rows], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_one_after_another_and_some_of_them():
@@ -295,6 +323,11 @@ def test_half_precision_has_float32_masters():
     exact = layer_alone(copy.deepcopy(layer).float(), x.bfloat16().float(), index, weights)
     assert y.dtype == torch.bfloat16
     assert (y.float() - exact).norm() < 0.02 * exact.norm()
+    # In float32 under autocast, where the layer's products are those of half precision.
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer_alone(copy.deepcopy(layer).float(), x, index, weights)
+    exact = layer_alone(copy.deepcopy(layer).float(), x, index, weights)
+    assert 1e-4 * exact.norm() < (y.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def layer_alone(layer, *args):
@@ -442,8 +475,11 @@ def test_soups(kind, tmp_path):
         torch.testing.assert_close(soup, model(ids).logits[1], **CLOSE)
 
 
-def test_bayesianize_is_refused():
+def test_posterior_of_one_adapter_is_refused(tmp_path):
     model = particles_of(base_of("mixtral"), config_of(), 1)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="target_parameters, for which laplace"):
+        _as_peft_loads_it(tmp_path / "particle_0", base_of("mixtral"), None, "all")
     with pytest.raises(NotImplementedError, match="experts of target_parameters"):
         ml.posthoc.bayesianize(model, lambda m: 0.0, tolerance=0.1, num_particles=2)
 

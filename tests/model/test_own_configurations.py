@@ -80,7 +80,10 @@ def test_files_hold_true_ranks_and_peft_computes_the_same(tmp_path):
     assert [c.r for c in back.peft_configs] == [2, 5, 3] and not back.is_uniform
     # Any of them, in any order, as adapters that were trained apart.
     chosen = [tmp_path / f"particle_{k}" for k in (2, 0)]
-    some = ml.load_particle_model(FAMILIES["llama"].build(), chosen).eval()
+    with pytest.raises(ValueError, match=r"own_configurations=True"):
+        ml.load_particle_model(FAMILIES["llama"].build(), chosen)
+    plain = FAMILIES["llama"].build()
+    some = ml.load_particle_model(plain, chosen, own_configurations=True).eval()
     torch.testing.assert_close(some(**ids).logits, logits[[2, 0]], **CLOSE)
     # And into a model of the same configurations.
     other = particles()

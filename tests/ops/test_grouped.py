@@ -138,7 +138,8 @@ def test_only_wanted_gradients_are_computed(backend, wanted):
         y.backward(torch.ones(8, 8))
     torch.testing.assert_close(leaf.grad, both[wanted == "weight"])
     assert (x.grad is None) != (weight.grad is None)
-    if backend == "reference":  # Triton's kernels are not PyTorch operators
+    # Triton's kernels are not PyTorch operators, and a GPU multiplies float32 group by group.
+    if backend == "reference" and oracles.DEVICE == "cpu":
         products = [name for name, *_ in inside.calls if name.endswith("mm")]
         assert products == ["_grouped_mm"]
     grads = torch.ops.multilora.grouped_linear_backward(

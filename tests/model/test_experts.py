@@ -523,6 +523,15 @@ def test_other_modules():
     hooked.get_submodule("model.layers.1.mlp.experts").register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"layers\.1\.mlp\.experts.* with hooks"):
         ml.get_particle_model(hooked, config_of(), K)
+    replaced = base_of("mixtral")
+    bank = replaced.get_submodule("model.layers.1.mlp.experts")
+    bank.forward = bank.forward
+    with pytest.raises(TypeError, match=r"layers\.1\.mlp\.experts.* forward was replaced"):
+        ml.get_particle_model(replaced, config_of(), K)
+    sharded = base_of("mixtral")
+    sharded.get_submodule("model.layers.0.mlp.experts")._is_expert_parallel = True
+    with pytest.raises(TypeError, match="shared out to processes"):
+        ml.get_particle_model(sharded, config_of(), K)
 
 
 def test_dropout():

@@ -203,7 +203,12 @@ def check_parameter(name: str, module: nn.Module, parameter: str) -> None:
     )
     forward = type(module).forward
     follows = getattr(forward, "__globals__", {}).get("__name__") == _PROTOCOL
-    if not follows or "forward" in vars(module):
+    if follows and "forward" in vars(module):
+        raise TypeError(
+            f"{what}, of a {type(module).__name__} whose forward was replaced, as accelerate does "
+            f"for a model on several devices: {only}"
+        )
+    if not follows:
         hint = "; linears belong into target_modules" if isinstance(module, nn.Linear) else ""
         raise TypeError(
             f"{what}, of a {type(module).__name__}, whose forward is not that of transformers' "

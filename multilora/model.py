@@ -583,6 +583,22 @@ class ParticleModel(nn.Module):
             self.base, self.peft_configs, self.processes, path, self.seeds, save_embedding_layers
         )
 
+    def save_particle(self, particle: int, path: str | Path) -> None:
+        """Write one particle as a plain PEFT adapter folder, such as a run that has ended.
+
+        Its files are replaced together, as in `save_pretrained`.
+
+        Raises:
+            NotADirectoryError: `path` is a file.
+            NotImplementedError: the particles are full copies, or in several processes.
+            RuntimeError: the call is inside `particles` or `mixtures`.
+        """
+        self.require_whole("save_particle")
+        self.particle(particle)
+        if self.peft_configs is None or self.processes.particle_size > 1:
+            raise NotImplementedError("save_particle needs adapters, all in one process")
+        particle_folders.save_one(self.base, particle, self.peft_configs[particle], path)
+
     def soup(
         self, path: str | Path, kind: str = "exact", weights: Tensor | None = None
     ) -> dict[str, dict[str, float]]:

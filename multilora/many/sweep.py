@@ -260,7 +260,6 @@ class Sweep:
             for p, value in zip(self.method.parameters_of(k), active.best_parameters):
                 p.copy_(value)
         row = self.rows[active.number] = active.row(status)
-        assert self.model.peft_configs is not None
         if self.out is None:
             tensors = peft_tensors.of_particle(
                 self.model.base,
@@ -270,7 +269,7 @@ class Sweep:
             row.adapter = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         else:
             folder = self.out / active.name
-            particle_folders.save_one(self.model.base, k, self.model.peft_configs[k], folder)
+            self.model.save_particle(k, folder)
             row.folder = active.name
         self._keep_the_best()
         bars.end(active.name, status)

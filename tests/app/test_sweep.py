@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from command import refused
+from documents import block
 from killed import small_task
 from multilora.app import cli, sweep
 from multilora.many import RunArguments, fit_many
@@ -141,3 +142,14 @@ def test_every_field_of_a_run_is_a_key():
     (run,) = sweep.planned(yaml.safe_load(text)).runs.values()
     assert run.pop("rank") == 4
     assert RunArguments(**run) == RunArguments(1e-3, warmup_steps=2, lr_scheduler_type="cosine")
+
+
+def test_the_file_of_the_guide():
+    text = block("docs/guides/many_adapters.md", "## The command", "yaml")
+    asked = sweep.planned(yaml.safe_load(text))
+    assert len(asked.runs) == 6 and asked.settings.validation == 20
+    # By their own data they are checked; a task need not be made for that.
+    task = replace(small_task(), validation=small_task().test, targets=["0"])
+    for run in sweep.runs_of(asked, task):
+        assert run.arguments.eval_strategy == "epoch"
+    assert asked.runs["patient"]["early_stopping_patience"] == 5

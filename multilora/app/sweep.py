@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from multilora import atomic
+from multilora import atomic, checks
 from multilora.app.evaluation import predictions
 from multilora.app.report import print_rows
 from multilora.app.run import make_task
-from multilora.app.settings import Settings
+from multilora.app.settings import MAX_STEPS, Settings
 from multilora.app.tasks.task import Task, call_and_pass
 from multilora.checkpoint import load_particle_model
 from multilora.many import Results, Run, RunArguments, fit_many
@@ -93,6 +93,9 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    checks.integer("save_every", args.save_every, 1, MAX_STEPS)
+    if args.at_once is not None:
+        checks.integer("at_once", args.at_once, 1, _MOST_RUNS)
     asked = read(Path(args.file))
     out = Path(args.out) if args.out else Path("runs") / f"sweep-{Path(args.file).stem}"
     sweep = planned(asked)

@@ -66,8 +66,10 @@ class StackedModule(ParticleLayer):
         trained = None if trained is None or all(trained) else trained
         self.trained = None if trained is None else tuple(trained)
         self.widths = None if widths is None else tuple(widths)
-        copied = None if trained is None else self.original_0.new_tensor(trained, dtype=torch.uint8)
-        self.copied = copied
+        first = next(self.module.parameters(), None)
+        self.copied = None
+        if trained is not None and first is not None:
+            self.copied = torch.tensor(trained, dtype=torch.uint8, device=first.device)
 
     def is_trained(self, particle: int) -> bool:
         """Whether this particle has a copy."""

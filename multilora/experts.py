@@ -25,7 +25,7 @@ class Factors(NamedTuple):
 
     lora_A: Tensor  # (k, E, r, d_in)
     lora_B: Tensor  # (k, E, d_out, r)
-    scaling: float | Tensor  # (k,) where the particles have their own
+    scaling: float
 
 
 class LoraExperts(LoraLayer):
@@ -126,8 +126,8 @@ def run_bank(
 class _Routed:
     """The rows of every pair of an expert and a particle side by side, expert first.
 
-    order: for each place, which of the (row, choice) pairs stands there. experts, particles: whose
-    it is. expert_ends (E,), pair_ends (E·k,): where the rows of an expert end, and those of an
+    order: for each place, which of the (row, choice) pairs stands there. experts: its expert.
+    expert_ends (E,), pair_ends (E·k,): where the rows of an expert end, and those of an
     expert and a particle.
     """
 
@@ -135,7 +135,7 @@ class _Routed:
         particles, device = len(ends), top_k_index.device
         groups = (top_k_index * particles + _particles(ends, device)[:, None]).flatten()
         groups, self.order = groups.sort(stable=True)
-        self.experts, self.particles = groups // particles, groups % particles
+        self.experts = groups // particles
         # Counting would wait for a GPU.
         all_groups = torch.arange(1, experts * particles + 1, device=device)
         self.pair_ends = torch.searchsorted(groups, all_groups, out_int32=True)
@@ -171,10 +171,7 @@ def _adapted(
         return y
     # The groups are expert first.
     lora_A, lora_B = (f.transpose(0, 1).flatten(0, 1) for f in (factors.lora_A, factors.lora_B))
-    scaling = factors.scaling
-    if isinstance(scaling, Tensor):
-        scaling = scaling.to(x)[routed.particles].unsqueeze(1)
-    shrunk = grouped_linear(x, lora_A, routed.pair_ends) * scaling
+    shrunk = grouped_linear(x, lora_A, routed.pair_ends) * factors.scaling
     return y + grouped_linear(shrunk.to(y.dtype), lora_B, routed.pair_ends)
 
 
@@ -203,7 +200,12 @@ def check_parameter(name: str, module: nn.Module, parameter: str) -> None:
     )
     forward = type(module).forward
     follows = getattr(forward, "__globals__", {}).get("__name__") == _PROTOCOL
-    if not follows or "forward" in vars(module):
+    if follows and "forward" in vars(module):
+        raise TypeError(
+            f"{what}, of a {type(module).__name__} whose forward was replaced, as accelerate does "
+            f"for a model on several devices: {only}"
+        )
+    if not follows:
         hint = "; linears belong into target_modules" if isinstance(module, nn.Linear) else ""
         raise TypeError(
             f"{what}, of a {type(module).__name__}, whose forward is not that of transformers' "

@@ -16,6 +16,9 @@ The way of a batch from model(x) to the layers and back:
 6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
    for all particles into (K, B, ...).
 
+With `particle=index`, `rows.Rows` puts the rows of each particle side by side, the state has their
+counts, and the layers read (N, ...) by them; outputs come back in the order of the rows.
+
 A backward that runs a checkpointed part of the base again finds the state of its forward through
 hooks on the outputs (`ForwardState.mark`).
 """
@@ -579,6 +582,22 @@ class ParticleModel(nn.Module):
         particle_folders.save(
             self.base, self.peft_configs, self.processes, path, self.seeds, save_embedding_layers
         )
+
+    def save_particle(self, particle: int, path: str | Path) -> None:
+        """Write one particle as a plain PEFT adapter folder, such as a run that has ended.
+
+        Its files are replaced together, as in `save_pretrained`.
+
+        Raises:
+            NotADirectoryError: `path` is a file.
+            NotImplementedError: the particles are full copies, or in several processes.
+            RuntimeError: the call is inside `particles` or `mixtures`.
+        """
+        self.require_whole("save_particle")
+        self.particle(particle)
+        if self.peft_configs is None or self.processes.particle_size > 1:
+            raise NotImplementedError("save_particle needs adapters, all in one process")
+        particle_folders.save_one(self.base, particle, self.peft_configs[particle], path)
 
     def soup(
         self, path: str | Path, kind: str = "exact", weights: Tensor | None = None

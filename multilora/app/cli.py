@@ -133,9 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_own(export)
 
-    comparison.add_parser(commands)
-    sweep.add_parser(commands)
-    kernels.add_parser(commands)
+    for command in (comparison, sweep, kernels):
+        command.add_parser(commands)
     text = "show versions, devices and backends"
     about = commands.add_parser("info", help=text, description=_sentence(text))
     about.set_defaults(run=_info)

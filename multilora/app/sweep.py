@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from multilora import atomic
+from multilora import atomic, checks
 from multilora.app.evaluation import predictions
 from multilora.app.report import print_rows
 from multilora.app.run import make_task
-from multilora.app.settings import Settings
+from multilora.app.settings import MAX_STEPS, Settings
 from multilora.app.tasks.task import Task, call_and_pass
 from multilora.checkpoint import load_particle_model
 from multilora.many import Results, Run, RunArguments, fit_many
+from multilora.many.state import CHECKPOINT
+from multilora.many.table import TABLE, TABLE_CSV
 from multilora.metrics import evaluate
+from multilora.slots import plain
 
 _ABOUT = """\
 Train a LoRA adapter for each run of a file, all of them over one frozen model and in its every
@@ -90,16 +93,20 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    checks.integer("save_every", args.save_every, 1, MAX_STEPS)
+    if args.at_once is not None:
+        checks.integer("at_once", args.at_once, 1, _MOST_RUNS)
     asked = read(Path(args.file))
     out = Path(args.out) if args.out else Path("runs") / f"sweep-{Path(args.file).stem}"
     sweep = planned(asked)
-    _take_folder(out, asked, args.resume)
     task = make_task(sweep.settings, print)
+    runs = runs_of(sweep, task)
+    _take_folder(out, asked, sweep.runs, args.resume)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task.base.to(device)
     results = fit_many(
         task.base,
-        runs_of(sweep, task),
+        runs,
         out=out,
         resume=args.resume,
         keep=asked.get("keep"),
@@ -108,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         seed=sweep.settings.seed,
         head_init="reset" if task.head else None,
     )
-    _test(results, out, sweep, device)
+    _test(results, out, task)
     results.write(out)
     print_rows(results.table())
     print(f"\n{out} holds table.json, table.csv and a PEFT adapter for each run in the table")
@@ -268,32 +275,41 @@ def runs_of(sweep: Planned, task: Task) -> list[Run]:
     return made
 
 
-def _take_folder(out: Path, asked: Mapping[str, Any], resume: bool) -> None:
-    """Make the folder, which must hold no other sweep."""
+def _take_folder(out: Path, asked: Mapping[str, Any], names: Collection[str], resume: bool) -> None:
+    """Make the folder, which must hold neither another sweep nor other files.
+
+    names: of the runs. A sweep that ended before its first checkpoint holds nothing to be lost.
+    """
     atomic.make_folder(out)
     file, text = out / ASKED, json.dumps(asked, indent=2, sort_keys=True, default=str) + "\n"
-    if file.is_file():
-        if not resume:
-            raise ValueError(
-                f"{out} holds a sweep already; continue it with --resume, or choose another --out"
-            )
-        if file.read_text() != text:
-            raise ValueError(f"{out} holds a sweep of another file of runs; choose another --out")
-        return
-    if inside := sorted(entry.name for entry in out.iterdir()):
-        raise ValueError(f"{out} holds other files: {', '.join(inside[:5])}; choose another --out")
+    begun = (out / CHECKPOINT).is_file()
+    if begun and not resume:
+        raise ValueError(
+            f"{out} holds a sweep already; continue it with --resume, or choose another --out"
+        )
+    if begun and (not file.is_file() or file.read_text() != text):
+        raise ValueError(f"{out} holds a sweep of another file of runs; choose another --out")
+    own = {ASKED, CHECKPOINT, TABLE, TABLE_CSV, *names}
+    strangers = sorted(
+        entry.name
+        for entry in out.iterdir()
+        if entry.name not in own and not any(entry.match(f".{name}.*.tmp") for name in own)
+    )
+    if strangers:
+        raise ValueError(
+            f"{out} holds other files: {', '.join(strangers[:5])}; choose another --out"
+        )
     atomic.write_text(file, text)
 
 
-def _test(results: Results, out: Path, sweep: Planned, device: str) -> None:
+def _test(results: Results, out: Path, task: Task) -> None:
     """Add what the adapters that were kept measure on the test set."""
     kept = [row for row in results if row.folder is not None]
     if not kept:
         return
-    quiet: Callable[[str], None] = lambda _: None  # noqa: E731
-    task = make_task(sweep.settings, quiet)
-    model = load_particle_model(task.base.to(device), [out / row.name for row in kept]).to(device)
-    log_p, targets = predictions(model.eval(), task, task.test)
+    base = plain(task.base)
+    model = load_particle_model(base, [out / row.name for row in kept]).eval()
+    log_p, targets = predictions(model, task, task.test)
     measured = evaluate(log_p, targets)
     for k, row in enumerate(kept):
         row.measures["test_accuracy"] = measured["member_accuracy"][k]

@@ -24,6 +24,7 @@ from multilora.many.table import Results, Row, best
 from multilora.methods import Independent
 from multilora.optim import ParticleAdamW, clip_grad_norm_
 from multilora.randomness import RandomState
+from multilora.targets import resolve_each
 
 #: Errors that are of the base or of the machine, and of no run.
 _OF_ALL = (torch.OutOfMemoryError, ParticleIsolationError, NotImplementedError, MemoryError)
@@ -259,7 +260,6 @@ class Sweep:
             for p, value in zip(self.method.parameters_of(k), active.best_parameters):
                 p.copy_(value)
         row = self.rows[active.number] = active.row(status)
-        assert self.model.peft_configs is not None
         if self.out is None:
             tensors = peft_tensors.of_particle(
                 self.model.base,
@@ -269,7 +269,7 @@ class Sweep:
             row.adapter = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         else:
             folder = self.out / active.name
-            particle_folders.save_one(self.model.base, k, self.model.peft_configs[k], folder)
+            self.model.save_particle(k, folder)
             row.folder = active.name
         self._keep_the_best()
         bars.end(active.name, status)
@@ -322,5 +322,15 @@ def _model(base: nn.Module, plans: Sequence[Planned], options: Mapping[str, Any]
             **options,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
-        names = ", ".join(f"{k}: {plan.name!r}" for k, plan in enumerate(plans))
-        raise type(error)(f"{error} (the runs of the particles are {names})") from error
+        raise _naming(base, plans, error) from error
+
+
+def _naming(base: nn.Module, plans: Sequence[Planned], error: Exception) -> Exception:
+    """The error with the name of the run whose configuration does not fit the base by itself."""
+    for plan in plans:
+        try:
+            resolve_each(base, [plan.run.config])
+        except (ValueError, TypeError, NotImplementedError) as own:
+            return type(own)(f"run {plan.name!r}: {own}")
+    names = ", ".join(f"{k} is of run {plan.name!r}" for k, plan in enumerate(plans))
+    return type(error)(f"{error} (particle {names})")

@@ -252,6 +252,7 @@ def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
         "kernels": {*OF_KERNELS},
         "export": {"alpha"},
         "compare": {"trials", "tune_seeds", "seeds", "steps", "jobs", "max_hours"},
+        "sweep": {"at_once", "save_every"},
     }
     assert {(c, dest) for c, _, dest in numeric} == {
         (c, dest) for c, dests in by_command.items() for dest in dests
@@ -263,9 +264,9 @@ def test_every_option_refuses_what_means_nothing(tmp_path, capsys):
             task = []
             if dest == "max_length":
                 task = ["--task", "boolq", "--model", "m", "--data", "d"]
-            folders = ["no run", str(tmp_path / "out")] if command == "export" else []
-            arguments = [command, *folders, *task, option, str(value)]
-            if command in ("train", "compare"):
+            folders = {"export": ["no run", str(tmp_path / "out")], "sweep": ["no file"]}
+            arguments = [command, *folders.get(command, []), *task, option, str(value)]
+            if command in ("train", "compare", "sweep"):
                 arguments += ["--out", str(tmp_path / "run")]
             try:
                 code = cli.main(arguments)

@@ -61,6 +61,22 @@ def image_model() -> dict[str, Any]:
     return {"base": base, "config": config, "x": x, "y": y, "loader": [(x, y), (-x, y)]}
 
 
+def unrelated_runs() -> dict[str, Any]:
+    """A tiny ViT, and three loaders of unequal batches, one of which ends first."""
+    made = image_model()
+    x, y = made["x"], made["y"]
+    loaders = [[(x[:n], y[:n])] * steps for n, steps in ((2, 4), (5, 4), (3, 2))]
+    return {"base": made["base"], "loaders": loaders}
+
+
+def unrelated_data() -> dict[str, Any]:
+    """Two tiny ViTs of the same weights, and labelled images to train on and to evaluate."""
+    made = image_model()
+    pairs = list(zip(made["x"], made["y"].tolist()))
+    another = copy.deepcopy(made["base"])
+    return {"base": made["base"], "another_base": another, "dataset": pairs, "held_out": pairs[:4]}
+
+
 def saved_particles() -> dict[str, Any]:
     """Three saved particles, and copies of the base that they were trained over."""
     torch.manual_seed(0)

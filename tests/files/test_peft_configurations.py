@@ -74,7 +74,6 @@ def test_fields_without_effect_are_no_reason(tmp_path):
         ("bias", "all"),
         ("bias", "lora_only"),
         ("trainable_token_indices", [1]),
-        ("target_parameters", ["q_proj.weight"]),
         ("alora_invocation_tokens", [1, 2]),
         ("layer_replication", [[0, 1], [0, 1]]),
         ("use_qalora", True),

@@ -230,6 +230,13 @@ def test_damaged_folders_are_refused(tmp_path):
             ml.load_particle_model(base_of("mixtral"), [broken])
 
 
+def test_folders_with_other_parameters_are_refused(tmp_path):
+    single = peft.get_peft_model(base_of("mixtral"), config_of("q_proj.weight"))
+    single.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json .*q_proj\.weight, of a Linear"):
+        ml.load_particle_model(base_of("mixtral"), [tmp_path])
+
+
 def test_starts():
     # As PEFT draws one matrix (E·r, d_in), in the order of its layers.
     model = ml.get_particle_model(base_of("qwen3"), config_of(), K, seed=5)
@@ -283,8 +290,7 @@ def test_unequal_rows_and_choices_of_no_one(name):
     index = torch.tensor([0, 1, 3])[torch.randint(3, (9, 2), generator=generator)]
     weights = random(9, 2)
     factors = {}
-    # One number, and one for each particle.
-    for parameter, scaling in zip(parameters_of(bank), (0.5, torch.tensor([2.0, 7.0, -1.0]))):
+    for parameter, scaling in zip(parameters_of(bank), (0.5, 2.0)):
         _, d_out, d_in = matrices(bank, parameter).shape
         A, B = random(K, EXPERTS, 3, d_in), random(K, EXPERTS, d_out, 3)
         factors[parameter] = Factors(A, B, scaling)
@@ -292,7 +298,6 @@ def test_unequal_rows_and_choices_of_no_one(name):
     for k, (start, end) in enumerate(zip([0, *ends], ends)):
         changed = copy.deepcopy(bank)
         for parameter, (A, B, scaling) in factors.items():
-            scaling = float(scaling[k]) if isinstance(scaling, torch.Tensor) else scaling
             matrices(changed, parameter).data.add_(scaling * (B[k] @ A[k]))
         rows = slice(start, end)
         expected = moe.batched_mm_experts_forward(changed, x[rows], index[rows], weights[rows])
@@ -439,6 +444,17 @@ def test_methods_treat_experts_as_adapters(name):
             assert alone.grad.any()
 
 
+def test_a_copy_of_a_method_moves_its_own_experts():
+    model, ids = particles_of(base_of("mixtral"), config_of(DOWN), K), tokens()
+    both = [(model, ml.SVGD(model, gamma=0.3))]
+    both.append(copy.deepcopy(both[0]))
+    for m, method in both:
+        method.backward(lambda m=m: (m(ids).logits[:, :, :-1].flatten(1, 2), ids[:, 1:].flatten()))
+    ours, theirs = ([p.grad for p in m.particle_parameters()] for m, _ in both)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(ours, theirs))
+    assert len(ours) == 4
+
+
 def test_separate_parameters_and_clipping():
     config, ids = config_of(), tokens()
     stepped = []
@@ -523,6 +539,15 @@ def test_other_modules():
     hooked.get_submodule("model.layers.1.mlp.experts").register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"layers\.1\.mlp\.experts.* with hooks"):
         ml.get_particle_model(hooked, config_of(), K)
+    replaced = base_of("mixtral")
+    bank = replaced.get_submodule("model.layers.1.mlp.experts")
+    bank.forward = bank.forward
+    with pytest.raises(TypeError, match=r"layers\.1\.mlp\.experts.* forward was replaced"):
+        ml.get_particle_model(replaced, config_of(), K)
+    sharded = base_of("mixtral")
+    sharded.get_submodule("model.layers.0.mlp.experts")._is_expert_parallel = True
+    with pytest.raises(TypeError, match="shared out to processes"):
+        ml.get_particle_model(sharded, config_of(), K)
 
 
 def test_dropout():

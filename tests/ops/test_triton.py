@@ -246,6 +246,13 @@ def test_there_is_a_configuration_for_everything(chip):
             for shrink, outer in ((True, True), (True, False), (False, True)):
                 config = configs.lora_pass(3, rows, width, rank, dtype, chip, shrink, outer)
                 assert config.rows_each % config.block_m == 0 and config.rows_each > 0
+                # The matrices of groups may be float32 masters.
+                for rule, widest in ((configs.grouped_rows, 4), (configs.grouped_outer, 2)):
+                    config = rule(3, rows, width, rank, dtype, chip)
+                    m, n, k = config.block_m, config.block_n, config.block_k
+                    assert min(m, n, k) >= 16
+                    tiles = (m * dtype.itemsize + n * max(widest, dtype.itemsize)) * k
+                    assert config.stages * tiles <= limit * 1024
         for K in (1, 2, 3, 8, 31, 32):
             assert configs.geometry(K, (1, 64), (3, 10**6, 5, 7), dtype, chip)
             for C in (2, 3, 33, 152_000):

@@ -1,0 +1,158 @@
+"""ParticleAdamW against torch.optim.AdamW, one for each particle."""
+
+import copy
+
+import pytest
+import torch
+
+from multilora.optim import ParticleAdamW, clip_grad_norm_, separate_parameters
+from separate_runs import (
+    CLOSE,
+    K,
+    alone,
+    assert_equal_runs,
+    data,
+    one_backward,
+    start,
+    train,
+    train_alone,
+)
+
+OPTIONS = [
+    {"lr": 1e-2, "weight_decay": 0.0},
+    {"lr": 3e-3, "betas": (0.8, 0.99)},
+    {"lr": 1e-3, "eps": 1e-4},
+    {"lr": 2e-2, "weight_decay": 0.3},
+]
+
+
+def groups(model):
+    leaves = separate_parameters(model)
+    return [{"params": [p for p in leaves if p.particle == k], **OPTIONS[k]} for k in range(K)]
+
+
+def steps(model, optimizer_of, count=12):
+    """Particle k steps at every (k + 1)-th time."""
+    for step in range(count):
+        one_backward(model, scale=1 + step)
+        for k in range(K):
+            if step % (k + 1) == 0:
+                optimizer_of(k).step()
+                optimizer_of(k).zero_grad()
+    return [p.detach().clone() for p in model.particle_parameters()]
+
+
+def separate(model):
+    made = [torch.optim.AdamW([group]) for group in groups(model)]
+    return made.__getitem__
+
+
+def test_each_particle_steps_as_with_an_optimizer_of_its_own():
+    model, twin = start(), start()
+    before = [p.detach().clone() for p in model.particle_parameters()]
+    whole = ParticleAdamW(groups(model))
+    for mine, theirs, first in zip(
+        steps(model, whole.of), steps(twin, separate(twin)), before, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(mine, first))
+
+
+def test_the_state_goes_on():
+    model = start()
+    whole = ParticleAdamW(groups(model))
+    steps(model, whole.of, 5)
+    model.zero_grad()
+    twin = copy.deepcopy(model)
+    other = ParticleAdamW(twin, lr=1.0)
+    with pytest.raises(ValueError, match="the state is of"):
+        ParticleAdamW([{"params": separate_parameters(twin)[:1]}]).load_state_dict(
+            whole.state_dict()
+        )
+    other.load_state_dict(whole.state_dict())
+    for mine, theirs in zip(steps(model, whole.of, 4), steps(twin, other.of, 4), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_all_with_gradients_step_by_default():
+    model, twin = start(), start()
+    whole, other = ParticleAdamW(model, lr=1e-2), ParticleAdamW(twin, lr=1e-2)
+    for one in (model, twin):
+        one_backward(one)
+    whole.zero_grad(particles=[1])
+    whole.step()
+    other.step(particles=[0, 2, 3])
+    for a, b in zip(model.particle_parameters(), twin.particle_parameters(), strict=True):
+        assert torch.equal(a, b)
+    whole.zero_grad()
+    assert all(p.grad is None for p in model.particle_parameters())
+
+
+def test_a_place_is_forgotten():
+    model, twin = start(), start()
+    whole, other = ParticleAdamW(groups(model)), separate(twin)
+    steps(model, whole.of, 5)
+    steps(twin, other, 5)
+    leaves = separate_parameters(model)
+    with pytest.raises(ValueError, match=r"particle 2 is due"):
+        whole.replace(2, leaves)
+    one_backward(model)
+    whole.replace(2, [p for p in leaves if p.particle == 2], lr=5e-3)
+    assert all(p.grad is None for p in leaves if p.particle == 2)
+    made = [other(k) for k in range(K)]
+    made[2] = torch.optim.AdamW(groups(twin)[2]["params"], lr=5e-3)
+    one_backward(twin)
+    made[2].zero_grad()
+    for mine, theirs in zip(steps(model, whole.of), steps(twin, made.__getitem__), strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+REFUSED = {
+    "eps": ({"eps": 0.0}, ValueError, "eps"),
+    "lr": ({"lr": -1.0}, ValueError, "lr"),
+    "betas": ({"betas": (0.9, 1.0)}, ValueError, "betas"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_numbers_out_of_range(case):
+    options, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        ParticleAdamW(start(), **options)
+
+
+def test_stacked_parameters_are_refused():
+    with pytest.raises(TypeError, match="separate parameters"):
+        ParticleAdamW(start().particle_parameters())
+    with pytest.raises(ValueError, match="there are the particles"):
+        ParticleAdamW(start()).of(K)
+    with pytest.raises(TypeError, match="no closure"):
+        ParticleAdamW(start()).step(lambda: None)
+
+
+def test_each_particle_is_clipped_at_its_own_norm():
+    model = start()
+    one_backward(model)
+    norms = clip_grad_norm_(model, [0.01, float("inf"), 0.02, 1e9])
+    after = clip_grad_norm_(model, float("inf"))
+    expected = torch.tensor([0.01, norms[1], 0.02, norms[3]], dtype=norms.dtype)
+    torch.testing.assert_close(after, expected, rtol=1e-3, atol=0)
+    assert norms.min() > 0.02
+    with pytest.raises(ValueError, match="2 numbers for 4 particles"):
+        clip_grad_norm_(model, [1.0, 1.0])
+
+
+def test_a_whole_run_equals_those_of_peft():
+    model = start()
+    whole = ParticleAdamW(model, lr=1e-2, weight_decay=0.1)
+    before = [p.detach().clone() for p in model.particle_parameters()]
+
+    def step():
+        whole.step()
+        whole.zero_grad()
+
+    train(model, step, data())
+    expected = train_alone(
+        alone(), lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), steps=data()
+    )
+    assert_equal_runs(model, expected, before)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from multilora import checks
+from multilora.copies import StackedModule
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, warn
@@ -218,7 +219,7 @@ class Independent(Method):
             return {k: self._of_closure(k, closure)}, {}
         pack = Pack(self._reader, part)
         output = pack.run(self.model)
-        logits = pack.logits(output, self._width)
+        logits = pack.logits(output, self._widths())
         own_loss = [k for k in logits if self.losses[k] is None]
         return {k: (z, part[k].targets) for k, z in logits.items()}, pack.router_losses(
             output, own_loss
@@ -257,12 +258,11 @@ class Independent(Method):
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(f"{self.who(k)}: {shapes}: {error}") from error
 
-    def _width(self, k: int) -> int | None:
-        """The classes of particle k where heads have widths of their own."""
-        for _, head in self.model.stacked_modules():
-            if getattr(head, "widths", None) is not None:
-                return head.widths[k]
-        return None
+    def _widths(self) -> Sequence[int] | None:
+        """The classes of each particle where heads have widths of their own."""
+        heads = (m for m in self.model.base.modules() if isinstance(m, StackedModule))
+        found = (head.widths for head in heads if head.widths is not None)
+        return next(found, None)
 
     def _finite(self, losses: Mapping[int, Tensor], grads: list[Tensor]) -> list[int]:
         """The particles that step; raises or warns where some are broken."""

@@ -158,11 +158,11 @@ class Pack:
             return 0
         return min(0 if c is None else c.start for c in every)
 
-    def logits(self, output: Any, widths: Callable[[int], int | None]) -> dict[int, Tensor]:
+    def logits(self, output: Any, widths: Sequence[int] | None) -> dict[int, Tensor]:
         """Each particle's own logits (B, ..., C).
 
         Args:
-            widths: the classes of a particle's head; None where all have the same.
+            widths: the classes of each particle's head; None where all have the same.
 
         Raises:
             ValueError: the output has no logits.
@@ -184,8 +184,7 @@ class Pack:
                 columns = batch.columns or slice(0, length)
                 if before >= 0:
                     part = part[:, columns.start - before : columns.stop - before]
-            width = widths(k)
-            own[k] = part if width is None else part[..., :width]
+            own[k] = part if widths is None else part[..., : widths[k]]
         return own
 
     def router_losses(self, output: Any, particles: Sequence[int]) -> dict[int, Tensor]:

@@ -251,7 +251,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path):
     """To the bit, also in the middle of an accumulation, with dropout, and after replacements."""
     whole = ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole", at_once=3, save_every=3)
     fork = multiprocessing.get_context("fork")
-    for number in (1, 5):
+    for number in (1, 6):
         folder = tmp_path / str(number)
         process = fork.Process(target=killed_at, args=(number, folder))
         process.start()

@@ -98,8 +98,11 @@ def clip_grad_norm_(
             "be clipped; nothing was changed"
         )
     if min(limits) < math.inf:
-        limit = norm.new_tensor(limits)
-        scale = (limit / (norm + 1e-6)).clamp_max(1.0).masked_fill(limit == math.inf, 1.0)
+        # A graph cannot hold a tensor that is made of the host's numbers.
+        limit = norm.new_tensor(limits) if several else limits[0]
+        scale = (limit / (norm + 1e-6)).clamp_max(1.0)
+        if isinstance(limit, Tensor):
+            scale = scale.masked_fill(limit == math.inf, 1.0)
         scales = [scale.to(g).view(-1, *[1] * (g.ndim - 1)) for g in grads]
         torch._foreach_mul_(grads, scales)
     return norm

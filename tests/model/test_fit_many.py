@@ -344,4 +344,14 @@ def test_pairs_losses_measures_and_heads_of_their_own():
     assert measures["eval_wrong"] == pytest.approx(1 - measures["eval_accuracy"])
     head = "base_model.model.head.weight"
     assert [len(row.adapter[head]) for row in results] == [5, 5, 3]
+    odd = [
+        ml.Run(lora(), data, own, "empty", [], metrics=wrong),
+        ml.Run(lora(), data, own, "measure", data, metrics=lambda *_: {"x": 1 / 0}),
+        ml.Run(lora(), data, own, "broken", Broken(data)),
+    ]
+    both = ml.fit_many(copy.deepcopy(base), [*odd, runs[0]], head_init="copy")
+    assert [row.status for row in both] == ["failed"] * 3 + ["finished"]
+    errors = ["ValueError: the eval_dataset is empty", "ZeroDivisionError", "OSError"]
+    assert all(text in row.error for text, row in zip(errors, both))
+    assert both["plain"].measures == pytest.approx(measures, rel=1e-5)
     assert results["smooth"].train_loss > results["plain"].train_loss

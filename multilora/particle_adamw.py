@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class _Entry:
     groups: dict[int, dict[str, Any]]
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    # The particles' parts of the tensor and of its means: views, kept from step to step.
+    _parts: list[tuple[Tensor, ...]] = field(default_factory=list)
 
     @classmethod
     def of(cls, leaf: SeparateParameter, before: _Entry | None) -> _Entry:
@@ -67,6 +69,20 @@ class _Entry:
             old, new = getattr(self, name), torch.zeros_like(stacked.detach())
             new[tuple(slice(0, n) for n in old.shape)] = old.to(new)
             setattr(self, name, new)
+
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Each particle's part of the tensor, of its gradient, and of its means."""
+        stacked = self.leaf.stacked
+        assert stacked.grad is not None
+        self.follow(stacked)
+        columns = (stacked, self.exp_avg, self.exp_avg_sq)
+        same = self._parts and all(
+            p[0].data_ptr() == t.data_ptr() for p, t in zip(self._parts, columns)
+        )
+        if not same:
+            self._parts = [t.unbind(0) for t in columns]
+        params, *means = self._parts
+        return list(zip(params, stacked.grad.unbind(0), *means))
 
 
 class ParticleAdamW(Optimizer):
@@ -215,10 +231,8 @@ class ParticleAdamW(Optimizer):
             stacked = entry.leaf.stacked
             if stacked.grad is None:
                 continue
-            entry.follow(stacked)
             without = without_gradient(stacked.grad)
-            columns = (stacked, stacked.grad, entry.exp_avg, entry.exp_avg_sq)
-            every = list(zip(*(t.unbind(0) for t in columns)))
+            every = entry.parts()
             for k, group in entry.groups.items():
                 if k in without or (particles is not None and k not in particles):
                     continue

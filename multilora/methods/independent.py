@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from multilora import checks
-from multilora.copies import StackedModule
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, warn
@@ -259,10 +258,10 @@ class Independent(Method):
             raise ValueError(f"{self.who(k)}: {shapes}: {error}") from error
 
     def _widths(self) -> Sequence[int] | None:
-        """The classes of each particle where heads have widths of their own."""
-        heads = (m for m in self.model.base.modules() if isinstance(m, StackedModule))
-        found = (head.widths for head in heads if head.widths is not None)
-        return next(found, None)
+        """The classes of each particle's head, where heads have widths of their own."""
+        # A look at every module, so once in a pass.
+        every = (head.widths for _, head in self.model.stacked_modules())
+        return next((widths for widths in every if widths is not None), None)
 
     def _finite(self, losses: Mapping[int, Tensor], grads: list[Tensor]) -> list[int]:
         """The particles that step; raises or warns where some are broken."""

@@ -49,6 +49,8 @@ class ForwardState:
         self.owner, self.particles, self.rows = owner, particles, rows
         self.shared_batch, self.part = shared_batch, part
         self.frozen, self.trunk, self.counts = frozen, trunk, counts
+        #: Where the particles' rows end among n, for n and a device: see `ends_on`.
+        self.ends: dict[tuple[int, torch.device], Tensor] = {}
         #: The particle layers that have run so far.
         self.ran: set[nn.Module] = set()
 

@@ -16,6 +16,7 @@ from multilora.ops import grouped_linear, lora_add, lora_linear
 from multilora.particle_layer import (
     ParticleLayer,
     as_every_example,
+    ends_on,
     flat,
     is_same_for_all,
     own,
@@ -195,8 +196,7 @@ class LoraLayer(ParticleLayer):
             self.require_rows(x, state, len(lora_A))
             rates = self._rates(state, x)
             if state is not None and state.counts is not None:
-                ends = row_ends(len(x), state, len(lora_A))
-                return self.adapted_rows(x, lora_A, lora_B, rates, ends)
+                return self.adapted_rows(x, lora_A, lora_B, rates, state)
             return self.adapted(x, lora_A, lora_B, rates)
         # Compute it once for every particle, and repeat the result for each of its examples.
         x = x.repeat_interleave(len(lora_A), 0)
@@ -225,11 +225,11 @@ class LoraLayer(ParticleLayer):
         lora_A: Tensor,
         lora_B: Tensor,
         rates: Rates,
-        ends: list[int],
+        state: ForwardState,
     ) -> Tensor:
-        """The layer of x (N, ...) where particle k has the rows up to ends[k]."""
+        """The layer of x (N, ...) where the particles have the state's counts of rows."""
         y = self.frozen(x)
-        delta = self.delta_of_rows(x, lora_A, lora_B, rates, ends)
+        delta = self.delta_of_rows(x, lora_A, lora_B, rates, state)
         return y + delta.to(y.dtype)
 
     def frozen(self, x: Tensor) -> Any:
@@ -242,15 +242,14 @@ class LoraLayer(ParticleLayer):
         lora_A: Tensor,
         lora_B: Tensor,
         rates: Rates,
-        ends: list[int],
+        state: ForwardState,
     ) -> Tensor:
         """What the adapters add in `adapted_rows`: scaling · B A x of a linear."""
-        each = x.shape[1:-1].numel()
-        rows, counts = x.reshape(-1, x.shape[-1]), [end * each for end in ends]
-        at = torch.tensor(counts, dtype=torch.int32, device=x.device)
+        rows = x.reshape(-1, x.shape[-1])
+        at = ends_on(len(rows), state, x.device)
         if isinstance(rates, Tensor):
-            sizes = torch.tensor(ends, device=x.device).diff(prepend=at.new_zeros(1)) * each
-            rates = rates.view(-1).repeat_interleave(sizes)[:, None]
+            sizes = at.diff(prepend=at.new_zeros(1))
+            rates = rates.view(-1).repeat_interleave(sizes, output_size=len(rows))[:, None]
         rows = dropped(rows, rates)
         shrunk = grouped_linear(rows, lora_A, at)
         delta = grouped_linear(shrunk, lora_B * self.scaling, at)
@@ -388,10 +387,10 @@ class LoraConv2d(LoraLayer):
         lora_A: Tensor,
         lora_B: Tensor,
         rates: Rates,
-        ends: list[int],
+        state: ForwardState,
     ) -> Tensor:
-        parts, starts = [], [0, *ends[:-1]]
-        for k, (start, end) in enumerate(zip(starts, ends)):
+        parts, ends = [], row_ends(len(x), state, len(lora_A))
+        for k, (start, end) in enumerate(zip([0, *ends], ends)):
             own_rate = rates[k] if isinstance(rates, Tensor) else rates
             rows = x[start:end][None]
             rows = dropped(rows, _beside(own_rate, rows))

@@ -73,6 +73,7 @@ class _Entry:
     def parts(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Each particle's part of the tensor, of its gradient, and of its means."""
         stacked = self.leaf.stacked
+        assert stacked.grad is not None
         self.follow(stacked)
         columns = (stacked, self.exp_avg, self.exp_avg_sq)
         same = self._parts and all(

@@ -93,6 +93,15 @@ def row_ends(n: int, state: ForwardState | None, particles: int) -> list[int]:
     return [end * each for end in itertools.accumulate(state.counts)]
 
 
+def ends_on(n: int, state: ForwardState, device: torch.device) -> Tensor:
+    """The same as int32 on a device, where it is copied once in a forward."""
+    assert state.counts is not None
+    if (n, device) not in state.ends:
+        ends = row_ends(n, state, len(state.counts))
+        state.ends[n, device] = torch.tensor(ends, dtype=torch.int32, device=device)
+    return state.ends[n, device]
+
+
 def is_same_for_all(x: Tensor, state: ForwardState | None) -> bool:
     """Whether x is (1, ...), such as relative positions: one row for all particles' examples."""
     return state is not None and state.rows is not None and x.shape[0] == 1 != state.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from multilora.many.active import Active
 from multilora.methods import Independent
 from multilora.ops.common import IGNORE_INDEX
+
+_END = object()
 
 
 class Evaluation:
@@ -65,23 +68,30 @@ def evaluate(
     """
     states = {k: Evaluation(active) for k, active in due.items()}
     open_ones, found = dict(states), {}
+
+    def of_one(k: int, act: Callable[[], Any]) -> Any:
+        """act(), or None where it raises: whatever a dataset or a measure raises is that run's."""
+        try:
+            return act()
+        except Exception as error:
+            open_ones.pop(k)
+            failed(k, error)
+            return None
+
     method.model.eval()
     try:
         while open_ones:
-            batches: dict[int, Any] = {}
-            for k in list(open_ones):
-                try:
-                    batches[k] = next(open_ones[k].stream)
-                except StopIteration:
-                    open_ones.pop(k)
-                    found[k] = states[k].measures()
-                except Exception as error:  # whatever a dataset raises is that run's
-                    open_ones.pop(k)
-                    failed(k, error)
+            nexts = {k: of_one(k, partial(next, s.stream, _END)) for k, s in [*open_ones.items()]}
+            batches = {k: batch for k, batch in nexts.items() if k in open_ones}
+            for k in [k for k, batch in batches.items() if batch is _END]:
+                batches.pop(k)
+                measures = of_one(k, states[k].measures)
+                if open_ones.pop(k, None) is not None:
+                    found[k] = measures
             answered = attempt(method.predict, batches) if batches else {}
             for k in batches:
                 if k in answered:
-                    states[k].add(*answered[k])
+                    of_one(k, partial(states[k].add, *answered[k]))
                 else:
                     open_ones.pop(k)
     finally:

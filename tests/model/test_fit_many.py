@@ -251,7 +251,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path):
     """To the bit, also in the middle of an accumulation, with dropout, and after replacements."""
     whole = ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole", at_once=3, save_every=3)
     fork = multiprocessing.get_context("fork")
-    for number in (1, 5):
+    for number in (1, 6):
         folder = tmp_path / str(number)
         process = fork.Process(target=killed_at, args=(number, folder))
         process.start()
@@ -344,4 +344,14 @@ def test_pairs_losses_measures_and_heads_of_their_own():
     assert measures["eval_wrong"] == pytest.approx(1 - measures["eval_accuracy"])
     head = "base_model.model.head.weight"
     assert [len(row.adapter[head]) for row in results] == [5, 5, 3]
+    odd = [
+        ml.Run(lora(), data, own, "empty", [], metrics=wrong),
+        ml.Run(lora(), data, own, "measure", data, metrics=lambda *_: {"x": 1 / 0}),
+        ml.Run(lora(), data, own, "broken", Broken(data)),
+    ]
+    both = ml.fit_many(copy.deepcopy(base), [*odd, runs[0]], head_init="copy")
+    assert [row.status for row in both] == ["failed"] * 3 + ["finished"]
+    errors = ["ValueError: the eval_dataset is empty", "ZeroDivisionError", "OSError"]
+    assert all(text in row.error for text, row in zip(errors, both))
+    assert both["plain"].measures == pytest.approx(measures, rel=1e-5)
     assert results["smooth"].train_loss > results["plain"].train_loss

@@ -236,11 +236,11 @@ Step = Callable[[int], Tensor]
 
 
 class Ours:
-    """All runs in one pass, with ml.Independent and ml.optim.ParticleAdamW."""
+    """All runs in one pass, or a few at a time, with Independent and ParticleAdamW."""
 
-    def __init__(self, runs: Runs):
+    def __init__(self, runs: Runs, particle_chunk: int | None = None):
         self.runs, self.model = runs, runs.particles().train()
-        self.method = ml.Independent(self.model)
+        self.method = ml.Independent(self.model, particle_chunk=particle_chunk)
         self.optimizer = ml.optim.ParticleAdamW(
             [{"params": self.method.parameters_of(k), "lr": rate(k)} for k in range(runs.count)]
         )

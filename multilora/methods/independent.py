@@ -211,7 +211,10 @@ class Independent(Method):
         if size < len(batches):
             # Sequences in one pass are padded to the longest of them.
             batches.sort(key=lambda entry: entry[1].longest)
-        packs = [dict(sorted(batches[i : i + size], key=lambda e: e[0])) for i in range(0, len(batches), size)]
+        packs = [
+            dict(sorted(batches[i : i + size], key=lambda e: e[0]))
+            for i in range(0, len(batches), size)
+        ]
         return [*packs, *closures]
 
     def _outputs(self, part: Any) -> tuple[dict[int, tuple[Tensor, Any]], dict[int, Tensor]]:

@@ -4,8 +4,8 @@ Three questions, at random weights:
 - training: a step of K = 4, 8, 16 runs of their own rank, lora_alpha, targets, learning rate and
   data. `ml.Independent` with `optim.ParticleAdamW` takes turns with one PEFT model whose adapter is
   switched for every step ("in turn"), and with K PEFT models, each of which takes its steps in a
-  row ("one by one"). A case is timed where the losses of four steps, and the adapters after them,
-  are equal.
+  row ("one by one"). A case is timed where the losses of two steps, and the adapters after them, are
+  equal.
 - memory: the peak of two steps of K runs against that of one PEFT run on as many rows, each in a
   process of its own.
 - mixed batches: 16 rows over 8 adapters, `model(x, particle=index)` against PEFT's `adapter_names`,
@@ -35,7 +35,6 @@ from bench.growth import status
 from bench.processes import ROOT
 from bench.record import RESULTS, machine, write
 from bench.unrelated import (
-    BATCHES,
     InTurn,
     OneByOne,
     Ours,
@@ -53,6 +52,8 @@ PARTS = ("training", "memory", "mixed")
 #: Seconds of a clock on the wall, or of this process on all cores, which fits one thread on a
 #: machine that other programs share.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+#: Steps that are compared.
+CHECKED = 2
 UNEQUAL = (2, 16, 4, 8, 12, 6, 10, 6)
 #: Of a value in float32, and of a movement of AdamW: it divides each gradient by its own size, so
 #: that numbers whose gradient is all rounding may move either way, by as much as the others.
@@ -89,7 +90,7 @@ def training_cases(quick: bool) -> list[Training]:
     rounds = 3 if quick else 10
     sizes = [(8,) * 4, (8,) * 8, (8,) * 16, UNEQUAL]
     cases = [
-        Training(network, rows, 3, rounds)
+        Training(network, rows, 1 if network == "decoder" else 3, rounds)
         for network in ("digits", "decoder", "experts")
         for rows in ([sizes[1], UNEQUAL] if quick else sizes)
     ]
@@ -114,7 +115,7 @@ def measure_training(
         record["failures"] = compare_losses(ways, HALF_TOLERANCE)
     if record["failures"]:
         return record
-    taken = dict.fromkeys(ways, BATCHES)
+    taken = dict.fromkeys(ways, CHECKED)
 
     def sample(name: str) -> float:
         start = CLOCKS[clock]()
@@ -158,8 +159,8 @@ def compared(timings: dict[str, Any], steps: int, peer: str, goal: float) -> dic
 
 
 def compare_losses(ways: dict[str, Any], tolerance: float) -> dict[str, str]:
-    """Four steps of each way; what differs, by peer. (The later losses show the earlier steps.)"""
-    losses = {name: torch.stack(way.steps(0, BATCHES)) for name, way in ways.items()}
+    """Two steps of each way; what differs, by peer. (The later losses show the earlier step.)"""
+    losses = {name: torch.stack(way.steps(0, CHECKED)) for name, way in ways.items()}
     ours, failures = losses.pop(OURS), {}
     for name, others in losses.items():
         error = ((ours - others).abs() / others.abs()).max().item()
@@ -204,6 +205,7 @@ def mixed_indices() -> dict[str, list[int]]:
 def measure_mixed(
     network: str,
     counts: str,
+    longest: int,
     tokens: int,
     rounds: int,
     dtype: torch.dtype,
@@ -211,7 +213,7 @@ def measure_mixed(
     tiny: bool,
     clock: str,
 ) -> dict[str, Any]:
-    """tokens: how many to generate; 0 for one forward."""
+    """longest: of the prompts. tokens: how many to generate; 0 for one forward."""
     index = mixed_indices()[counts]
     runs = Runs(networks(tiny)[network], (1,) * 8, dtype, device)
     model, peers = runs.particles().eval(), runs.peft_model(range(8)).eval()
@@ -220,7 +222,7 @@ def measure_mixed(
         x, _ = runs.on_device(runs.network.batch(generator, 0, len(index)))
         inputs = {"x": x}
     else:
-        inputs = runs.on_device(runs.network.prompts(generator, len(index)))
+        inputs = runs.on_device(runs.network.prompts(generator, len(index), longest))
     names = [name_of(k) for k in index]
     options = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
 
@@ -235,6 +237,8 @@ def measure_mixed(
         return peers(**inputs, adapter_names=names)
 
     what = f"generation of {tokens} tokens" if tokens else "forward"
+    if longest:
+        what = f"prompts of {longest // 2} to {longest} tokens, {what}"
     record: dict[str, Any] = {
         "group": "mixed batch",
         "name": f"{runs.network.name}, 16 rows over 8 adapters, {counts}, {what}",
@@ -385,9 +389,10 @@ def _makers(args: argparse.Namespace) -> list[Callable[[], list[dict[str, Any]]]
         measure = partial(measure_memory, name, 8, rows, repetitions, options)
         found.append(("memory", networks()[name].name, measure))
     rounds = 5 if args.quick else 30
-    for name, tokens in (("digits", 0), ("decoder", 0), ("decoder", 8)):
+    lengths = ((8, 0), (8, 8)) if args.quick else ((8, 0), (8, 16), (48, 0), (48, 16))
+    for name, longest, tokens in (("digits", 0, 0), *(("decoder", *both) for both in lengths)):
         for counts in mixed_indices():
-            mixed = partial(measure_mixed, name, counts, tokens, rounds, *about)
+            mixed = partial(measure_mixed, name, counts, longest, tokens, rounds, *about)
             found.append(("mixed", networks()[name].name, lambda mixed=mixed: [mixed()]))
     return [make for part, name, make in found if args.part in (None, part) and args.only in name]
 

@@ -29,14 +29,14 @@ class Network:
 
     configs: settings of peft.LoraConfig; run k has entry k, over and over.
     batch: (generator, run, rows) -> a batch: (inputs, labels), or a mapping with labels.
-    prompts: the same for `rows` prompts of unequal lengths; None where the network answers none.
+    prompts: (generator, rows, longest) -> prompts of unequal lengths; None where there are none.
     """
 
     name: str
     build: Callable[[], nn.Module]
     configs: Sequence[dict[str, Any]]
     batch: Callable[[torch.Generator, int, int], Any]
-    prompts: Callable[[torch.Generator, int], dict[str, Tensor]] | None = None
+    prompts: Callable[[torch.Generator, int, int], dict[str, Tensor]] | None = None
 
     def config(self, run: int) -> Any:
         import peft
@@ -74,7 +74,7 @@ def _texts(
 
 
 def _prompts(
-    vocabulary: int, longest: int, generator: torch.Generator, rows: int
+    vocabulary: int, generator: torch.Generator, rows: int, longest: int
 ) -> dict[str, Tensor]:
     """Prompts, padded on the left."""
     batch = _texts(vocabulary, longest, generator, 0, rows)
@@ -141,7 +141,7 @@ def networks(tiny: bool = False) -> dict[str, Network]:
             partial(_llama, 500, layers),
             _TEXT_TARGETS,
             partial(_texts, 500, length),
-            partial(_prompts, 500, length),
+            partial(_prompts, 500),
         ),
         "experts": Network(
             "Mixtral, 2 layers, d = 64, 4 experts",

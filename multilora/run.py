@@ -111,7 +111,7 @@ class Runner:
         if model.fold == "loop":
             return self._loop_rows(model, name, function, inputs, rows)
         if name == "generate" and model.check_isolation:
-            self._look_at_prompts(model, args, kwargs, False)
+            self._look_at_prompts(model, args, kwargs, False, particle)
         axes = self._axes_of_rows(model, name, function, inputs)
         args, kwargs = rows.sorted(inputs)
         several = len(rows.present) > 1
@@ -351,7 +351,12 @@ class Runner:
         self._ran[model.training] = names
 
     def _look_at_prompts(
-        self, model: ParticleModel, args: tuple, kwargs: dict[str, Any], per_particle: bool
+        self,
+        model: ParticleModel,
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+        particle: Tensor | Sequence[int] | None = None,
     ) -> None:
         """Check the forward that generation calls. The output of generation cannot be compared,
         because it is as long as the longest answer of all particles."""
@@ -366,8 +371,14 @@ class Runner:
             rows = first.shape[: 2 if per_particle else 1]
             answers = torch.full((*rows, 1), start, device=first.device)
             prompts = {"decoder_input_ids": answers} | prompts
+        prompts = self._without_cache(model, prompts)
         with torch.no_grad():
-            self.run(model, "forward", (), prompts, per_particle)
+            if particle is None:
+                self.run(model, "forward", (), prompts, per_particle)
+                return
+            form = self.inputs(model, "forward", (), prompts, False).form()
+            if ("rows", "forward", model.training, form) not in self._checked:
+                self.run_rows(model, "forward", (), prompts, particle)
 
     def _names_of(self, model: ParticleModel, name: str) -> Names:
         if name not in self._names:

@@ -4,7 +4,7 @@ Three questions, at random weights:
 - training: a step of K = 4, 8, 16 runs of their own rank, lora_alpha, targets, learning rate and
   data. `ml.Independent` with `optim.ParticleAdamW` takes turns with one PEFT model whose adapter is
   switched for every step ("in turn"), and with K PEFT models, each of which takes its steps in a
-  row ("one by one"). A case is timed where the losses of two steps, and the adapters after them, are
+  row ("one by one"). A case is timed where the losses of two steps, and then the adapters, are
   equal.
 - memory: the peak of two steps of K runs against that of one PEFT run on as many rows, each in a
   process of its own.
@@ -358,7 +358,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     file = args.out or RESULTS / "many_runs" / f"{args.device.type}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = json.loads(file.read_text()) if args.only and file.exists() else {"cases": []}
+    record: dict[str, Any] = {"cases": []}
+    if file.exists() and (args.only or args.part):
+        record = json.loads(file.read_text())
     for make in _makers(args):
         for case in make():
             print(told(case), flush=True)

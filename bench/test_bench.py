@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import growth, roofline, tune, tuning
+from bench import growth, many_runs, roofline, tune, tuning, unrelated
 from bench.__main__ import listing
 from bench.case import Case, Repetition, Work
 from bench.cases import CASES
@@ -63,6 +63,27 @@ def test_memory_of_particles():
         for k in (8, 1)
     )
     assert particles <= growth.ROWS_GOAL * one
+
+
+def test_unrelated_runs_are_compared_only_where_they_are_equal(monkeypatch):
+    case = many_runs.Training("digits", (1, 2), steps=1, rounds=2)
+    about = (torch.float32, torch.device("cpu"), True, "wall")
+    record = many_runs.measure_training(case, *about)
+    assert not record["failures"] and len(record["speedup"]["PEFT in turn"]) == 3
+    rate = unrelated.rate
+    monkeypatch.setattr(unrelated, "rate", lambda run: rate(run) * (2 - run))
+    # Rates that differ on one side only: the optimizers of PEFT are made behind ours.
+    ours = many_runs.Ours
+
+    def slower(runs, **options):
+        made = ours(runs, **options)
+        monkeypatch.setattr(unrelated, "rate", rate)
+        return made
+
+    monkeypatch.setattr(many_runs, "Ours", slower)
+    wrong = many_runs.measure_training(case, *about)
+    assert "differ" in wrong["failures"]["PEFT in turn"] and "speedup" not in wrong
+    assert "WRONG" in many_runs.told(wrong)
 
 
 def test_tuning_changes_an_answer():

@@ -133,21 +133,21 @@ _EXPERT_TARGETS = [
 def networks(tiny: bool = False) -> dict[str, Network]:
     """By name. tiny: ViT-B/16 and the decoder at sizes for a smoke test."""
     pixels = 32 if tiny else 224
-    layers, length = (1, 16) if tiny else (4, 64)
+    layers, length = (1, 16) if tiny else (3, 48)
     return {
         "digits": Network("embedded ViT", _digits, _IMAGE_TARGETS, partial(_images, 1, 8, 5)),
         "decoder": Network(
-            "Llama, 4 layers, d = 256",
-            partial(_llama, 1000, layers),
+            "Llama, 3 layers, d = 256",
+            partial(_llama, 500, layers),
             _TEXT_TARGETS,
-            partial(_texts, 1000, length),
-            partial(_prompts, 1000, length),
+            partial(_texts, 500, length),
+            partial(_prompts, 500, length),
         ),
         "experts": Network(
             "Mixtral, 2 layers, d = 64, 4 experts",
             partial(_mixtral, 200),
             _EXPERT_TARGETS,
-            partial(_texts, 200, length // 2),
+            partial(_texts, 200, length),
         ),
         "vit": Network(
             "ViT-B/16", partial(_vit, tiny), _IMAGE_TARGETS, partial(_images, 3, pixels, 10)

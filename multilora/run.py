@@ -111,7 +111,8 @@ class Runner:
         if model.fold == "loop":
             return self._loop_rows(model, name, function, inputs, rows)
         if name == "generate" and model.check_isolation:
-            self._look_at_prompts(model, args, kwargs, False)
+            # With the rows themselves: for every particle it would run K times as many.
+            self._look_at_prompts(model, args, kwargs, False, particle)
         axes = self._axes_of_rows(model, name, function, inputs)
         args, kwargs = rows.sorted(inputs)
         several = len(rows.present) > 1
@@ -351,7 +352,12 @@ class Runner:
         self._ran[model.training] = names
 
     def _look_at_prompts(
-        self, model: ParticleModel, args: tuple, kwargs: dict[str, Any], per_particle: bool
+        self,
+        model: ParticleModel,
+        args: tuple,
+        kwargs: dict[str, Any],
+        per_particle: bool,
+        particle: Tensor | Sequence[int] | None = None,
     ) -> None:
         """Check the forward that generation calls. The output of generation cannot be compared,
         because it is as long as the longest answer of all particles."""
@@ -367,7 +373,10 @@ class Runner:
             answers = torch.full((*rows, 1), start, device=first.device)
             prompts = {"decoder_input_ids": answers} | prompts
         with torch.no_grad():
-            self.run(model, "forward", (), prompts, per_particle)
+            if particle is not None:
+                self.run_rows(model, "forward", (), prompts, particle)
+            else:
+                self.run(model, "forward", (), prompts, per_particle)
 
     def _names_of(self, model: ParticleModel, name: str) -> Names:
         if name not in self._names:

@@ -173,16 +173,16 @@ class Pack:
                 f"{type(self.reader.base).__name__} returns {_shown(logits)} where logits "
                 f"({len(self.index)}, ..., C) are needed"
             )
-        own, start = {}, 0
-        for k, batch in self.batches.items():
-            part = logits[start : start + batch.rows]
-            start += batch.rows
+        own = {}
+        # The gradient of a slice is as large as the whole; that of all parts is made once.
+        parts = logits.split([batch.rows for batch in self.batches.values()])
+        for (k, batch), part in zip(self.batches.items(), parts):
             length = self.lengths[k]
             if self.longest is not None and length is not None and part.ndim > 2:
                 # Columns are counted from the first that the model returned.
                 before = self.longest - part.shape[1]
                 columns = batch.columns or slice(0, length)
-                if before >= 0:
+                if before >= 0 and (columns.start, columns.stop) != (before, self.longest):
                     part = part[:, columns.start - before : columns.stop - before]
             own[k] = part if widths is None else part[..., : widths[k]]
         return own

@@ -111,6 +111,7 @@ class Runner:
         if model.fold == "loop":
             return self._loop_rows(model, name, function, inputs, rows)
         if name == "generate" and model.check_isolation:
+            # With the rows themselves: for every particle it would run K times as many.
             self._look_at_prompts(model, args, kwargs, False, particle)
         axes = self._axes_of_rows(model, name, function, inputs)
         args, kwargs = rows.sorted(inputs)

@@ -124,6 +124,21 @@ def test_the_trunk_is_of_the_record(name, targets):
     assert f"| {targets} | {' | '.join(speedups)} |" in guide
 
 
+def test_unrelated_runs_are_of_the_record():
+    """Every ratio of a case of eight runs, and of its mixed batches, stands on the page."""
+    cases = json.loads((RESULTS / "many_runs" / "cpu-2-threads.json").read_text())["cases"]
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for one in cases:
+        assert not one["failures"]
+        for found in (one.get("speedup", {}), one.get("in_parts", {})):
+            if "PEFT one by one" in found and found is not one["speedup"]:
+                found = {"PEFT in turn": found["PEFT in turn"]}
+            for low, middle, high in found.values():
+                assert f"{middle:.2f} × ({low:.2f}–{high:.2f})" in text
+        if one["name"].endswith("allocated"):
+            assert f"{one['ratio']:.2f} × (" in text
+
+
 def test_figures_are_small():
     images = list((ROOT / "docs" / "images").iterdir())
     assert len(images) >= 5

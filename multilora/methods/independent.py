@@ -73,7 +73,9 @@ class Independent(Method):
             raise TypeError(f"Independent needs a ParticleModel; got {type(model).__name__}")
         if processes.data_size > 1 or processes.particle_size > 1:
             raise ValueError("Independent runs in one process; give each process its own runs")
-        self.names = None if names is None else list(self._of_each("names", names))
+        self.names: list[str] | None = None
+        if names is not None:
+            self.names = list(self._of_each("names", names))
         several = isinstance(losses, Sequence) and not isinstance(losses, str)
         each: Any = losses if several else [losses] * self.num_particles
         #: ℓ_k of each particle; None for the default.
@@ -131,7 +133,8 @@ class Independent(Method):
         Raises:
             TypeError, ValueError: an entry is of another kind, its inputs and targets do not fit,
                 batches cannot run in one pass, a particle is unknown, or nobody has a batch.
-                The message names the particle.
+                The message names the particle. What the base itself raises for batches that do not
+                fit it begins with the names of the particles whose they are.
             FloatingPointError: as `nonfinite` says.
             RuntimeError: this is inside `model.particles` or `mixtures`.
         """
@@ -188,7 +191,11 @@ class Independent(Method):
         if isinstance(batches, Mapping):
             unknown = [k for k in batches if type(k) is not int or not 0 <= k < self.num_particles]
             if unknown:
-                raise ValueError(f"there are {self.num_particles} particles; got {unknown}")
+                there = ", ".join(self.who(k) for k in range(min(self.num_particles, 4)))
+                more = ", …" if self.num_particles > 4 else ""
+                raise ValueError(
+                    f"there are {self.num_particles} particles, {there}{more}; got {unknown}"
+                )
             every = sorted(batches.items())
         else:
             every = list(enumerate(self._of_each("batches", batches)))
@@ -321,9 +328,11 @@ class Independent(Method):
                 f"{type(values).__name__}"
             )
         if len(values) != self.num_particles:
+            first = len(values)
+            missing = f", none for {self.who(first)}" if first < self.num_particles else ""
             raise ValueError(
                 f"{what} must have {self.num_particles} entries, one for each particle; got "
-                f"{len(values)}"
+                f"{len(values)}{missing}"
             )
         return values
 

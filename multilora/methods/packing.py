@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multilora.isolation import ParticleIsolationError
 from multilora.labels import Task
+from multilora.model import ParticleModel
 from multilora.ops.common import IGNORE_INDEX
 
 #: What sequences (B, T, ...) of these names are padded with at their ends; None is the token for
@@ -23,12 +26,25 @@ _PADDING: dict[str, int | None] = {
     "position_ids": 0,
     "inputs_embeds": 0,
     "decoder_input_ids": None,
+    "decoder_inputs_embeds": 0,
     "decoder_attention_mask": 0,
     "labels": IGNORE_INDEX,
 }
-#: The sequences whose length a run's logits have.
+#: The sequences that an attention mask is of.
 _SEQUENCES = ("input_ids", "inputs_embeds")
+#: Those that a decoder reads beside them; the logits then have their length.
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+#: What a base raises where a batch does not fit it.
+_OF_INPUTS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    AttributeError,
+    NotImplementedError,
+    ParticleIsolationError,
+)
 
 
 @dataclass
@@ -53,17 +69,19 @@ class Batch:
     labelled: bool = False
     mask: Tensor | None = None
 
+    def lengths(self, names: Sequence[str]) -> list[int]:
+        """T of its sequences of these names."""
+        return [self.inputs[n].shape[1] for n in names if _is_sequence(n, self.inputs.get(n))]
+
     @property
     def longest(self) -> int:
         """The length of its longest sequences; 0 where it has none."""
-        sequences = [self.inputs[n] for n in (*_SEQUENCES, *_DECODED) if n in self.inputs]
-        return max((t.shape[1] for t in sequences), default=0)
+        return max(self.lengths((*_SEQUENCES, *_DECODED)), default=0)
 
-    def length(self, decodes: bool) -> int | None:
+    @property
+    def length(self) -> int | None:
         """T, of the sequences that the logits have an entry for."""
-        names = _DECODED if decodes else _SEQUENCES
-        found = (self.inputs[n].shape[1] for n in names if n in self.inputs)
-        return next(found, None)
+        return next(iter(self.lengths((*_DECODED, *_SEQUENCES))), None)
 
 
 class Reader:
@@ -141,21 +159,31 @@ class Pack:
 
     def __init__(self, reader: Reader, batches: Mapping[int, Batch]):
         self.reader, self.batches = reader, batches
-        decodes = any(b.labelled for b in batches.values()) and reader.task.reads_labels
-        self.lengths = {k: b.length(decodes) for k, b in batches.items()}
+        self.lengths = {k: b.length for k, b in batches.items()}
         self.longest = max((t for t in self.lengths.values() if t is not None), default=None)
         self.index = [k for k, b in batches.items() for _ in range(b.rows)]
         self._inputs = self._side_by_side()
 
-    def run(self, model: Callable[..., Any]) -> Any:
-        """The model's output for all rows."""
+    def run(self, model: ParticleModel) -> Any:
+        """The model's output for all rows. What it raises has the names of the runs."""
         named = dict(self._inputs)
         first = self._first_column()
         if first and self.longest is not None:
             named["logits_to_keep"] = self.longest - first
         positions = sorted(n for n in named if isinstance(n, int))
         args = [named.pop(n) for n in positions]
-        return model(*args, particle=self.index, **{str(n): v for n, v in named.items()})
+        # A particle by itself needs no place among the rows of others.
+        if len(self.batches) > 1:
+            call = functools.partial(model, particle=self.index)
+        else:
+            call = model.particle(self.index[0])
+        try:
+            return call(*args, **{str(n): v for n, v in named.items()})
+        except Exception as error:
+            # Subclasses tell more than their text does, such as that memory is short.
+            if type(error) not in _OF_INPUTS:
+                raise
+            raise type(error)(f"{_all(self.batches.values())}: {error}") from error
 
     def _first_column(self) -> int:
         """The first column of the logits that some batch has a target for."""
@@ -178,6 +206,15 @@ class Pack:
             raise ValueError(
                 f"{type(self.reader.base).__name__} returns {_shown(logits)} where logits "
                 f"({len(self.index)}, ..., C) are needed"
+            )
+        if (
+            logits.ndim == 2
+            and len({n for b in self.batches.values() for n in b.lengths(["inputs_embeds"])}) > 1
+        ):
+            raise ValueError(
+                f"{_all(self.batches.values())}: of embeddings of unequal lengths, "
+                f"{type(self.reader.base).__name__} may have classified the padding: give "
+                "input_ids, or run them apart"
             )
         own = {}
         # The gradient of a slice is as large as the whole; that of all parts is made once.
@@ -211,7 +248,7 @@ class Pack:
 
     def _side_by_side(self) -> dict[str | int, Any]:
         batches = list(self.batches.values())
-        if len({t for t in self.lengths.values() if t is not None}) > 1:
+        if len({t for b in batches for t in b.lengths(_SEQUENCES)}) > 1:
             batches = [self._masked(b) for b in batches]
         first = batches[0]
         for other in batches[1:]:
@@ -227,7 +264,7 @@ class Pack:
         if "attention_mask" in batch.inputs:
             return batch
         if "attention_mask" not in self.reader.columns:
-            lengths = {b.who: self.lengths[k] for k, b in self.batches.items()}
+            lengths = {b.who: b.longest for b in self.batches.values()}
             raise ValueError(
                 f"sequences of unequal lengths, {lengths}, need an attention mask, which "
                 f"{type(self.reader.base).__name__} does not take: pad them yourself"
@@ -238,18 +275,17 @@ class Pack:
 
     def _together(self, name: str | int, batches: Sequence[Batch]) -> Any:
         values = [b.inputs[name] for b in batches]
-        if not any(isinstance(v, Tensor) for v in values):
+        if not all(isinstance(v, Tensor) for v in values):
             for batch, value in zip(batches, values):
-                if value != values[0]:
+                if not _are_equal(value, values[0]):
                     raise ValueError(
-                        f"{batch.who} has {name} = {value!r}, and {batches[0].who} {values[0]!r}: "
-                        "they cannot run in one pass"
+                        f"{batch.who} has {_input(name)} {_shown(value)}, and {batches[0].who} "
+                        f"{_shown(values[0])}: they cannot run in one pass"
                     )
             return values[0]
-        shapes = {tuple(v.shape[1:]) for v in values}
-        if len(shapes) > 1 and name in _PADDING and len({s[1:] for s in shapes}) == 1:
-            longest = max(v.shape[1] for v in values)
-            values = [self._padded(str(name), v, longest) for v in values]
+        lengths = [v.shape[1] if _is_sequence(name, v) else None for v in values]
+        if name in _PADDING and None not in lengths and len({*lengths}) > 1:
+            values = [self._padded(str(name), v, max(lengths)) for v in values]
         for batch, value in zip(batches, values):
             same = value.shape[1:] == values[0].shape[1:] and value.dtype == values[0].dtype
             if not same:
@@ -268,6 +304,25 @@ class Pack:
             fill = token if isinstance(token, int) and token >= 0 else 0
         missing = length - value.shape[1]
         return F.pad(value, (0, 0) * (value.ndim - 2) + (0, missing), value=fill)
+
+
+def _is_sequence(name: Any, value: Any) -> bool:
+    """Whether it is tokens (B, T) or embeddings (B, T, d); of a multiple choice, it is not."""
+    axes = 3 if str(name).endswith("inputs_embeds") else 2
+    return isinstance(value, Tensor) and value.ndim == axes
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # of several tensors
+        return one is other
+
+
+def _all(batches: Collection[Batch]) -> str:
+    """Whose the batches are, for messages."""
+    named = [b.who for b in batches]
+    return ", ".join(named[:4]) + (f" and {len(named) - 4} others" if len(named) > 4 else "")
 
 
 def _on(device: torch.device, value: Any) -> Any:
@@ -300,4 +355,6 @@ def _shown(value: Any) -> str:
         return f"a tensor {tuple(value.shape)}"
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, (str, int, float)) or value is None:
+        return repr(value)
     return f"a {type(value).__name__}"

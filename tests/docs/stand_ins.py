@@ -10,10 +10,10 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from torch import nn
 
 import multilora as ml
+from models import FAMILIES
 
 
 class _Blocks(nn.Module):
@@ -93,16 +93,7 @@ def saved_particles() -> dict[str, Any]:
 def language_model() -> dict[str, Any]:
     """Particles over a small random Llama, and two prompts with padding on the left."""
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=37,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
-    ).eval()
+    base = FAMILIES["llama"].build(torch.float32)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     ids = torch.tensor([[0, 0, 5, 9], [3, 8, 21, 30]])
     return {

@@ -7,10 +7,11 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 
 import multilora as ml
-from models import FAMILIES, load_peft, particle_tensors, peft_tensors, perturb
+from models import FAMILIES, SIZES, VOCABULARY, load_peft, particle_tensors, peft_tensors, perturb
 from multilora import losses
 from multilora.optim import ParticleAdamW
 
@@ -172,6 +173,97 @@ def test_masks_hide_the_padding_of_other_runs():
     assert stats["nll"].item() == pytest.approx(total, abs=1e-12)
 
 
+def t5():
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def t5_batch(k, labelled, questions=LENGTHS, answers=LENGTHS):
+    """Of its own lengths of what the encoder reads, and of what the decoder writes."""
+    g = torch.Generator().manual_seed(k)
+    ids = torch.randint(1, VOCABULARY, (ROWS[k], questions[k]), generator=g)
+    labels = torch.randint(1, VOCABULARY, (ROWS[k], answers[k]), generator=g)
+    if labelled:
+        return {"input_ids": ids, "labels": labels}
+    return {"input_ids": ids, "decoder_input_ids": labels.flip(1)}, labels
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize(("questions", "answers"), [((5, 3, 4), (4, 4, 4)), ((4, 4, 4), (5, 3, 4))])
+def test_lengths_of_an_encoder_and_of_its_decoder(labelled, questions, answers):
+    torch.manual_seed(0)
+    configs = [peft.LoraConfig(r=r, target_modules=["q", "v"]) for r in RANKS]
+    model = ml.get_particle_model(t5().double(), configs, seed=range(K))
+    perturb(model)
+    batches = [t5_batch(k, labelled, questions, answers) for k in range(K)]
+    ml.Independent(model.train()).backward(batches)
+    mine = [grads(model, k) for k in range(K)]
+    for k, one in enumerate(batches):
+        model.zero_grad()
+        inputs, labels = (one, one["labels"]) if labelled else one
+        logits = model.particle(k)(**inputs).logits
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        for a, b in zip(mine[k], grads(model, k), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)  # its norms are float32
+
+
+def test_choices_are_no_tokens():
+    """The rows of a multiple choice (B, choices, T) are not padded with choices."""
+    base = transformers.BertForMultipleChoice(transformers.BertConfig(**SIZES))
+    configs = [peft.LoraConfig(r=2, target_modules=["query"]) for _ in range(2)]
+    model = ml.get_particle_model(base, configs, seed=range(2)).train()
+
+    def one(choices, tokens):
+        ids = torch.ones(2, choices, tokens, dtype=torch.int64)
+        return {"input_ids": ids, "labels": torch.zeros(2, dtype=torch.int64)}
+
+    method = ml.Independent(model, names=["a", "b"])
+    for other in (one(4, 5), one(3, 4)):
+        with pytest.raises(ValueError, match=r"\(run 'b'\) has input_ids.*\(run 'a'\)"):
+            method.backward([one(3, 5), other])
+    assert method.backward([one(3, 5)] * 2)["nll"].isfinite()
+
+
+def classifier(token):
+    """A decoder that classifies at the last token that is no padding."""
+    base = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**SIZES | {"pad_token_id": token}, num_labels=3)
+    )
+    configs = [peft.LoraConfig(r=2, target_modules=["q_proj"]) for _ in range(2)]
+    return ml.get_particle_model(base, configs, seed=range(2), head_init="copy").train()
+
+
+def test_what_a_base_refuses_names_the_runs():
+    """A classifier without a token for padding takes no two rows."""
+    one = {"input_ids": torch.ones(1, 5, dtype=torch.int64), "labels": torch.ones(1).long()}
+    method = ml.Independent(classifier(None), names=["a", "b"])
+    method.backward([one, None])
+    with pytest.raises(ValueError, match=r"\(run 'a'\), particle 1 \(run 'b'\): .*padding token"):
+        method.backward([one, one])
+
+
+def test_embeddings_whose_padding_could_be_classified():
+    method = ml.Independent(classifier(0), names=["a", "b"])
+    batches = [
+        {"inputs_embeds": torch.randn(2, length, 16), "labels": torch.ones(2).long()}
+        for length in (5, 3)
+    ]
+    with pytest.raises(ValueError, match="embeddings of unequal lengths"):
+        method.backward(batches)
+    method.backward(batches[:1] * 2)
+
+
 def own_grads(model, k):
     names = {id(t): name for name, t in particle_tensors(model).items()}
     leaves = (p for p in model.particle_parameters(separate=True) if p.particle == k)
@@ -291,21 +383,15 @@ def test_heads_of_other_widths():
 
 
 def test_the_router_of_each_run_has_its_own_loss():
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     base = transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
-            vocab_size=37,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
+            **SIZES,
             num_key_value_heads=2,
             num_local_experts=3,
             num_experts_per_tok=2,
             output_router_logits=True,
             router_aux_loss_coef=0.5,
-            pad_token_id=0,
         )
     )
     each = [peft.LoraConfig(r=r, target_modules=["q_proj", "v_proj"]) for r in RANKS]
@@ -331,14 +417,18 @@ def test_the_router_of_each_run_has_its_own_loss():
 X = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
 Y = torch.zeros(2, dtype=torch.int64)
 ENTRIES = {
-    "ragged": ([(X, Y)] * 2, "must have 3 entries, one for each particle; got 2"),
-    "unknown": ({3: (X, Y)}, r"there are 3 particles; got \[3\]"),
+    "ragged": ([(X, Y)] * 2, r"must have 3 entries.*got 2, none for particle 2 \(run 'c'"),
+    "unknown": ({3: (X, Y)}, r"there are 3 particles.*particle 2 \(run 'c'\); got \[3\]"),
     "nobody": ([None] * 3, "no particle has a batch"),
     "not a list": ((X, Y)[0], "a list with an entry for each particle"),
     "targets": ([(X, Y), (X, Y[:1]), None], r"particle 1 \(run 'b'\).*2 rows.*\(1,\)"),
     "kind": ([None, 3, None], r"particle 1 \(run 'b'\): a batch is"),
     "empty": ([None, None, (X[:0], Y[:0])], r"particle 2 \(run 'c'\): the batch is empty"),
     "shapes": ([(X, Y), (X[..., :4], Y), None], r"'b'\).*input 0.*\(2, 3, 8, 4\).*'a'\)"),
+    "a tensor and a list": ([(X, Y), (([X], X), Y), None], r"'b'\) has the inputs.*'a'\)"),
+    "nested": ([((X, X), Y), ((X, [X]), Y), None], r"'b'\) has input 1 a list of 1.*'a'\)"),
+    "lists of numbers": ([None, (([[1], [2, 3]], X), Y), None], r"particle 1 \(run 'b'\): "),
+    "size": ([None, (X[:, :2], Y), None], r"particle 1 \(run 'b'\): .*channels"),
     "names": ([(X, Y), ({"y": X}, Y), None], r"'b'\) has the inputs \['y'\], and.*'a'\)"),
     "logits": ([(X, torch.zeros(2, 4)), None, None], r"particle 0 \(run 'a'\): logits \(2, 5\)"),
     "closure": ([None, lambda: X, None], r"particle 1 \(run 'b'\): a closure returns"),
@@ -353,7 +443,7 @@ def test_bad_batches_name_the_run_and_change_nothing(case):
     method.backward({1: batch("vit", 1, 0)})
     before, tensors = grads(model, 1), [p.clone() for p in model.particle_parameters()]
     batches, message = ENTRIES[case]
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError, AttributeError), match=message):
         method.backward(batches)
     assert all(torch.equal(a, b) for a, b in zip(before, grads(model, 1)))
     assert grads(model, 0)[0] is None

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import multilora as ml
+from models import SIZES, VOCABULARY
 
 K = 3
 
@@ -357,18 +358,9 @@ def test_two_threads():
 
 def test_generation_and_a_cache_in_a_loop():
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            vocab_size=31,
-            max_position_embeddings=32,
-        )
-    ).eval()
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    prompts = torch.randint(3, 31, (2, 5))
+    prompts = torch.randint(3, VOCABULARY, (2, 5))
     how = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = {}
     for fold in ("batch", "loop"):

@@ -25,6 +25,16 @@ import multilora as ml
 
 VOCABULARY = 37
 TOKENS = 5
+#: Of the small models of transformers, as configurations name them.
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 
 
 class Family(NamedTuple):
@@ -64,18 +74,7 @@ def _vit() -> nn.Module:
 
 
 def _llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            pad_token_id=0,
-        )
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
 
 
 def _gpt2() -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multilora.gradients import note_without, without_gradient
 from multilora.particle_adamw import ParticleAdamW, groups_of_particles
 from multilora.separate import SeparateParameter, separate_parameters, stacked_tensors
 
@@ -46,8 +47,8 @@ def clip_grad_norm_(
     This is torch.nn.utils.clip_grad_norm_ for K runs in one: the norm is over all tensors of a
     particle, and the spike of one particle leaves the steps of the others alone. A particle whose
     norm is infinite or NaN is scaled as torch's function would scale it. Over several processes,
-    each clips the particles that it holds. On a GPU nothing waits for the device, unless
-    error_if_nonfinite is set.
+    each clips the particles that it holds. A particle's gradient that is None stays so. On a GPU
+    nothing waits for the device, unless error_if_nonfinite is set.
 
     Args:
         model: a ParticleModel, also inside DistributedDataParallel or torch.compile, a method, or
@@ -104,7 +105,10 @@ def clip_grad_norm_(
         if isinstance(limit, Tensor):
             scale = scale.masked_fill(limit == math.inf, 1.0)
         scales = [scale.to(g).view(-1, *[1] * (g.ndim - 1)) for g in grads]
+        without = [without_gradient(g) for g in grads]
         torch._foreach_mul_(grads, scales)
+        for grad, particles in zip(grads, without):
+            note_without(grad, particles)
     return norm
 
 
@@ -129,7 +133,8 @@ class EachParticle(torch.optim.Optimizer):
         self.optimizers: list[torch.optim.Optimizer] = []
         for of_k in by_particle.values():
             self.optimizers.append(make(of_k))
-        super().__init__(self._all_groups(), {})
+        # Some schedules read the learning rate there.
+        super().__init__(self._all_groups(), dict(self.optimizers[0].defaults))
 
     def _all_groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,7 +196,13 @@ class ParticleAdamW(Optimizer):
     # Optimizer.step may be given a closure.
     @torch.no_grad()
     def step(self, closure: None = None, particles: Collection[int] | None = None) -> None:  # type: ignore[override]
-        """Step these particles; by default all that have gradients."""
+        """Step these particles; by default all that have gradients.
+
+        What writes to gradients in place makes those of paused particles zeros in place of None,
+        and a step then decays them and applies their momentum: torch.nn.utils.clip_grad_norm_ and
+        GradScaler.unscale_ do. Name the particles after these, or step `of(k)`. `clip_grad_norm_`
+        of this library, method.backward and zero_grad keep None.
+        """
         if closure is not None:
             raise TypeError("ParticleAdamW takes no closure: call method.backward before the step")
         for k, work in self._work(particles).items():
@@ -289,9 +295,13 @@ class _OfOne(Optimizer):
 
     def __init__(self, whole: ParticleAdamW, particle: int):
         self.whole, self.particle = whole, particle
-        super().__init__(self._groups(), {})
+        groups = self._groups()
+        # As of an optimizer of its own: some schedules read the learning rate there.
+        options = {name: groups[0][name] for name in whole.defaults}
+        options["lr"] = groups[0].get("initial_lr", options["lr"])
+        super().__init__(groups, options)
 
-    def _groups(self) -> Iterable[dict[str, Any]]:
+    def _groups(self) -> list[dict[str, Any]]:
         return [g for g in self.whole.param_groups if g["particle"] == self.particle]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from transformers import get_scheduler
 
-from multilora.optim import ParticleAdamW, clip_grad_norm_, separate_parameters
+from multilora.optim import EachParticle, ParticleAdamW, clip_grad_norm_, separate_parameters
 from separate_runs import (
     CLOSE,
     K,
@@ -140,6 +141,43 @@ def test_each_particle_is_clipped_at_its_own_norm():
     assert norms.min() > 0.02
     with pytest.raises(ValueError, match="2 numbers for 4 particles"):
         clip_grad_norm_(model, [1.0, 1.0])
+
+
+def test_a_particle_that_pauses_is_clipped_and_does_not_move():
+    model = start()
+    whole = ParticleAdamW(model, lr=1e-2, weight_decay=0.1)
+    one_backward(model)
+    whole.step()  # it has momentum
+    whole.zero_grad(particles=[1])
+    before = [p.detach().clone() for p in model.particle_parameters()]
+    assert clip_grad_norm_(model, 0.01).nonzero().flatten().tolist() == [0, 2, 3]
+    assert all(p.grad is None for p in separate_parameters(model) if p.particle == 1)
+    whole.step()
+    for p, first in zip(model.particle_parameters(), before, strict=True):
+        assert torch.equal(p[1], first[1]) and not torch.equal(p[0], first[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("polynomial", {"lr_end": 1e-4}), ("cosine_with_min_lr", {"min_lr": 1e-4})],
+)
+def test_schedules_that_read_the_learning_rate_of_an_optimizer(kind, own):
+    model = start()
+    each = EachParticle(model, lambda groups: torch.optim.AdamW(groups, lr=2e-2))
+    whole = ParticleAdamW(groups(model))
+    for optimizer, k in [(whole.of(1), 1), (whole.of(3), 3), (each, 3)]:
+        alone = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=OPTIONS[k]["lr"])
+        mine, theirs = (
+            get_scheduler(kind, one, 2, 9, scheduler_specific_kwargs=own)
+            for one in (optimizer, alone)
+        )
+        for _ in range(9):
+            assert mine.get_last_lr()[0] == theirs.get_last_lr()[0]
+            one_backward(model)
+            optimizer.step()
+            alone.step()
+            mine.step()
+            theirs.step()
 
 
 def test_a_whole_run_equals_those_of_peft():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,27 +31,34 @@ class StepMeans:
         """The number of labels in the micro-batches; None where the model does not count them."""
         if not self.counts or not all(isinstance(b, Mapping) and "labels" in b for b in micro):
             return None
-        if self.sums_means(micro[0]):
+        if any(self.sums_means(batch) for batch in micro):
             return None
-        labels = [self._counted(batch) for batch in micro]
-        return float(sum(int((one != IGNORE_INDEX).sum()) for one in labels)) or None
+        return float(sum(self._number(batch) for batch in micro)) or None
 
     def sums_means(self, batch: Any) -> bool:
-        """Whether the model ignores the number that it is given."""
+        """Whether the model ignores the number that it is given; False while no batch has told."""
         if not self.counts or not isinstance(batch, Mapping) or "labels" not in batch:
             return False
-        if self._sums_means is None:
-            device = next(self.model.base.parameters()).device
-            inputs = {n: v.to(device) if hasattr(v, "to") else v for n, v in batch.items()}
-            before, found = RandomState(self.model.devices()), []
-            items = max(int((self._counted(batch) != IGNORE_INDEX).sum()), 1)
-            with torch.no_grad(), self.model.base_only():
-                for times in (1, 2):
-                    output = self.model.base(**inputs, num_items_in_batch=times * items)
-                    found.append(float(output["loss"]))
-                    before.restore()
-            self._sums_means = found[0] == found[1]
+        if self._sums_means is not None:
+            return self._sums_means
+        items = self._number(batch)
+        if not items:
+            return False
+        device = next(self.model.base.parameters()).device
+        inputs = {n: v.to(device) if hasattr(v, "to") else v for n, v in batch.items()}
+        before, found = RandomState(self.model.devices()), []
+        with torch.no_grad(), self.model.base_only():
+            for times in (1, 2):
+                output = self.model.base(**inputs, num_items_in_batch=times * items)
+                found.append(float(output["loss"]))
+                before.restore()
+        if not all(map(math.isfinite, found)) or not any(found):
+            return False  # a loss that no number divides
+        self._sums_means = found[0] == found[1]
         return self._sums_means
+
+    def _number(self, batch: Mapping[str, Any]) -> int:
+        return int((self._counted(batch) != IGNORE_INDEX).sum())
 
     def _counted(self, batch: Mapping[str, Any]) -> Any:
         """The labels that the model counts."""

@@ -134,6 +134,26 @@ def test_a_classifier_whose_loss_ignores_the_number_of_labels(tmp_path):
     assert_as_alone(row, (*expected[:3], []))
 
 
+@pytest.mark.parametrize("first", ["nothing", "infinite"])
+def test_a_batch_that_says_nothing_about_the_loss(first):
+    """Without labels, or with a loss that is not finite, in front of a run that accumulates."""
+    own = ml.RunArguments(max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+    data = [{n: t.clamp(max=35) for n, t in r.items()} for r in rows("llama", 16, seed=2)]
+    run = ml.Run(config(), data, own, "a")
+    (alone,) = ml.fit_many(base_of(), [run])
+    base, label = base_of(), -100 if first == "nothing" else 36
+    real = base.loss_function
+    base.loss_function = lambda logits, labels, *args, **kwargs: (
+        real(logits, labels, *args, **kwargs) * (torch.inf if (labels == 36).any() else 1)
+    )
+    data = [r | {"labels": torch.full_like(r["labels"], label)} for r in rows("llama", 4)]
+    odd = ml.Run(config(), data, ml.RunArguments(max_steps=1))
+    results = ml.fit_many(base, [odd, run])
+    assert results["a"].train_loss == pytest.approx(alone.train_loss, rel=1e-5)
+    for name, t in alone.adapter.items():
+        torch.testing.assert_close(results["a"].adapter[name], t, **CLOSE)
+
+
 class Broken(list):
     def __getitem__(self, i):
         if i == 7:

@@ -20,8 +20,7 @@ from multilora.app.settings import MAX_STEPS, Settings
 from multilora.app.tasks.task import Task, call_and_pass
 from multilora.checkpoint import load_particle_model
 from multilora.many import Results, Run, RunArguments, fit_many
-from multilora.many.state import CHECKPOINT
-from multilora.many.table import TABLE, TABLE_CSV
+from multilora.many.runs import ASKED, CHECKPOINT, TABLE, TABLE_CSV, check_name
 from multilora.metrics import evaluate
 from multilora.slots import plain
 
@@ -54,8 +53,6 @@ _SHORT = {
     "patience": "early_stopping_patience",
 }
 _TEXTS = ("lr_scheduler_type", "train_sampling_strategy", "eval_strategy", "metric_for_best_model")
-#: The file of a sweep's folder that holds what it was asked for.
-ASKED = "sweep.json"
 #: The largest size of a file of runs, in bytes.
 _MAX_FILE = 2**20
 #: Which runs a file may have.

@@ -45,7 +45,6 @@ class Active:
     rows: int = 0
     seconds: float = 0.0
     measures: dict[str, float] = field(default_factory=dict)
-    measured_at: int = -1
     best: float | None = None
     best_step: int | None = None
     waiting: int = 0
@@ -80,11 +79,9 @@ class Active:
 
     def ran(self, loss: float, rows: int) -> bool:
         """A micro-batch has run. -> Whether the step is complete."""
-        self.done, self.rows, self.step_loss = (
-            self.done + 1,
-            self.rows + rows,
-            self.step_loss + loss,
-        )
+        self.done += 1
+        self.rows += rows
+        self.step_loss += loss
         if self.done < len(self.micro):
             return False
         self.step, self.micro = self.step + 1, []
@@ -106,7 +103,7 @@ class Active:
         name, greater = self.arguments.metric, self.arguments.greater
         if name not in measures:
             raise ValueError(f"the metric {name} is none of {sorted(measures)}")
-        self.measures, self.measured_at, value = measures, self.step, measures[name]
+        self.measures, value = measures, measures[name]
         if not math.isfinite(value):
             self.waiting += self.best is not None
             return False
@@ -142,8 +139,8 @@ class Active:
 
     #: What a checkpoint holds as it is.
     _STORED = (
-        "step micro done items step_loss loss_sum rows seconds measures measured_at best best_step "
-        "waiting best_parameters best_measures"
+        "step micro done items step_loss loss_sum rows seconds measures best best_step waiting "
+        "best_parameters best_measures"
     ).split()
 
     def state_dict(self) -> dict[str, Any]:

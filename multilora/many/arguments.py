@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,11 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "fsdp": (None, "", []),
     "parallelism_config": (None,),
     "full_determinism": (False,),
+}
+#: The same of its accelerator_config.
+_REFUSED_INSIDE: dict[str, tuple[Any, ...]] = {
+    # Without it, the order of the data is drawn from the generator of everything else.
+    "use_seedable_sampler": (True,),
 }
 _SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
@@ -114,6 +120,10 @@ class RunArguments:
         checks.choice("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
         if self.eval_strategy == "steps":
             checks.number("eval_steps", self.eval_steps, 0, open_low=True)
+        for name in ("dataloader_drop_last", "remove_unused_columns", "load_best_model_at_end"):
+            checks.flag(name, getattr(self, name))
+        if self.greater_is_better is not None:
+            checks.flag("greater_is_better", self.greater_is_better)
         if self.early_stopping_patience is not None:
             checks.integer("early_stopping_patience", self.early_stopping_patience, 1)
         if (self.early_stopping_patience or self.load_best_model_at_end) and (
@@ -163,6 +173,17 @@ def read(arguments: Any, who: str) -> RunArguments:
         value = _plain(getattr(arguments, name, harmless[0]))
         if value not in harmless and not (name == "fsdp" and not value):
             raise ValueError(f"{who}: {name} = {value!r} is not supported here")
+    inside = _inside(getattr(arguments, "accelerator_config", None))
+    for name, harmless in _REFUSED_INSIDE.items():
+        if (value := inside.get(name, harmless[0])) not in harmless:
+            raise ValueError(f"{who}: accelerator_config: {name} = {value!r} is not supported here")
+    # Trainer takes it in place of gradient_accumulation_steps.
+    steps = (inside.get("gradient_accumulation_kwargs") or {}).get("num_steps", 1)
+    if steps != 1:
+        raise ValueError(
+            f"{who}: accelerator_config: num_steps = {steps!r} is not supported here; give "
+            "gradient_accumulation_steps"
+        )
     fields = {f.name for f in dataclasses.fields(RunArguments)}
     given = {n: _plain(getattr(arguments, n)) for n in fields if hasattr(arguments, n)}
     given = {n: v for n, v in given.items() if v is not None}
@@ -170,6 +191,11 @@ def read(arguments: Any, who: str) -> RunArguments:
         return RunArguments(**given)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from error
+
+
+def _inside(config: Any) -> Mapping[str, Any]:
+    """The fields of an accelerator_config, which may be a mapping or transformers' own object."""
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
 def _plain(value: Any) -> Any:

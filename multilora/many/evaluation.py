@@ -46,7 +46,7 @@ class Evaluation:
             found["eval_accuracy"] = self.right / self.labels
         if self.run.metrics is not None:
             logits, targets = zip(*self.outputs)
-            if len({t.shape[1:] for t in (*logits,)}) > 1:
+            if len({t.shape[1:] for t in logits}) > 1:
                 logits = tuple(z.flatten(0, -2) for z in logits)
                 targets = tuple(t.flatten() for t in targets)
             own = self.run.metrics(torch.cat(logits), torch.cat(targets))

@@ -14,8 +14,8 @@ from torch import nn
 from multilora import atomic, checks
 from multilora.many import state
 from multilora.many.progress import Bars
-from multilora.many.runs import Planned, Run, planned
-from multilora.many.sweep import Sweep
+from multilora.many.runs import CHECKPOINT, Planned, Run, planned
+from multilora.many.sweep import Sweep, check_configurations
 from multilora.many.table import Results, restored
 
 
@@ -61,8 +61,9 @@ def fit_many(
         A row for each run, in their order.
 
     Raises:
-        TypeError, ValueError: a run or an argument is not supported; the message names both. The
-            base is left as it was. `out` has a checkpoint of other runs.
+        TypeError, ValueError, NotImplementedError: a run or an argument is not supported; the
+            message names both. Nothing is trained then, and the base is left as it was. `out` has a
+            checkpoint of other runs.
         NotADirectoryError: `out` is a file.
     """
     plans = planned(runs)
@@ -75,7 +76,7 @@ def fit_many(
         _require_one_metric(plans)
     chunk = options.pop("particle_chunk", None)
     folder = None if out is None else Path(out)
-    file = None if folder is None else folder / state.CHECKPOINT
+    file = None if folder is None else folder / CHECKPOINT
     found = None
     if file is not None and folder is not None:
         atomic.make_folder(folder)
@@ -85,6 +86,7 @@ def fit_many(
             found = state.read(file, [(p.name, p.fingerprint) for p in plans], places)
     if found is not None and not found["active"] and len(found["rows"]) == len(plans):
         return Results([restored(found["rows"][n]) for n in sorted(found["rows"])])
+    check_configurations(base, plans)
     _seed_everything(seed)
     sweep = Sweep(base, plans, places, folder, keep, chunk, options)
     if found is not None and file is not None:

@@ -12,11 +12,18 @@ from torch import nn
 
 from multilora.losses import named
 from multilora.many.arguments import RunArguments, read
+from multilora.targets import check_config
 
 if TYPE_CHECKING:
     import peft
 
+#: The files of a sweep's folder, beside the folders of its adapters.
+TABLE, TABLE_CSV, CHECKPOINT = "table.json", "table.csv", "checkpoint.pt"
+#: The file in which the command keeps what it was asked for.
+ASKED = "sweep.json"
 _NAME = re.compile(r"[\w=][\w=.,+-]*")
+#: File systems have 255, of which a folder that is being written needs some.
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,39 @@ class Planned:
     arguments: RunArguments
 
     @property
-    def fingerprint(self) -> str:
-        """A text that tells runs apart, as far as their data are not concerned."""
+    def adapter(self) -> str:
+        """A text that tells configurations apart."""
         config = self.run.config.to_dict()
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        return json.dumps(plain, sort_keys=True, default=str)
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that tells runs apart, as far as their data are not concerned."""
         heads = {
             k: v if isinstance(v, int) else "module" for k, v in (self.run.heads or {}).items()
         }
-        return json.dumps([vars(self.arguments), plain, heads], sort_keys=True, default=str)
+        own = [vars(self.arguments), self.adapter, heads]
+        return json.dumps(own, sort_keys=True, default=str)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that a folder beside the files of a sweep cannot have."""
+    if name.lower() in (TABLE, TABLE_CSV, CHECKPOINT, ASKED):
+        raise ValueError(f"run {name!r} has the name of a file that the sweep writes")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(
+            f"run {name!r}: a name, which is that of its folder, has at most {_LONGEST_NAME} bytes"
+        )
 
 
 def planned(runs: Sequence[Run]) -> list[Planned]:
     """The runs, checked.
 
     Raises:
-        TypeError, ValueError: there is none, one is of another kind, names are equal or cannot be
-            those of a folder, or arguments are not supported; the message names the run.
+        TypeError, ValueError, NotImplementedError: there is none, one is of another kind, names are
+            equal or cannot be those of a folder, or arguments or a field of a configuration are not
+            supported; the message names the run.
     """
     if not isinstance(runs, Sequence) or not runs or not all(isinstance(r, Run) for r in runs):
         raise TypeError("fit_many needs a non-empty list of Run")
@@ -89,17 +113,28 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
                 f"run {number}: a name has letters, digits and =.,+-_ and begins with none of "
                 f".,+-; got {name!r}"
             )
+        check_name(name)
         if name in found:
             raise ValueError(f"two runs have the name {name!r}")
         who = f"run {name!r}"
         arguments = read(run.arguments, who)
+        _check_schedule(arguments.lr_scheduler_type, who)
         try:
+            check_config(run.config)
             _ = run.loss if run.loss is None else named(run.loss)
-        except ValueError as error:
-            raise ValueError(f"{who}: {error}") from error
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"{who}: {error}") from error
         if arguments.eval_strategy != "no" and run.eval_dataset is None:
             raise ValueError(f"{who}: eval_strategy = {arguments.eval_strategy!r}, no eval_dataset")
         if not hasattr(run.dataset, "__len__") and arguments.max_steps <= 0:
             raise ValueError(f"{who}: a dataset without a length needs max_steps")
         found[name] = Planned(run, name, arguments)
     return list(found.values())
+
+
+def _check_schedule(kind: Any, who: str) -> None:
+    from transformers import SchedulerType
+
+    known = [one.value for one in SchedulerType]
+    if kind not in known:
+        raise ValueError(f"{who}: lr_scheduler_type must be one of {known}; got {kind!r}")

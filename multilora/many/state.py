@@ -15,7 +15,6 @@ from multilora.gradients import note_without, without_gradient
 from multilora.many.sweep import Sweep
 from multilora.many.table import restored, stored
 
-CHECKPOINT = "checkpoint.pt"
 _FORMAT = 1
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import nn
 
 from multilora import particle_folders, peft_tensors
 from multilora.attach import get_particle_model
-from multilora.isolation import ParticleIsolationError
 from multilora.many.active import Active, decayed
 from multilora.many.data import Batches
 from multilora.many.evaluation import evaluate
@@ -24,10 +24,11 @@ from multilora.many.table import Results, Row, best
 from multilora.methods import Independent
 from multilora.optim import ParticleAdamW, clip_grad_norm_
 from multilora.randomness import RandomState
-from multilora.targets import resolve_each
+from multilora.slots import check_heads
+from multilora.targets import check_plain, resolve_each
 
-#: Errors that are of the base or of the machine, and of no run.
-_OF_ALL = (torch.OutOfMemoryError, ParticleIsolationError, NotImplementedError, MemoryError)
+#: Errors that are of the machine, and of no run.
+_OF_ALL = (torch.OutOfMemoryError, MemoryError)
 
 
 class Sweep:
@@ -60,6 +61,7 @@ class Sweep:
             nonfinite="skip",
         )
         self.method._tell = lambda _: None  # the table says it
+        self._apart: set[int] = set()  # the runs that are known not to share a pass
         self.means = StepMeans(self.model)
         self.active: dict[int, Active] = {}
         self.rows: dict[int, Row] = {}
@@ -123,8 +125,7 @@ class Sweep:
         self.active[particle] = active
 
     def _cannot_begin(self, number: int, error: Exception) -> None:
-        name = self.plans[number].name
-        self.rows[number] = Row(name, "failed", error=f"{type(error).__name__}: {error}")
+        self.rows[number] = Row(self.plans[number].name, "failed", error=_told(error))
 
     def _groups(self, particle: int, plan: Planned) -> list[dict[str, Any]]:
         """Trainer's groups of the particle's parameters: decayed, not decayed."""
@@ -178,11 +179,26 @@ class Sweep:
             if len(batches) == 1:
                 self._failed(next(iter(batches)), error)
                 return {}
+            why = _told(error)
         answered: dict[int, Any] = {}
         for k, batch in batches.items():
             before.restore()
             answered |= self._attempt(call, {k: batch})
+        if len(answered) == len(batches):  # else it was the one that failed
+            self._warn_of(batches, why)
         return answered
+
+    def _warn_of(self, particles: Collection[int], why: str) -> None:
+        """Warn, once for each run, that it cannot share a pass with others."""
+        runs = [self.active[k] for k in particles if self.active[k].number not in self._apart]
+        self._apart |= {active.number for active in runs}
+        if runs:
+            names = ", ".join(repr(active.name) for active in runs)
+            warnings.warn(
+                f"fit_many: the batches of the runs {names} cannot share a pass, so they run one "
+                f"after another, which is slower: {why}",
+                stacklevel=2,
+            )
 
     def _backward(self, batches: dict[int, Any]) -> dict[int, tuple[float, int]]:
         """Gradients of the batches -> the weighted loss and the number of rows of each."""
@@ -243,7 +259,7 @@ class Sweep:
         for k, measures in evaluate(self.method, runs, self._attempt, self._failed).items():
             active = self.active[k]
             if k not in regular:
-                active.measures, active.measured_at = measures, active.step
+                active.measures = measures
                 continue
             try:
                 is_best = active.measured(measures)
@@ -291,7 +307,7 @@ class Sweep:
     def _failed(self, k: int, error: Exception) -> None:
         """A run has failed: it leaves, with what it was about to add to its gradient."""
         active = self.active.pop(k)
-        self.rows[active.number] = active.row("failed", f"{type(error).__name__}: {error}")
+        self.rows[active.number] = active.row("failed", _told(error))
         self.optimizer.zero_grad(particles=[k])
 
     def _fill(self) -> None:
@@ -309,8 +325,24 @@ class Sweep:
                     self._cannot_begin(number, error)
 
 
+def check_configurations(base: nn.Module, plans: Sequence[Planned]) -> None:
+    """Raise ValueError, TypeError or NotImplementedError where the adapter of a run does not fit
+    the base by itself; the message names the run."""
+    check_plain(base)
+    saved: dict[str, Mapping[str, Sequence[bool]]] = {}
+    for plan in plans:
+        heads = {name: [entry] for name, entry in (plan.run.heads or {}).items()}
+        try:
+            if plan.adapter not in saved:
+                saved[plan.adapter] = resolve_each(base, [plan.run.config]).saved
+            own = saved[plan.adapter]
+            check_heads({name: base.get_submodule(name) for name in own}, own, heads)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise type(error)(f"run {plan.name!r}: {error}") from error
+
+
 def _model(base: nn.Module, plans: Sequence[Planned], options: Mapping[str, Any]) -> Any:
-    """The model of the first runs. An error names the run."""
+    """The model of the first runs. An error says which particle is whose."""
     heads: dict[str, list[Any]] = {}
     for k, plan in enumerate(plans):
         for name, entry in (plan.run.heads or {}).items():
@@ -324,15 +356,10 @@ def _model(base: nn.Module, plans: Sequence[Planned], options: Mapping[str, Any]
             **options,
         )
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise _naming(base, plans, error) from error
+        names = ", ".join(f"{k} is of run {plan.name!r}" for k, plan in enumerate(plans))
+        raise type(error)(f"{error} (particle {names})") from error
 
 
-def _naming(base: nn.Module, plans: Sequence[Planned], error: Exception) -> Exception:
-    """The error with the name of the run whose configuration does not fit the base by itself."""
-    for plan in plans:
-        try:
-            resolve_each(base, [plan.run.config])
-        except (ValueError, TypeError, NotImplementedError) as own:
-            return type(own)(f"run {plan.name!r}: {own}")
-    names = ", ".join(f"{k} is of run {plan.name!r}" for k, plan in enumerate(plans))
-    return type(error)(f"{error} (particle {names})")
+def _told(error: Exception) -> str:
+    """An error as the table has it."""
+    return f"{type(error).__name__}: {error}"

@@ -14,9 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from multilora import atomic
+from multilora.many.runs import TABLE, TABLE_CSV
 
-TABLE = "table.json"
-TABLE_CSV = "table.csv"
 #: What a clock decides among the numbers of a row.
 MACHINE = ("seconds", "rows_per_second")
 

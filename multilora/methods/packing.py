@@ -173,10 +173,9 @@ class Pack:
         positions = sorted(n for n in named if isinstance(n, int))
         args = [named.pop(n) for n in positions]
         # A particle by itself needs no place among the rows of others.
+        call: Callable[..., Any] = model.particle(self.index[0])
         if len(self.batches) > 1:
             call = functools.partial(model, particle=self.index)
-        else:
-            call = model.particle(self.index[0])
         try:
             return call(*args, **{str(n): v for n, v in named.items()})
         except Exception as error:
@@ -283,8 +282,8 @@ class Pack:
                         f"{_shown(values[0])}: they cannot run in one pass"
                     )
             return values[0]
-        lengths = [v.shape[1] if _is_sequence(name, v) else None for v in values]
-        if name in _PADDING and None not in lengths and len({*lengths}) > 1:
+        lengths = [v.shape[1] for v in values if _is_sequence(name, v)]
+        if name in _PADDING and len(lengths) == len(values) and len({*lengths}) > 1:
             values = [self._padded(str(name), v, max(lengths)) for v in values]
         for batch, value in zip(batches, values):
             same = value.shape[1:] == values[0].shape[1:] and value.dtype == values[0].dtype

@@ -12,10 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import (
+    EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Trainer,
+)
 
 import multilora as ml
-from models import FAMILIES
+from models import FAMILIES, SIZES
 from multilora.many import state
 from multilora.many.table import MACHINE
 from trainers import arguments, rows
@@ -307,6 +312,10 @@ REFUSED = {
     },
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "eval_strategy": {"eval_strategy": "epoch"},
+    "use_seedable_sampler": {"accelerator_config": {"use_seedable_sampler": False}},
+    "gradient_accumulation_steps": {
+        "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}
+    },
 }
 
 
@@ -325,6 +334,9 @@ def test_bad_runs():
         ([], "non-empty list of Run"),
         ([ml.Run(config(), data, name="../up")], "a name has letters"),
         ([ml.Run(config(), data, name="a")] * 2, "two runs have the name 'a'"),
+        ([ml.Run(config(), data, name="x" * 201)], "has at most 200 bytes"),
+        ([ml.Run({"r": 2}, data, name="a")], "run 'a': config must be"),
+        ([ml.Run(config(), data, A(lr_scheduler_type="cosin"), "a")], "run 'a': lr_scheduler_type"),
         ([ml.Run(config(), iter(data), name="a")], "run 'a': a dataset without a length"),
         ([ml.Run(config(), data, name="a", loss="mean")], "run 'a': loss must be"),
         ([ml.Run(config(), data, A(max_steps=1)), ml.Run(config(0), data)], "run 'run_1': .*"),
@@ -340,6 +352,74 @@ def test_bad_runs():
         ml.fit_many(base_of(), metrics, keep=1)
     with pytest.raises(ValueError, match="learning_rate"):
         A(learning_rate=-1.0)
+    with pytest.raises(ValueError, match="remove_unused_columns must be True or False"):
+        A(remove_unused_columns="no")
+
+
+@pytest.mark.parametrize("name", ["table.json", "table.csv", "Checkpoint.pt", "SWEEP.json"])
+def test_names_of_files_are_none_of_runs(tmp_path, name):
+    runs = [ml.Run(config(), rows("llama", 8), name=name)]
+    with pytest.raises(ValueError, match=f"run '{name}' has the name of a file"):
+        ml.fit_many(base_of(), runs, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+UNFIT = {
+    "field": ({"use_dora": True}, {}, NotImplementedError, "use_dora"),
+    "targets": ({"target_modules": ["nowhere"]}, {}, ValueError, "nowhere"),
+    "head": ({}, {"heads": {"lm_head": 5}}, ValueError, "lm_head"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_every_adapter_is_checked_before_any_trains(case):
+    own, options, error, message = UNFIT[case]
+    base, data, seen = base_of(), rows("llama", 8), []
+
+    def collate(examples):
+        seen.append(len(examples))
+
+    runs = [
+        ml.Run(config(), data, name="good", collate=collate),
+        ml.Run(config(**own), data, name="odd", **options),
+    ]
+    with pytest.raises(error, match=f"run 'odd': .*{message}"):
+        ml.fit_many(base, runs, at_once=1)
+    assert not seen and not any("lora" in name for name, _ in base.named_parameters())
+
+
+def unfinished(logits, targets):
+    raise NotImplementedError("later")
+
+
+def test_an_error_of_any_kind_is_that_of_its_run():
+    own = ml.RunArguments(max_steps=2)
+    runs = [
+        ml.Run(config(), rows("llama", 8), own, "good"),
+        ml.Run(config(), rows("llama", 8), own, "unfinished", loss=unfinished),
+    ]
+    results = ml.fit_many(base_of(), runs)
+    assert [row.status for row in results] == ["finished", "failed"]
+    assert results["unfinished"].error == "NotImplementedError: later"
+
+
+def test_runs_that_cannot_share_a_pass_say_so_once():
+    """A classifier without a token for padding takes one row at a time."""
+    torch.manual_seed(0)
+    base = LlamaForSequenceClassification(
+        LlamaConfig(**SIZES | {"pad_token_id": None}, num_labels=3)
+    )
+    data = [r | {"labels": r["labels"][3] % 3} for r in rows("llama", 4)]
+    own = ml.RunArguments(max_steps=3, per_device_train_batch_size=1, learning_rate=1e-2)
+    runs = [ml.Run(config(r), data, own, f"r{r}", data[:1]) for r in (2, 3)]
+    options = {"head_init": "copy"}
+    with pytest.warns(UserWarning, match="runs 'r2', 'r3' cannot share a pass") as seen:
+        results = ml.fit_many(copy.deepcopy(base), runs, **options)
+    assert len([w for w in seen if "cannot share" in str(w.message)]) == 1
+    for run in runs:
+        (alone,) = ml.fit_many(copy.deepcopy(base), [run], **options)
+        for name, t in alone.adapter.items():
+            torch.testing.assert_close(results[run.name].adapter[name], t, **CLOSE)
 
 
 def test_pairs_losses_measures_and_heads_of_their_own():

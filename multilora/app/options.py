@@ -101,6 +101,24 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, value
 
 
+def add_command(
+    commands: Any, name: str, run: Callable[[Any], int], text: str, about: str, epilog: str
+) -> argparse.ArgumentParser:
+    """A command whose description keeps its lines.
+
+    text: of the list of commands.
+    """
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
 FLAG = Kind(checks.flag, {})
 TEXT = Kind(_text, {})
 TEXTS = Kind(_texts, {"nargs": "+", "metavar": "NAME"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import torch
 
 from multilora import atomic, checks
 from multilora.app.evaluation import predictions
+from multilora.app.options import add_command
 from multilora.app.report import print_rows
 from multilora.app.run import make_task
 from multilora.app.settings import MAX_STEPS, Settings
 from multilora.app.tasks.task import Task, call_and_pass
 from multilora.checkpoint import load_particle_model
-from multilora.many import Results, Run, RunArguments, fit_many
+from multilora.many import Row, Run, RunArguments, fit_many
 from multilora.many.runs import ASKED, CHECKPOINT, TABLE, TABLE_CSV, check_name
 from multilora.metrics import evaluate
 from multilora.slots import plain
@@ -41,8 +42,6 @@ The file is YAML or JSON:
 """
 #: Keys of a file, beside those of its runs.
 _KEYS = ("task", "base", "seed", "validation", "defaults", "grid", "runs", "keep", "at_once")
-#: Keys of a run that decide its adapter.
-_ADAPTER = ("rank", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
 #: Short names of fields of RunArguments, as `train` has them.
 _SHORT = {
     "lr": "learning_rate",
@@ -52,22 +51,62 @@ _SHORT = {
     "accumulation": "gradient_accumulation_steps",
     "patience": "early_stopping_patience",
 }
-_TEXTS = ("lr_scheduler_type", "train_sampling_strategy", "eval_strategy", "metric_for_best_model")
 #: The largest size of a file of runs, in bytes.
 _MAX_FILE = 2**20
 #: Which runs a file may have.
 _MOST_RUNS = 10_000
 
 
+def _number(value: Any) -> Any:
+    """The number of a text: YAML reads 1e-3 as one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a word; got {value!r}")
+    return value
+
+
+def _names(name: str, value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{name} must be the names of layers; got {value!r}")
+    return names
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be names and values; got {value!r}")
+    return value
+
+
+#: Keys of a run that decide its adapter, and the check of each.
+_ADAPTER: dict[str, Callable[[str, Any], Any]] = {
+    "rank": lambda name, value: checks.integer(name, value, 1, 2**16),
+    "lora_alpha": lambda name, value: checks.number(name, _number(value), 0, open_low=True),
+    "lora_dropout": lambda name, value: checks.number(name, _number(value), 0, 1, open_high=True),
+    "use_rslora": checks.flag,
+    "target_modules": _names,
+}
+#: The check of each type that RunArguments has; ranges are its own to check.
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "float": lambda name, value: checks.number(name, _number(value)),
+    "int": checks.integer,
+    "bool": checks.flag,
+    "str": _word,
+    "dict[str, Any]": _mapping,
+}
+_TYPES = {f.name: str(f.type) for f in fields(RunArguments)}
+
+
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "sweep",
-        help="train many adapters of their own at once, from a file of runs",
-        description=_ABOUT,
-        epilog=f"Keys of a run: name, {', '.join(_known())}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    text = "train many adapters of their own at once, from a file of runs"
+    epilog = f"Keys of a run: name, {', '.join(_known())}."
+    parser = add_command(commands, "sweep", run, text, _ABOUT, epilog)
     parser.add_argument("file", metavar="FILE", help="the runs, in YAML or JSON")
     parser.add_argument(
         "--out",
@@ -101,18 +140,19 @@ def run(args: argparse.Namespace) -> int:
     _take_folder(out, asked, sweep.runs, args.resume)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task.base.to(device)
+    at_once = args.at_once if args.at_once is not None else asked.get("at_once")
     results = fit_many(
         task.base,
         runs,
         out=out,
         resume=args.resume,
         keep=asked.get("keep"),
-        at_once=args.at_once if args.at_once is not None else asked.get("at_once"),
+        at_once=at_once,
         save_every=args.save_every,
         seed=sweep.settings.seed,
         head_init="reset" if task.head else None,
     )
-    _test(results, out, task)
+    _test([row for row in results if row.folder is not None], out, task, at_once)
     results.write(out)
     print_rows(results.table())
     print(f"\n{out} holds table.json, table.csv and a PEFT adapter for each run in the table")
@@ -168,6 +208,7 @@ def planned(asked: Mapping[str, Any]) -> Planned:
     defaults = _values("defaults", asked.get("defaults", {}))
     runs: dict[str, dict[str, Any]] = {}
     for name, given in _each(asked):
+        check_name(name)
         if name in runs:
             raise ValueError(f"two runs have the name {name!r}")
         runs[name] = defaults | _values(f"run {name!r}", given)
@@ -198,7 +239,7 @@ def _short(value: Any) -> str:
 
 
 def _known() -> list[str]:
-    return [*_ADAPTER, *_SHORT, *(f.name for f in fields(RunArguments))]
+    return [*_ADAPTER, *_SHORT, *_TYPES]
 
 
 def _values(who: str, given: Any) -> dict[str, Any]:
@@ -213,17 +254,16 @@ def _values(who: str, given: Any) -> dict[str, Any]:
         long = _SHORT.get(str(name), str(name))
         if long in values:
             raise ValueError(f"{who} gives {long} twice")
-        # YAML reads 1e-3 as a text.
-        is_text = isinstance(value, str) and long not in (*_TEXTS, "target_modules")
-        values[long] = _number(f"{who}: {name}", value) if is_text else value
+        values[long] = _checked(f"{who}: {name}", long, value)
     return values
 
 
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a number; got {text!r}") from error
+def _checked(name: str, field: str, value: Any) -> Any:
+    """The value of a field, which messages call `name`."""
+    if field in _ADAPTER:
+        return _ADAPTER[field](name, value)
+    kind, _, optional = _TYPES[field].partition(" | ")
+    return None if value is None and optional else _CHECKS[kind](name, value)
 
 
 def runs_of(sweep: Planned, task: Task) -> list[Run]:
@@ -237,10 +277,14 @@ def runs_of(sweep: Planned, task: Task) -> list[Run]:
     if task.learn is not call_and_pass:
         raise ValueError(f"the task {sweep.settings.task!r} learns in a way that a sweep cannot")
     heads = [task.head] if isinstance(task.head, str) else [*(task.head or ())]
+    layers = [f".{name}" for name, _ in task.base.named_modules()]
     made = []
     for name, values in sweep.runs.items():
         rank = values.get("rank", 8)
         targets = values.get("target_modules", task.targets)
+        for target in targets:
+            if not any(layer.endswith(f".{target}") for layer in layers):
+                raise ValueError(f"run {name!r}: target_modules: no layer is named {target!r}")
         own = {n: v for n, v in values.items() if n not in _ADAPTER}
         try:
             arguments = RunArguments(**own)
@@ -249,7 +293,7 @@ def runs_of(sweep: Planned, task: Task) -> list[Run]:
                 lora_alpha=values.get("lora_alpha", rank),
                 lora_dropout=values.get("lora_dropout", 0.0),
                 use_rslora=values.get("use_rslora", False),
-                target_modules=[targets] if isinstance(targets, str) else list(targets),
+                target_modules=list(targets),
                 modules_to_save=list(heads) or None,
             )
         except (ValueError, TypeError) as error:
@@ -299,14 +343,25 @@ def _take_folder(out: Path, asked: Mapping[str, Any], names: Collection[str], re
     atomic.write_text(file, text)
 
 
-def _test(results: Results, out: Path, task: Task) -> None:
-    """Add what the adapters that were kept measure on the test set."""
-    kept = [row for row in results if row.folder is not None]
+def _test(kept: Sequence[Row], out: Path, task: Task, at_once: int | None) -> None:
+    """Add what the adapters that were kept measure on the test set, where they can be measured.
+
+    at_once: how many adapters share a pass.
+    """
     if not kept:
         return
-    base = plain(task.base)
-    model = load_particle_model(base, [out / row.name for row in kept]).eval()
-    log_p, targets = predictions(model, task, task.test)
+    folders = [out / row.name for row in kept]
+    try:
+        model = load_particle_model(plain(task.base), folders, own_configurations=True).eval()
+        log_p, targets = predictions(model, task, task.test, particle_chunk=at_once)
+    except (ValueError, FloatingPointError) as error:
+        # Of the others, one that has diverged must not cost what they measure.
+        if len(kept) == 1:
+            print(f"run {kept[0].name!r} cannot be measured on the test set: {error}")
+            return
+        for row in kept:
+            _test([row], out, task, at_once)
+        return
     measured = evaluate(log_p, targets)
     for k, row in enumerate(kept):
         row.measures["test_accuracy"] = measured["member_accuracy"][k]

@@ -85,8 +85,12 @@ class Planned:
         return json.dumps(own, sort_keys=True, default=str)
 
 
-def check_name(name: str) -> None:
+def check_name(name: Any) -> None:
     """Raise ValueError for a name that a folder beside the files of a sweep cannot have."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"run {name!r}: a name has letters, digits and =.,+-_ and begins with none of .,+-"
+        )
     if name.lower() in (TABLE, TABLE_CSV, CHECKPOINT, ASKED):
         raise ValueError(f"run {name!r} has the name of a file that the sweep writes")
     if len(name.encode()) > _LONGEST_NAME:
@@ -108,11 +112,6 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
     found: dict[str, Planned] = {}
     for number, run in enumerate(runs):
         name = f"run_{number}" if run.name is None else run.name
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"run {number}: a name has letters, digits and =.,+-_ and begins with none of "
-                f".,+-; got {name!r}"
-            )
         check_name(name)
         if name in found:
             raise ValueError(f"two runs have the name {name!r}")

@@ -1,18 +1,23 @@
 """The command `multilora sweep`: runs of a file, over a small task."""
 
+import copy
 import json
 from dataclasses import replace
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from torch import nn
 
 from command import refused
 from documents import block
 from killed import small_task
+from models import FAMILIES
 from multilora.app import cli, sweep
 from multilora.many import RunArguments, fit_many
+from multilora.many.sweep import Sweep
 
 
 @pytest.fixture
@@ -75,6 +80,35 @@ def test_runs_of_a_file(tmp_path, small, capsys):
     assert [row.train_loss for row in own] == [row["train_loss"] for row in table]
 
 
+DIFFERENT = """
+at_once: 2
+defaults: {steps: 2, lr: 1e-2}
+runs:
+  - {name: a, rank: 1}
+  - {name: b, rank: 3, lora_alpha: 8}
+  - {name: c, target_modules: ['0', '2']}
+  - {name: far, steps: 1, lr: 1e38}
+"""
+
+
+def test_adapters_that_differ_are_tested_together(tmp_path, monkeypatch, capsys):
+    """In rank, alpha and layers. One that has diverged costs the others nothing."""
+    torch.manual_seed(0)
+    first, second, head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+    base = nn.Sequential(first, nn.GELU(), second, nn.GELU(), head)
+    task = replace(small_task(), base=base, head="4")
+    monkeypatch.setattr(sweep, "make_task", lambda *_: replace(task, base=copy.deepcopy(base)))
+    out = tmp_path / "out"
+    assert cli.main(["sweep", str(written(tmp_path, DIFFERENT)), "--out", str(out)]) == 0
+    assert "run 'far' cannot be measured on the test set" in capsys.readouterr().out
+    *table, far = json.loads((out / "table.json").read_text())
+    assert far["status"] == "finished" and far["test_accuracy"] is None
+    x, y = task.test.tensors
+    for row in table:
+        alone = peft.PeftModel.from_pretrained(copy.deepcopy(base), out / row["name"]).eval()
+        assert row["test_nll"] == pytest.approx(F.cross_entropy(alone(x), y).item(), rel=1e-5)
+
+
 def test_a_sweep_goes_on(tmp_path, small, capsys):
     file, out = written(tmp_path, FILE), tmp_path / "out"
     command = ["sweep", file, "--out", out]
@@ -114,7 +148,29 @@ BAD = {
     "names": ("runs: [{name: a}, {name: a}]", "two runs have the name 'a'"),
     "nothing": ("task: digits", "got 0 runs"),
     "grid": ("grid: {lr: 3}", "grid must be names with a list"),
-    "number": ("runs: [{lr: fast}]", "run 'run_0': lr must be a number; got 'fast'"),
+    "number": ("runs: [{lr: fast}]", "run 'run_0': lr must be a finite number; got 'fast'"),
+    "part of a rank": ("runs: [{name: x, rank: 2.5}]", "run 'x': rank must be an integer"),
+    "text": ("runs: [{name: x, rank: '4'}]", "run 'x': rank must be an integer"),
+    "exponent": ("grid: {rank: [1e1]}", "run 'rank=1e1': rank must be an integer"),
+    "steps": ("runs: [{name: x, steps: 1e1}]", "run 'x': steps must be an integer"),
+    "nothing there": ("runs: [{name: x, steps: }]", "run 'x': steps must be an integer"),
+    "flag": ("runs: [{name: x, use_rslora: 'yes'}]", "run 'x': use_rslora must be True or False"),
+    "other flag": ("defaults: {dataloader_drop_last: 1}", "defaults: dataloader_drop_last must be"),
+    "word": ("runs: [{name: x, lr_scheduler_type: 5}]", "run 'x': lr_scheduler_type must be a"),
+    "schedule": ("runs: [{name: x, lr_scheduler_type: cosin}]", "run 'x': lr_scheduler_type must"),
+    "options": ("runs: [{name: x, lr_scheduler_kwargs: 3}]", "run 'x': lr_scheduler_kwargs must"),
+    "targets": ("runs: [{name: x, target_modules: 5}]", "run 'x': target_modules must be the"),
+    "a target": ("runs: [{name: x, target_modules: [0, 3]}]", "run 'x': target_modules must be"),
+    "no such layer": (
+        "runs: [{name: x}, {name: y, target_modules: ['0', qkv]}]",
+        "run 'y': target_modules: no layer is named 'qkv'",
+    ),
+    "no linear layer": (
+        "at_once: 1\nruns: [{name: x, steps: 1}, {name: y, target_modules: ['1']}]",
+        "run 'y': ",
+    ),
+    "name": ("runs: [{name: a/b}]", "run 'a/b': a name has letters"),
+    "file": ("runs: [{name: Sweep.json}]", "run 'Sweep.json' has the name of a file"),
     "range": ("runs: [{name: x, lr: -1}]", "run 'x': learning_rate"),
     "rank": ("runs: [{name: x, rank: 0}]", "run 'x'"),
     "task": ("task: dogs\nruns: [{}]", "the tasks are"),
@@ -126,7 +182,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_a_file_cannot_ask_for(tmp_path, small, capsys, case):
+def test_what_a_file_cannot_ask_for(tmp_path, small, capsys, case, monkeypatch):
+    monkeypatch.setattr(Sweep, "run", None)  # nothing trains
     text, message = BAD[case]
     file = written(tmp_path, text)
     refused(["sweep", file, "--out", tmp_path / "out"], capsys, message)
@@ -148,8 +205,9 @@ def test_the_file_of_the_guide():
     text = block("docs/guides/many_adapters.md", "## The command", "yaml")
     asked = sweep.planned(yaml.safe_load(text))
     assert len(asked.runs) == 6 and asked.settings.validation == 20
-    # By their own data they are checked; a task need not be made for that.
-    task = replace(small_task(), validation=small_task().test, targets=["0"])
+    # The model need not be pretrained for that.
+    own = {"base": FAMILIES["vit"].build(), "targets": ["qkv"], "head": "head"}
+    task = replace(small_task(), **own, validation=small_task().test)
     for run in sweep.runs_of(asked, task):
         assert run.arguments.eval_strategy == "epoch"
     assert asked.runs["patient"]["early_stopping_patience"] == 5

@@ -19,6 +19,7 @@ from multilora.app import info
 from multilora.app.compare import costs, plan, report
 from multilora.app.compare.stages import Stages
 from multilora.app.compare.suite import known_rows, recipe, rows, suites, tasks
+from multilora.app.options import add_command
 
 _ABOUT = """\
 Tune every method with the same budget, train fresh seeds, test the differences, and write a report.
@@ -35,14 +36,9 @@ A comparison that was stopped goes on when the same command is given again.
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "compare",
-        help="find out which method is worth its cost, at equal tuning",
-        description=_ABOUT,
-        epilog=f"Rows: {', '.join(known_rows())}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    text = "find out which method is worth its cost, at equal tuning"
+    epilog = f"Rows: {', '.join(known_rows())}."
+    parser = add_command(commands, "compare", run, text, _ABOUT, epilog)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the comparison")
     parser.add_argument(
         "--report",

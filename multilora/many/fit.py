@@ -40,7 +40,8 @@ def fit_many(
     that has ended, also by early stopping, leaves its place to the next one.
 
     A run whose dataset raises or ends early, whose loss is not finite, or whose batches do not fit
-    the model, has failed; the table says why. The others go on and lose nothing.
+    the model, has failed; the table says why. The others go on and lose nothing. Batches that
+    cannot share a pass run one after another; a warning names their runs.
 
     Args:
         base: any module that `get_particle_model` takes; it is frozen, and changed in place.

@@ -198,7 +198,7 @@ class Pack:
             widths: the classes of each particle's head; None where all have the same.
 
         Raises:
-            ValueError: the output has no logits.
+            ValueError: the output has no logits, or they may be of padding.
         """
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.shape[:1] != (len(self.index),):
@@ -206,18 +206,17 @@ class Pack:
                 f"{type(self.reader.base).__name__} returns {_shown(logits)} where logits "
                 f"({len(self.index)}, ..., C) are needed"
             )
-        if (
-            logits.ndim == 2
-            and len({n for b in self.batches.values() for n in b.lengths(["inputs_embeds"])}) > 1
-        ):
+        batches = list(self.batches.values())
+        embedded = {n for batch in batches for n in batch.lengths(["inputs_embeds"])}
+        if logits.ndim == 2 and len(embedded) > 1:
             raise ValueError(
-                f"{_all(self.batches.values())}: of embeddings of unequal lengths, "
+                f"{_all(batches)}: of embeddings of unequal lengths, "
                 f"{type(self.reader.base).__name__} may have classified the padding: give "
                 "input_ids, or run them apart"
             )
         own = {}
         # The gradient of a slice is as large as the whole; that of all parts is made once.
-        parts = logits.split([batch.rows for batch in self.batches.values()])
+        parts = logits.split([batch.rows for batch in batches])
         for (k, batch), part in zip(self.batches.items(), parts):
             length = self.lengths[k]
             if self.longest is not None and length is not None and part.ndim > 2:
@@ -263,7 +262,7 @@ class Pack:
         if "attention_mask" in batch.inputs:
             return batch
         if "attention_mask" not in self.reader.columns:
-            lengths = {b.who: b.longest for b in self.batches.values()}
+            lengths = {b.who: b.lengths(_SEQUENCES) for b in self.batches.values()}
             raise ValueError(
                 f"sequences of unequal lengths, {lengths}, need an attention mask, which "
                 f"{type(self.reader.base).__name__} does not take: pad them yourself"

@@ -20,9 +20,10 @@ from multilora.targets import (
     check_config,
     check_copied,
     check_plain,
+    drawn_anew,
     just_created,
+    redrawn_heads,
     resolve_each,
-    vocabulary,
 )
 from multilora.trunk import check_cut
 
@@ -131,19 +132,16 @@ def get_particle_model(
     seeds = _seeds(seed, num_particles, isinstance(config, Sequence))
     own_seeds = processes.own(seeds)
     if configs is None:
-        base, redrawn = _copied(base, own_seeds, head, head_init, share_trunk)
+        base, new, redrawn = _copied(base, own_seeds, head, head_init, share_trunk)
     elif head:
         raise ValueError(f"head = {head!r} is for config=None; LoraConfig has modules_to_save")
     else:
         configs = configs[: len(own_seeds)]
-        configs, redrawn = _adapted(base, configs, own_seeds, head_init, share_trunk, heads or {})
-    if head_init is None and redrawn:
-        warnings.warn(
-            f"modules_to_save {list(redrawn)} start from weights drawn anew for every particle, "
-            f'since {next(iter(redrawn.values()))}; head_init="copy" keeps what they hold, '
-            'head_init="reset" says that this is meant',
-            stacklevel=2,
+        configs, new, redrawn = _adapted(
+            base, configs, own_seeds, head_init, share_trunk, heads or {}
         )
+    if head_init is None and redrawn:
+        warnings.warn(drawn_anew({name: new[name] for name in redrawn}), stacklevel=2)
     return ParticleModel(
         base,
         configs,
@@ -155,7 +153,8 @@ def get_particle_model(
         batch_axes,
         output_axes,
         check_isolation,
-        redrawn,
+        head_init,
+        new,
     )
 
 
@@ -185,14 +184,19 @@ def _adapted(
     head_init: str | None,
     share_trunk: bool | str,
     heads: Mapping[str, Sequence[int | nn.Module | None]],
-) -> tuple[Sequence[peft.LoraConfig], dict[str, str]]:
-    """Put the particles' layers into the base; complete configurations, and `_redrawn_heads`."""
+) -> tuple[Sequence[peft.LoraConfig], dict[str, str], list[str]]:
+    """Put the particles' layers into the base.
+
+    Returns:
+        The complete configurations, `just_created` of the modules to save, and `redrawn_heads`.
+    """
     chosen = resolve_each(base, configs)
     saved = {name: base.get_submodule(name) for name in chosen.saved}
     widths = check_heads(saved, chosen.saved, heads)
     if isinstance(share_trunk, str):
         base.get_submodule(share_trunk)
-    redrawn = _redrawn_heads(base, saved, head_init)
+    new = just_created(base, saved)
+    redrawn = redrawn_heads(base, saved, head_init, new)
     base.requires_grad_(False)
     # The adapters of a parameter may hold others as their base layer.
     for name in reversed(chosen.adapted):
@@ -202,7 +206,7 @@ def _adapted(
     for particle, seed in enumerate(seeds):
         start_particle(base, particle, seed, chosen.configs[particle], redrawn, heads)
     _disable_fast_paths(base)
-    return chosen.configs, redrawn
+    return chosen.configs, new, redrawn
 
 
 def _copied(
@@ -211,8 +215,8 @@ def _copied(
     head: str | Sequence[str],
     head_init: str | None,
     share_trunk: bool | str,
-) -> tuple[StackedModule, dict[str, str]]:
-    """Copies of the whole base, and `_redrawn_heads`."""
+) -> tuple[StackedModule, dict[str, str], list[str]]:
+    """Copies of the whole base, `just_created` of its heads, and `redrawn_heads`."""
     check_plain(base)
     check_copied(base)
     if share_trunk:
@@ -223,7 +227,8 @@ def _copied(
         raise ValueError(f"head: {type(base).__name__} has no modules {missing}")
     if head_init == "reset" and not names:
         raise ValueError('head_init="reset" needs the names of the modules to redraw: head')
-    redrawn = _redrawn_heads(base, {name: modules[name] for name in names}, head_init)
+    new = just_created(base, {name: modules[name] for name in names})
+    redrawn = redrawn_heads(base, names, head_init, new)
     if len(seeds) > 1 and not redrawn and head_init is None:
         warnings.warn(
             f"the {len(seeds)} copies of {type(base).__name__} start equal, and stay so on equal "
@@ -239,7 +244,7 @@ def _copied(
         generator = torch.Generator().manual_seed(seed)
         for name in redrawn:
             copies.reset_particle(particle, generator, name)
-    return copies, redrawn
+    return copies, new, redrawn
 
 
 def particle_seeds(seed: int, num_particles: int) -> list[int]:
@@ -298,18 +303,6 @@ def _seeds(seed: int | Sequence[int], num_particles: int, may_repeat: bool) -> l
             f"identical gradients and stay so under every method; got {seeds}"
         )
     return seeds
-
-
-def _redrawn_heads(
-    base: nn.Module, saved: dict[str, nn.Module], head_init: str | None
-) -> dict[str, str]:
-    """The modules to save whose copies are drawn anew, each with the reason."""
-    kept = vocabulary(base)
-    if head_init == "reset":
-        redrawn = dict.fromkeys(saved, 'head_init="reset" says so')
-    else:
-        redrawn = just_created(base, saved) if head_init is None else {}
-    return {name: why for name, why in redrawn.items() if saved[name] not in kept}
 
 
 def _disable_fast_paths(base: nn.Module) -> None:

@@ -89,6 +89,7 @@ def load_particle_model(
             mesh=mesh,
             **options,
         )
+    model.head_init = None  # the files have the heads of these particles, not of those to come
     peft_tensors.fill(model.base, model.processes.own(saved.tensors))
     return model
 
@@ -151,14 +152,14 @@ def load_particles(model: ParticleModel, path: str | Path | Sequence[str | Path]
 
     Args:
         model: a model with the same K, ranks, scalings, and names and shapes of tensors.
-        path: as in `load_particle_model`.
+        path: as in `load_particle_model`; the folders of a list may differ as the particles do.
 
     Raises:
         FileNotFoundError, ValueError, PermissionError: as `load_particle_model`.
         RuntimeError: the call is inside `particles` or `mixtures`.
     """
     model.require_whole("load_particles")
-    saved = particle_folders.read(path)
+    saved = particle_folders.read(path, may_differ=not model.is_uniform)
     if len(saved.tensors) != len(model.seeds):
         raise ValueError(
             f"{saved.source} has {len(saved.tensors)} particles; the model has {len(model.seeds)}"

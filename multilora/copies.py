@@ -81,6 +81,11 @@ class StackedModule(ParticleLayer):
         one = stacked[particle]
         return one if self.widths is None else one[: self.widths[particle]]
 
+    def repeat_each(self) -> None:
+        count = self.num_particles
+        widths = None if self.widths is None else self.widths[:1] * count
+        self.set_each([self.is_trained(0)] * count, widths)
+
     @contextlib.contextmanager
     def narrowed(self, start: int, stop: int) -> Iterator[None]:
         before = self.trained, self.widths, self.copied
@@ -253,6 +258,11 @@ class StackedModule(ParticleLayer):
         names = (name for name, _ in self.module.named_parameters())
         return {name: getattr(self, f"original_{i}") for i, name in enumerate(names)}
 
+    @property
+    def original_width(self) -> int:
+        """out_features of the nn.Linear that was copied."""
+        return len(self.originals_by_name()["weight"])
+
     def as_it_was(self) -> nn.Module:
         """The module before it was copied, over the same frozen tensors."""
         originals = self.originals_by_name()
@@ -267,7 +277,7 @@ class StackedModule(ParticleLayer):
             parent, _, own_name = name.rpartition(".")
             module.get_submodule(parent)._buffers[own_name] = t
         if self.widths is not None:
-            module.out_features = len(originals["weight"])
+            module.out_features = self.original_width
         return module.train(self.training)
 
     def widen(self, width: int) -> None:

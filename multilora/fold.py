@@ -290,18 +290,36 @@ def conventional_axes(output: Any, rows: int, axes: Axes | int | None) -> list[A
 
 def stack(outputs: list[Any]) -> Any:
     """The outputs of K particles as one, with the particle axis in front of every tensor."""
-    columns = list(zip(*(list(_leaves(output)) for output in outputs), strict=True))
+    return join(outputs, [None] * sum(1 for _ in tensors(outputs[0])))
 
-    def join(values: tuple) -> Any:
+
+def join(outputs: list[Any], axes: Sequence[Axis]) -> Any:
+    """The outputs of several particles as one: tensors with an axis of rows one behind the other,
+    and all others stacked.
+
+    Raises:
+        ValueError: the outputs do not have the same tensors, or these differ in shape.
+    """
+    leaves = [list(_leaves(output)) for output in outputs]
+    if len({len(each) for each in leaves}) > 1:
+        raise ValueError(
+            f"the particles' outputs have {[len(each) for each in leaves]} parts, which must be "
+            "equally many"
+        )
+    remaining = iter(axes)
+
+    def one(values: tuple) -> Any:
         if not isinstance(values[0], Tensor):
             same = all(v is values[0] or _is_equal(v, values[0]) for v in values)
             return values[0] if same else PerParticle(values)
+        axis = next(remaining)
         shapes = {tuple(v.shape) for v in values}
-        if len(shapes) > 1:
+        rest = {s[:axis] + s[axis + 1 :] for s in shapes} if isinstance(axis, int) else shapes
+        if len(rest) > 1:
             raise ValueError(f"the particles' outputs differ in shape, {sorted(shapes)}")
-        return torch.stack(values)
+        return torch.cat(values, axis) if isinstance(axis, int) else torch.stack(values)
 
-    joined = iter(map(join, columns))
+    joined = iter([one(values) for values in zip(*leaves)])
     return map_leaves(lambda _: next(joined), outputs[0])
 
 

@@ -93,12 +93,21 @@ class LoraLayer(ParticleLayer):
         # The scales are in B when it is used.
         self.each, self.scaling = tuple(each), 1.0
         self.dropout = max(a.dropout for a in each)
-        ones = [1] * (self.lora_B.ndim - 2)
-        self.scales = self.lora_A.new_zeros(len(each), *ones, self.rank).detach()
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        exact = self.lora_A.detach()[:0].to(dtype)
+        self.scales = exact.new_zeros(len(each), *[1] * (self.lora_B.ndim - 2), self.rank)
         for k, a in enumerate(each):
             self.scales[k, ..., : a.rank] = a.scaling
-        rates = [a.dropout for a in each]
-        self.rates = self.lora_A.new_tensor(rates).view(-1, 1, 1)
+        self.rates = exact.new_tensor([a.dropout for a in each]).view(-1, 1, 1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LoraLayer":
+        super()._apply(fn, recurse)
+        if self.each is not None:  # scales that another dtype has rounded would stay so
+            self.set_each(self.each)
+        return self
+
+    def repeat_each(self) -> None:
+        self.set_each([self.adapted_by(0)] * len(self.lora_A))
 
     def adapted_by(self, particle: int) -> Adapted:
         """What one particle has on this layer."""
@@ -145,7 +154,8 @@ class LoraLayer(ParticleLayer):
             return own(self.lora_A, state), own(self.lora_B, state)
         if not torch.compiler.is_compiling():
             self.clear_padding()
-        return own(self.lora_A, state), own(self.lora_B, state) * own(self.scales, state)
+        lora_B = own(self.lora_B, state)
+        return own(self.lora_A, state), (lora_B * own(self.scales, state)).to(lora_B.dtype)
 
     def clear_padding(self) -> None:
         """Set the padding to zero, if an optimizer that adds noise, say, has moved it."""
@@ -191,26 +201,26 @@ class LoraLayer(ParticleLayer):
         if state is not None and state.frozen:
             return self.base_layer(x)
         lora_A, lora_B = self.factors(state)
-        rows = None if state is None else state.rows
-        if state is None or rows is None or not is_same_for_all(x, state):
+        rates = self._rates(state)
+        if state is None or not is_same_for_all(x, state):
             self.require_rows(x, state, len(lora_A))
-            rates = self._rates(state, x)
             if state is not None and state.counts is not None:
                 return self.adapted_rows(x, lora_A, lora_B, rates, state)
             return self.adapted(x, lora_A, lora_B, rates)
         # Compute it once for every particle, and repeat the result for each of its examples.
         x = x.repeat_interleave(len(lora_A), 0)
-        y = self.adapted(x, lora_A, lora_B, self._rates(state, x))
-        counts: Any = rows // len(lora_A)
+        y = self.adapted(x, lora_A, lora_B, rates)
+        assert state.rows is not None
+        counts: Any = state.rows // len(lora_A)
         if state.counts is not None:
             counts = torch.tensor(state.counts, device=y.device)
         return as_every_example(y.repeat_interleave(counts, 0))
 
-    def _rates(self, state: ForwardState | None, x: Tensor) -> Rates:
+    def _rates(self, state: ForwardState | None) -> Rates:
         """The dropout before the adapters, as `dropped` takes it."""
         if not self.drops:
             return None
-        return self.dropout if self.rates is None else own(self.rates, state).to(x.dtype)
+        return self.dropout if self.rates is None else own(self.rates, state)
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
         """The layer of x (k·B, ...) with the factors of k particles.
@@ -455,7 +465,7 @@ def dropped(rows: Tensor, rates: Rates) -> Tensor:
     if not isinstance(rates, Tensor):
         return F.dropout(rows, rates)
     kept = torch.rand_like(rows, dtype=torch.float32) >= rates
-    return torch.where(kept, rows / (1 - rates).clamp_min(1e-9), 0)
+    return torch.where(kept, rows / (1 - rates).clamp_min(1e-9).to(rows.dtype), 0)
 
 
 def _beside(rates: Rates, rows: Tensor) -> Rates:

@@ -1,27 +1,4 @@
-"""ParticleModel: K particles over one frozen base.
-
-The way of a batch from model(x) to the layers and back:
-
-1. `ParticleModel.forward` gives its arguments to `run.Runner.run`, as `call` does for other methods
-   of the base.
-2. `fold.Inputs` finds the batch axis of every tensor among them (B rows), and `Inputs.folded` puts
-   the particles in front of it: K·B rows, particle first. With a shared trunk the B rows stay as
-   they are until a hook of `trunk.Cut` repeats them at the cut. With fold="loop" the base is called
-   once for each particle, with the B rows.
-3. Where inputs of this form are new, `isolation.IsolationCheck` first runs one particle alone.
-4. The runner opens a `forward_state.ForwardState` (how many particles run, on how many rows) and
-   calls the base. Frozen layers see one large batch.
-5. Every `layers.ParticleLayer` reads the state that is open, views its input (K·B, ...) as
-   (K, B, ...), applies particle k's tensors to part k, and returns (K·B, ...).
-6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
-   for all particles into (K, B, ...).
-
-With `particle=index`, `rows.Rows` puts the rows of each particle side by side, the state has their
-counts, and the layers read (N, ...) by them; outputs come back in the order of the rows.
-
-A backward that runs a checkpointed part of the base again finds the state of its forward through
-hooks on the outputs (`ForwardState.mark`).
-"""
+"""ParticleModel: K particles over one frozen base."""
 
 from __future__ import annotations
 
@@ -29,13 +6,14 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multilora import checks, particle_folders, slots, soups
+from multilora.adapters import Adapter, adapters_of
 from multilora.copies import StackedModule, stacked_modules
 from multilora.diversity import cosines
 from multilora.fold import Axes
@@ -46,6 +24,7 @@ from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.particle_layer import ParticleLayer
 from multilora.run import ParticleView, Runner
+from multilora.separate import trainable
 from multilora.slots import is_uniform
 from multilora.trunk import Cut, TrunkOutput, check_cut
 
@@ -55,27 +34,6 @@ if TYPE_CHECKING:
 
 #: No machine has memory for more particles.
 MOST_PARTICLES = 2**20
-
-
-class Adapter(NamedTuple):
-    """One adapted matrix: ΔW_k = scaling · lora_B[k] @ lora_A[k], with scales[k] if there are any.
-
-    parameters: the trainable tensors that lora_A and lora_B are, or are views of: the factors of
-    all E experts of a bank are (K, E, ...), and `expert` is the place of this one.
-    scales: (K, 1, r) where particles have scalings and ranks of their own, zero for padding.
-    """
-
-    name: str
-    lora_A: Tensor  # (K, r, d_in)
-    lora_B: Tensor  # (K, d_out, r)
-    scaling: float
-    parameters: tuple[Tensor, Tensor]
-    expert: int | None = None
-    scales: Tensor | None = None
-
-    def scaled(self) -> Tensor:
-        """B (K, d_out, r) with the scales in it, so that ΔW_k = scaling · scaled[k] @ lora_A[k]."""
-        return self.lora_B if self.scales is None else self.lora_B * self.scales
 
 
 class ParticleModel(nn.Module):
@@ -93,13 +51,16 @@ class ParticleModel(nn.Module):
         batch_axes: Axes | None = None,
         output_axes: Mapping[str, int | None] | int | None = None,
         check_isolation: bool = True,
-        redrawn: Mapping[str, str] | None = None,
+        head_init: str | None = None,
+        new_heads: Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.base = base
         #: The configuration of every particle; None for full copies.
         self.peft_configs = None if configs is None else list(configs)
-        self._redrawn = dict(redrawn or {})
+        #: How the heads of a particle that takes the place of another start.
+        self.head_init = head_init
+        self._new_heads = dict(new_heads or {})  # as `targets.just_created` finds them
         self.num_particles = num_particles
         self.seeds = tuple(seeds)  # of all processes' particles
         self.processes = processes or Processes()
@@ -192,7 +153,8 @@ class ParticleModel(nn.Module):
             inside tuples, dicts and transformers' ModelOutput too. Anything else comes back as the
             base returned it, so `.loss` of a transformers model is one mean over all particles: a
             method computes its own from logits and labels. With fold="loop" every output tensor has
-            the particle axis in front. Where heads have widths of their own, logits (the output, or
+            the particle axis in front; with `particle`, one that has no rows, such as `.loss`, has
+            an entry for each particle that has some, in their order. Where heads have widths of their own, logits (the output, or
             its fields "...logits") are a list of K tensors (B, ..., C_k); with `particle` they have
             the columns of the widest head, of which row n means those of its own.
 
@@ -311,21 +273,9 @@ class ParticleModel(nn.Module):
         self.require_uniform("mixtures")
         particles = self.num_particles * self.processes.particle_size
         weights = soups.checked(weights, particles, "mixtures")
-        adapters, heads = soups.Recipe.of_adapters(weights), soups.Recipe.of_heads(weights)
         stacked: list[Tensor] = [p for _, _, p in self._slots()]
         whole = dict(zip(stacked, self.processes.gather_all(stacked)))
-        parts: dict[Tensor, Tensor] = {}
-        for _, layer in self.lora_layers():
-            A, B = whole[layer.lora_A], whole[layer.lora_B]
-            parts[layer.lora_A], parts[layer.lora_B] = adapters.factors(A, B)
-        originals = self.base.originals() if isinstance(self.base, StackedModule) else {}
-        for p in stacked:
-            if p in originals:
-                rest = (1 - weights.sum(1)).to(whole[p]).view(-1, *[1] * (p.ndim - 1))
-                parts[p] = adapters.sums(whole[p]) + rest * originals[p]
-            elif p not in parts:
-                parts[p] = heads.sums(whole[p])
-        count = len(weights)
+        parts, count = soups.mixed(self.base, whole, weights), len(weights)
         with self._swapped(parts, count, trained=False):
             # Every process has all soups.
             self.every, self.window = count, slice(0, count)
@@ -385,6 +335,8 @@ class ParticleModel(nn.Module):
         repeated = {p: nn.Parameter(values, p.requires_grad) for p, values in whole.items()}
         for module, name, p in self._slots():
             module._parameters[name] = repeated[p]
+        for layer in self._layers():
+            layer.repeat_each()
         if self.peft_configs is not None:
             self.peft_configs *= num_particles
         self.num_particles = self.every = num_particles
@@ -409,9 +361,11 @@ class ParticleModel(nn.Module):
 
         Args:
             particle: k.
-            config: as in `get_particle_model`; the particle's own where it is None.
+            config: as in `get_particle_model`; the particle's own where it is None, whose heads
+                then keep their widths too.
             seed: an integer in [0, 2^63), of this particle alone.
-            heads: for a head of another width, its start; see `get_particle_model`.
+            heads: for a head of another width, its start; see `get_particle_model`. Modules to save
+                start as its `head_init` says.
 
         Raises:
             ValueError, TypeError, NotImplementedError: a value is out of range, or the
@@ -423,10 +377,24 @@ class ParticleModel(nn.Module):
         checks.integer("seed", seed, 0, 2**63 - 1)
         if self.peft_configs is None or self.processes.particle_size > 1:
             raise NotImplementedError("replace_particle needs adapters, all in one process")
-        config = self.peft_configs[particle] if config is None else config
-        self.peft_configs[particle] = slots.replace_particle(
-            self.base, self.num_particles, particle, config, seed, self._redrawn, heads or {}
-        )
+        heads = dict(heads or {})
+        if config is None:
+            config = self.peft_configs[particle]
+            heads = slots.own_widths(self.base, particle) | heads
+        shared, self.share_trunk = self.share_trunk, False  # blocks as they are without a cut
+        try:
+            self.peft_configs[particle] = slots.replace_particle(
+                self.base,
+                self.num_particles,
+                particle,
+                config,
+                seed,
+                heads,
+                self.head_init,
+                self._new_heads,
+            )
+        finally:
+            self.share_trunk = shared
         self.seeds = (*self.seeds[:particle], seed, *self.seeds[particle + 1 :])
 
     def in_chunks(self, particle_chunk: int, run: Callable[[], Tensor]) -> Tensor:
@@ -455,21 +423,7 @@ class ParticleModel(nn.Module):
         """
         if separate:
             return [*separate_parameters(self)]
-        # The order is that of parameters(), which opens a generator for every module: too slow for
-        # every step.
-        found: dict[int, nn.Parameter] = {}
-        seen: set[nn.Module] = set()
-        waiting: list[nn.Module | None] = [self]
-        while waiting:
-            module = waiting.pop()
-            if module is None or module in seen:
-                continue
-            seen.add(module)
-            for p in module._parameters.values():
-                if p is not None and p.requires_grad:
-                    found[id(p)] = p
-            waiting += reversed(module._modules.values())
-        return list(found.values())
+        return trainable(self)
 
     def adapters(self) -> list[Adapter]:
         """The adapted layers in module order, by their names in the base model.
@@ -477,15 +431,7 @@ class ParticleModel(nn.Module):
         Every expert of a bank is one of its own, "mlp.experts.gate_up_proj[3]", whose factors are
         views of those of all experts.
         """
-        found = []
-        for layer_name, layer in self.lora_layers():
-            factors = layer.lora_A, layer.lora_B
-            rank = layer.rank
-            scales = None if layer.scales is None else layer.scales.view(-1, 1, rank)
-            for name, expert in layer.matrices_of(layer_name):
-                A, B = factors if expert is None else (f[:, expert] for f in factors)
-                found.append(Adapter(name, A, B, layer.scaling, factors, expert, scales))
-        return found
+        return adapters_of(self.base)
 
     @torch.no_grad()
     def cosines(self, per_layer: bool = False) -> Tensor:

@@ -38,6 +38,9 @@ class ParticleLayer(nn.Module):
         """
         return stacked[particle]
 
+    def repeat_each(self) -> None:
+        """Take what the layer knows of particle 0 for as many particles as its tensors now have."""
+
     @contextlib.contextmanager
     def narrowed(self, start: int, stop: int) -> Iterator[None]:
         """Inside, what the layer knows of each particle is of start … stop − 1 alone."""

@@ -1,4 +1,27 @@
-"""How a particle model calls its base: all particles in one batch, one after another, or one."""
+"""How a particle model calls its base: all particles in one batch, one after another, or one.
+
+The way of a batch from model(x) to the layers and back:
+
+1. `ParticleModel.forward` gives its arguments to `Runner.run`, as `call` does for other methods
+   of the base.
+2. `fold.Inputs` finds the batch axis of every tensor among them (B rows), and `Inputs.folded` puts
+   the particles in front of it: K·B rows, particle first. With a shared trunk the B rows stay as
+   they are until a hook of `trunk.Cut` repeats them at the cut. With fold="loop" the base is called
+   once for each particle, with the B rows.
+3. Where inputs of this form are new, `isolation.IsolationCheck` first runs one particle alone.
+4. The runner opens a `forward_state.ForwardState` (how many particles run, on how many rows) and
+   calls the base. Frozen layers see one large batch.
+5. Every `layers.ParticleLayer` reads the state that is open, views its input (K·B, ...) as
+   (K, B, ...), applies particle k's tensors to part k, and returns (K·B, ...).
+6. The runner closes the state, the check compares, and `fold.unfold` turns every output with rows
+   for all particles into (K, B, ...).
+
+With `particle=index`, `rows.Rows` puts the rows of each particle side by side, the state has their
+counts, and the layers read (N, ...) by them; outputs come back in the order of the rows.
+
+A backward that runs a checkpointed part of the base again finds the state of its forward through
+hooks on the outputs (`ForwardState.mark`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +43,7 @@ from multilora.fold import (
     Names,
     PerParticle,
     conventional_axes,
+    join,
     map_leaves,
     map_tensors,
     named_tensors,
@@ -83,7 +107,7 @@ class Runner:
         if torch.compiler.is_compiling():
             _refuse_guesses(model, inputs)
             args, kwargs = inputs.folded(range(model.num_particles))
-            return _unfolded(model, function(*args, **kwargs), inputs, None)
+            return _unfolded(model, name, function(*args, **kwargs), inputs, None)
         return self._batch(model, name, function, inputs, rows)
 
     def run_rows(
@@ -125,7 +149,7 @@ class Runner:
         )
         output = self._called(model, name, state, partial(function, *args, **kwargs))
         if axes is None or len(axes) != sum(1 for _ in tensors(output)):
-            axes = conventional_axes(output, inputs.batch, model.output_axes)
+            axes = _conventional(model, name, output, inputs.batch)
         return rows.back(output, axes)
 
     def _axes_of_rows(
@@ -136,8 +160,11 @@ class Runner:
         It is checked with as many rows for each particle, of which no two have the same.
         """
         key = ("rows", name, model.training, inputs.form())
-        if key in self._checked or not _can_check(model, inputs):
-            return self._checked.get(key)
+        if key in self._checked:
+            return self._checked[key]
+        if not _can_check(model, inputs):
+            _refuse_guesses(model, inputs)
+            return None
         if name == "generate":  # checked by its forward
             return None
         apart = inputs.shifted()
@@ -157,7 +184,11 @@ class Runner:
         inputs: Inputs,
         rows: Rows,
     ) -> Any:
-        """One particle after another, each over its own rows."""
+        """One particle after another, each over its own rows.
+
+        Output tensors without rows are stacked, (k, ...) for the k particles that have rows.
+        """
+        _refuse_guesses(model, inputs)
         outputs, done = [], 0
         for k, count in zip(rows.present, rows.counts):
             own = torch.tensor(rows.order[done : done + count])
@@ -165,14 +196,9 @@ class Runner:
             state = ForwardState(model, 1, part=_of(k))
             outputs.append(self._called(model, name, state, partial(function, *args, **kwargs)))
             done += count
-        axes = conventional_axes(outputs[0], rows.counts[0], model.output_axes)
-        columns = iter(zip(axes, *(tensors(output) for output in outputs)))
-
-        def join(_: Tensor) -> Tensor:
-            axis, *parts = next(columns)
-            return torch.cat(parts, axis) if isinstance(axis, int) else parts[0]
-
-        return rows.back(map_tensors(join, outputs[0]), axes)
+        every = [_conventional(model, name, o, n) for o, n in zip(outputs, rows.counts)]
+        axes = [at[0] if len(set(at)) == 1 else None for at in zip(*every)]
+        return rows.back(join(outputs, axes), axes)
 
     def rows_at_the_cut(self, model: ParticleModel, args: tuple, kwargs: dict) -> TrunkOutput:
         """The base up to the cut of its trunk, without a graph."""
@@ -246,9 +272,7 @@ class Runner:
             axes = check.axes(output)
             if check.telling or sharded:
                 self._checked[key] = axes
-        if name == "generate":  # any number of answers to a prompt
-            axes = conventional_axes(output, 0, 0)
-        return _unfolded(model, output, inputs, axes)
+        return _unfolded(model, name, output, inputs, None if name == "generate" else axes)
 
     def _next_particle(self, particles: int) -> int:
         """The particle to compare, another one for each check; 0 where none would do.
@@ -470,11 +494,19 @@ def _refuse_guesses(model: ParticleModel, inputs: Inputs) -> None:
         )
 
 
-def _unfolded(model: ParticleModel, output: Any, inputs: Inputs, axes: list[Axis] | None) -> Any:
+def _unfolded(
+    model: ParticleModel, name: str, output: Any, inputs: Inputs, axes: list[Axis] | None
+) -> Any:
     if axes is None or len(axes) != sum(1 for _ in tensors(output)):
-        rows = model.num_particles * inputs.batch
-        axes = conventional_axes(output, rows, model.output_axes)
+        axes = _conventional(model, name, output, model.num_particles * inputs.batch)
     return own_columns(model, unfold(output, axes, model.num_particles))
+
+
+def _conventional(model: ParticleModel, name: str, output: Any, rows: int) -> list[Axis]:
+    """The axis of the rows in every tensor of an output that no check has looked at."""
+    if name == "generate":  # any number of answers to a prompt
+        return conventional_axes(output, 0, 0)
+    return conventional_axes(output, rows, model.output_axes)
 
 
 def own_columns(model: ParticleModel, output: Any, particle: int | None = None) -> Any:

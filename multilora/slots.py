@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from multilora.layers import (
     has_own_forward,
     lora_layers,
 )
-from multilora.targets import resolve_each
+from multilora.targets import drawn_anew, just_created, redrawn_heads, resolve_each
 
 if TYPE_CHECKING:
     import peft
@@ -64,7 +65,7 @@ def start_particle(
     particle: int,
     seed: int,
     config: peft.LoraConfig,
-    redrawn: Mapping[str, Any],
+    redrawn: Collection[str],
     heads: Heads,
 ) -> None:
     """Draw what a particle starts from, in the order in which it would alone."""
@@ -159,10 +160,14 @@ def replace_particle(
     particle: int,
     config: peft.LoraConfig,
     seed: int,
-    redrawn: Mapping[str, Any],
     heads: Mapping[str, int | nn.Module | None],
+    head_init: str | None,
+    new_heads: dict[str, str],
 ) -> peft.LoraConfig:
-    """Give a particle's place to another configuration; see `ParticleModel.replace_particle`."""
+    """Give a particle's place to another configuration; see `ParticleModel.replace_particle`.
+
+    new_heads: `just_created` of the modules to save so far; those that come are added.
+    """
     chosen = resolve_each(plain(base), [config])
     layers, stacks = dict(lora_layers(base)), dict(stacked_modules(base))
     _check_places(chosen, layers, stacks)
@@ -170,6 +175,7 @@ def replace_particle(
     saved: dict[str, nn.Module] = {n: _original(base, n) for n in chosen.saved}
     trained = dict.fromkeys(saved, (True,))
     widths = check_heads(saved, trained, own)
+    redrawn = _redrawn(base, chosen.saved, stacks, head_init, new_heads)
     for name in reversed(chosen.adapted):
         if name not in layers:
             adapt(base, name, [NOTHING] * particles, chosen.parameters.get(name))
@@ -188,6 +194,32 @@ def replace_particle(
     entries = {name: _only(particles, particle, entry) for name, entry in heads.items()}
     start_particle(base, particle, seed, chosen.configs[0], redrawn, entries)
     return chosen.configs[0]
+
+
+def own_widths(base: nn.Module, particle: int) -> dict[str, int | nn.Module | None]:
+    """The widths of a particle's heads where they are not those of the base."""
+    return {
+        name: stacked.widths[particle]
+        for name, stacked in stacked_modules(base)
+        if stacked.widths is not None and stacked.widths[particle] != stacked.original_width
+    }
+
+
+def _redrawn(
+    base: nn.Module,
+    saved: Collection[str],
+    stacks: Collection[str],
+    head_init: str | None,
+    new_heads: dict[str, str],
+) -> list[str]:
+    """`redrawn_heads`, with a warning about those that are new to the model."""
+    coming = {name: base.get_submodule(name) for name in saved if name not in stacks}
+    new = just_created(base, coming)
+    new_heads.update(new)
+    redrawn = redrawn_heads(base, saved, head_init, new_heads)
+    if head_init is None and (drawn := {n: new[n] for n in redrawn if n in new}):
+        warnings.warn(drawn_anew(drawn), stacklevel=4)
+    return redrawn
 
 
 def plain(base: nn.Module) -> nn.Module:
@@ -234,7 +266,7 @@ def _restart_copy(stacked: StackedModule, particle: int, trained: bool, width: i
     has_copy[particle] = trained
     widths = stacked.widths
     if widths is not None or width is not None:
-        out = int(stacked.originals_by_name()["weight"].shape[0])
+        out = stacked.original_width
         each = list(widths or (out,) * particles)
         each[particle] = out if width is None else width
         stacked.widen(max(each))

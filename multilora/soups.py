@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from multilora import embeddings, peft_tensors
-from multilora.copies import stacked_modules
+from multilora.copies import StackedModule, stacked_modules
 from multilora.layers import lora_layers
 from multilora.ops.common import IGNORE_INDEX
 from multilora.parallel import Processes
@@ -251,6 +251,26 @@ class Recipe(NamedTuple):
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+def mixed(base: nn.Module, whole: dict[Tensor, Tensor], weights: Tensor) -> dict[Tensor, Tensor]:
+    """The stacked tensors of M soups, (M, ...) in place of (K, ...); see `ParticleModel.mixtures`.
+
+    whole: for every stacked tensor, that of the particles of all processes.
+    """
+    adapters, heads = Recipe.of_adapters(weights), Recipe.of_heads(weights)
+    parts: dict[Tensor, Tensor] = {}
+    for _, layer in lora_layers(base):
+        A, B = whole[layer.lora_A], whole[layer.lora_B]
+        parts[layer.lora_A], parts[layer.lora_B] = adapters.factors(A, B)
+    originals = base.originals() if isinstance(base, StackedModule) else {}
+    for p, values in whole.items():
+        if p in originals:
+            rest = (1 - weights.sum(1)).to(values).view(-1, *[1] * (p.ndim - 1))
+            parts[p] = adapters.sums(values) + rest * originals[p]
+        elif p not in parts:
+            parts[p] = heads.sums(values)
+    return parts
 
 
 def save_soup(

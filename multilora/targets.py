@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -375,6 +375,24 @@ def just_created(base: nn.Module, saved: dict[str, nn.Module]) -> dict[str, str]
         else:
             new[name] = "nothing says that they come from a checkpoint"
     return new
+
+
+def redrawn_heads(
+    base: nn.Module, saved: Collection[str], head_init: str | None, new: Mapping[str, str]
+) -> list[str]:
+    """The modules to save whose copies are drawn anew; `new` is what `just_created` has found."""
+    kept = vocabulary(base)
+    drawn: Collection[str] = {None: list(new), "reset": saved, "copy": ()}[head_init]
+    return [n for n in saved if n in drawn and base.get_submodule(n) not in kept]
+
+
+def drawn_anew(why: Mapping[str, str]) -> str:
+    """A warning about modules to save that are drawn anew, each with the reason."""
+    return (
+        f"modules_to_save {list(why)} start from weights drawn anew for every particle, since "
+        f'{next(iter(why.values()))}; head_init="copy" keeps what they hold, head_init="reset" '
+        "says that this is meant"
+    )
 
 
 def _classifiers(base: Any) -> set[nn.Module]:

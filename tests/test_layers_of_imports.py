@@ -22,7 +22,7 @@ LAYERS = [
     ["ops"],
     ["parallel", "particle_layer", "losses", "prediction", "log_probabilities", "ranking"],
     ["layers", "copies", "separate", "rows"],
-    ["experts"],
+    ["adapters", "experts"],
     ["particle_adamw"],
     ["comparison", "targets", "trunk", "calibration", "diversity", "labels", "optim"],
     ["peft_format", "slots"],

@@ -88,6 +88,7 @@ def test_files_hold_true_ranks_and_peft_computes_the_same(tmp_path):
     # And into a model of the same configurations.
     other = particles()
     load_particles(other, tmp_path)
+    load_particles(other, [tmp_path / f"particle_{k}" for k in range(K)])
     assert torch.equal(other(**ids).logits, logits)
     with pytest.raises(ValueError, match=r"particle_0.*r = 2; the model has r = 5"):
         load_particles(particles([configurations()[1]] * K), tmp_path)
@@ -282,6 +283,21 @@ def heads(entries, base=None):
     config = {"r": 2, "target_modules": ["0"], "modules_to_save": ["2"]}
     configs = [peft.LoraConfig(**config) for _ in entries]
     return ml.get_particle_model(net, configs, seed=SEEDS, heads={"2": entries})
+
+
+def test_scalings_and_rates_outlive_other_dtypes():
+    configs = [
+        peft.LoraConfig(r=r, lora_alpha=1, lora_dropout=0.1, target_modules=["0"]) for r in (2, 3)
+    ]
+    net = nn.Sequential(nn.Linear(4, 4)).double()
+    model = ml.get_particle_model(net, configs, seed=[1, 2])
+    layer = model.base[0]
+    before = layer.scales.clone(), layer.rates.clone()
+    model.to(torch.bfloat16)
+    assert layer.scales.dtype == layer.rates.dtype == torch.float32
+    assert model(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    model.double()
+    assert torch.equal(layer.scales, before[0]) and torch.equal(layer.rates, before[1])
 
 
 def test_heads_of_other_widths(tmp_path):

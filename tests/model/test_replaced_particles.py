@@ -116,9 +116,75 @@ def test_a_head_of_another_width():
     assert [t.shape[1] for t in after] == [3, 9, 4]
     for k in (0, 2):
         torch.testing.assert_close(after[k], before[k], **CLOSE)
-    model.replace_particle(0, seed=8)  # the base's own head again
-    assert [t.shape[1] for t in model(x)] == [5, 9, 4]
-    torch.testing.assert_close(model.particle(0)(x), net_of(model)(x), **CLOSE)
+    model.replace_particle(2, seed=9)  # as it was, with another start
+    assert [t.shape[1] for t in model(x)] == [3, 9, 4]
+    for again in ({"config": each[0]}, {"heads": {"2": None}}):
+        model.replace_particle(0, seed=8, heads={"2": 3})
+        model.replace_particle(0, seed=8, **{"heads": None, **again})  # the base's own head
+        assert [t.shape[1] for t in model(x)] == [5, 9, 4]
+        torch.testing.assert_close(model.particle(0)(x), net_of(model)(x), **CLOSE)
+
+
+def net_with_a_new_head():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+
+
+@pytest.mark.filterwarnings("default:modules_to_save:UserWarning")
+def test_a_head_that_is_new_to_the_model_starts_as_it_would_alone():
+    plain = peft.LoraConfig(r=2, target_modules=["0"])
+    headed = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = ml.get_particle_model(net_with_a_new_head(), [plain] * K, seed=[1, 2, 3])
+    with pytest.warns(UserWarning, match=r"\['2'\] start from weights drawn anew"):
+        model.replace_particle(1, headed, seed=8)
+    with pytest.warns(UserWarning, match="drawn anew"):
+        alone = ml.get_particle_model(net_with_a_new_head(), headed, 1, seed=[8])
+    mine = own(model, 1)
+    assert "base.2.module.weight" in mine
+    for name, p in alone.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(mine[name], p[0]), name
+    assert not torch.equal(mine["base.2.module.weight"], net_with_a_new_head()[2].weight)
+    model.head_init = "copy"
+    model.replace_particle(0, headed, seed=8)
+    assert torch.equal(own(model, 0)["base.2.module.weight"], net_with_a_new_head()[2].weight)
+
+
+def test_a_shared_trunk_ends_below_the_new_adapters():
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.tanh(block(x))
+            return x
+
+    torch.manual_seed(0)
+    last = peft.LoraConfig(r=2, target_modules=["blocks.2"])
+    model = ml.get_particle_model(Blocks().double(), [last] * K, seed=[1, 2, 3], share_trunk=True)
+    model.replace_particle(1, peft.LoraConfig(r=3, target_modules=["blocks.0"]), seed=4)
+    perturb(model)
+    shared, x = model.eval().share_trunk, torch.randn(4, 5).double()
+    together = model(x)
+    model.share_trunk = False
+    torch.testing.assert_close(together, model(x), **CLOSE)
+    assert shared is True and type(dict(model.lora_layers())["blocks.0"]).__name__ == "LoraLinear"
+
+
+def test_a_model_of_one_repeats_what_replaced_its_particle():
+    base = FAMILIES["vit"].build()
+    first = config(4, modules_to_save=["head"])
+    model = ml.get_particle_model(base, [first], seed=[1], head_init="copy")
+    model.replace_particle(0, config(2), seed=5)
+    perturb(model)
+    x = FAMILIES["vit"].inputs(4)
+    alone = model.eval()(**x)[0]
+    model.repeat(3)
+    for one in model(**x):
+        torch.testing.assert_close(one, alone, **CLOSE)
+    assert {p.particle for p in model.particle_parameters(separate=True)} == {0, 1, 2}
 
 
 def net_of(model):

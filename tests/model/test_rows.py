@@ -131,6 +131,70 @@ def test_prompts_are_answered_by_their_own_adapters():
     assert torch.equal(several[3:4, : one.shape[1]], one)
 
 
+@pytest.mark.parametrize("fold", ["batch", "loop"])
+def test_several_answers_to_each_prompt(fold):
+    family = FAMILIES["llama"]
+    model = particles_of(family.build(), family.config(), K)
+    model.fold = fold
+    ids = torch.randint(1, 37, (5, 4), generator=torch.Generator().manual_seed(3))
+    options = {
+        "max_new_tokens": 5,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    index = [3, 0, 3, 2, 0]
+    got = model.call("generate", ids, particle=index, **options)
+    alone = [model.particle(k).generate(ids[n : n + 1], **options) for n, k in enumerate(index)]
+    assert torch.equal(got.sequences, torch.cat([one.sequences for one in alone]))
+    scores = torch.cat([one.sequences_scores for one in alone])
+    torch.testing.assert_close(got.sequences_scores, scores, **tolerance("llama"))
+    for step, one in enumerate(got.scores):
+        assert one.shape[0] == 15
+        expected = torch.cat([each.scores[step] for each in alone])
+        torch.testing.assert_close(one, expected, **tolerance("llama"))
+
+
+def test_what_has_no_rows_is_each_particles_in_a_loop():
+    family = FAMILIES["llama"]
+    model = particles_of(family.build(), family.config(), K)
+    model.fold = "loop"
+    ids = torch.randint(1, 37, (5, 4), generator=torch.Generator().manual_seed(3))
+    index = [3, 0, 3, 2, 0]
+    loss = model(ids, labels=ids, particle=index).loss
+    assert loss.shape == (3,)
+    for one, k in zip(loss, (0, 2, 3)):
+        mine = ids[[n for n, other in enumerate(index) if other == k]]
+        expected = model.particle(k)(mine, labels=mine).loss
+        torch.testing.assert_close(one, expected, **tolerance("llama"))
+
+
+@pytest.mark.parametrize("fold", ["batch", "loop"])
+def test_an_input_that_may_have_rows_is_asked_about_where_nothing_is_checked(fold):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x, scale):
+            return self.layer(x) * scale[:4]
+
+    config = peft.LoraConfig(r=2, target_modules=["layer"])
+    x, scale = torch.randn(8, 6).double(), torch.randn(8).double()
+    model = particles_of(Scaled().double(), config, K)
+    model.fold, model.check_isolation = fold, False
+    with pytest.raises(ValueError, match="scale has the length of the batch, 8"):
+        model(x, scale, particle=UNEQUAL)
+    model.batch_axes = {"scale": None}
+    rows = model(x, scale, particle=UNEQUAL)
+    for n, k in enumerate(UNEQUAL):
+        torch.testing.assert_close(rows[n], model.particle(k)(x[n : n + 1], scale)[0], **CLOSE)
+
+
 def test_a_model_that_mixes_rows_is_refused():
     class Mixed(nn.Module):
         def __init__(self):

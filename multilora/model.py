@@ -154,9 +154,10 @@ class ParticleModel(nn.Module):
             base returned it, so `.loss` of a transformers model is one mean over all particles: a
             method computes its own from logits and labels. With fold="loop" every output tensor has
             the particle axis in front; with `particle`, one that has no rows, such as `.loss`, has
-            an entry for each particle that has some, in their order. Where heads have widths of their own, logits (the output, or
-            its fields "...logits") are a list of K tensors (B, ..., C_k); with `particle` they have
-            the columns of the widest head, of which row n means those of its own.
+            an entry for each particle that has some, in their order. Where heads have widths of
+            their own, logits (the output, or its fields "...logits") are a list of K tensors
+            (B, ..., C_k); with `particle` they have the columns of the widest head, of which row n
+            means those of its own.
 
         Raises:
             ParticleIsolationError: the model mixes particles.

@@ -63,7 +63,7 @@ def assert_peft_agrees(model, base, folder, x, tolerance) -> None:
     got = torch.autograd.grad((output * weights).sum(), list(stacked.values()))
     got = dict(zip(stacked, got))
     for particle in range(model.num_particles):
-        theirs = load_peft(base, folder / f"particle_{particle}")
+        theirs = load_peft(base, folder / f"particle_{particle}").train(model.training)
         value = theirs(x)
         assert relative_error(output[particle], value) < tolerance
         tensors = peft_tensors(theirs)
@@ -105,7 +105,8 @@ def test_bitsandbytes(bits, tmp_path):
     base = Wide()
     base.first, base.last = quantise(base.first), quantise(base.last)
     assert base.first.weight.dtype in (torch.int8, torch.uint8)
-    model = particles_of(base, config(), K)
+    # In evaluation bitsandbytes rounds to bfloat16 on some CPUs, and has no gradient there.
+    model = particles_of(base, config(), K).train()
     assert type(model.base.first) is type(model.base.last) is LoraOpaqueLinear
     assert_peft_agrees(model, base, tmp_path, torch.randn(BATCH, TOKENS, 64), 1e-5)
 
@@ -126,6 +127,7 @@ def test_the_quantised_base_of_the_guide(tmp_path, monkeypatch):
         assert layer.base_layer.weight.dtype == torch.uint8
 
     ids = torch.randint(64, (2, 8))
+    model.train()
     method = ml.IBDR(model)
     optimizer = torch.optim.AdamW(model.particle_parameters(), lr=0.02)
     losses = []
@@ -138,12 +140,14 @@ def test_the_quantised_base_of_the_guide(tmp_path, monkeypatch):
 
     model.save_pretrained("particles")
     expected = model(input_ids=ids).logits
+    assert relative_error(expected[0], expected[3]) > 0.1
     for k in (0, 3):
         base = AutoModelForCausalLM.from_pretrained(
             "MODEL_OR_FOLDER", quantization_config=scope["quantised"]
         )
-        theirs = load_peft(base, f"particles/particle_{k}")
-        assert relative_error(expected[k], theirs(input_ids=ids).logits) < 1e-5
+        theirs = load_peft(base, f"particles/particle_{k}").train()
+        # Some CPUs round to bfloat16 at other places where there are more rows.
+        assert relative_error(expected[k], theirs(input_ids=ids).logits) < 1e-2
 
 
 def test_files_and_soups_over_packed_weights(tmp_path):

@@ -24,9 +24,9 @@ from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.particle_layer import ParticleLayer
 from multilora.run import ParticleView, Runner
-from multilora.separate import trainable
 from multilora.slots import is_uniform
 from multilora.trunk import Cut, TrunkOutput, check_cut
+from multilora.walk import trainable
 
 if TYPE_CHECKING:
     import peft

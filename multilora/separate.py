@@ -62,26 +62,6 @@ def separate_parameters(model: Any) -> list[SeparateParameter]:
     return leaves
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """What `module.parameters()` has that requires gradients, in its order.
-
-    That opens a generator for every module, which is too slow for every step.
-    """
-    found: dict[int, nn.Parameter] = {}
-    seen: set[nn.Module] = set()
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is None or one in seen:
-            continue
-        seen.add(one)
-        for p in one._parameters.values():
-            if p is not None and p.requires_grad:
-                found[id(p)] = p
-        waiting += reversed(one._modules.values())
-    return list(found.values())
-
-
 class SeparateParameter(nn.Parameter):
     """One particle's part of a stacked tensor; see `separate_parameters`."""
 

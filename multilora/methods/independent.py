@@ -12,13 +12,16 @@ from multilora import checks
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, warn
-from multilora.methods.packing import Batch, Pack, Reader
+from multilora.methods.packing import Batch, Pack, Reader, packed
 from multilora.methods.parameters import stacked_parameters
 from multilora.methods.tensors import gradients, zero_if_finite
 from multilora.separate import SeparateParameter, separate_parameters
 
 #: A batch of a particle, or its closure.
 Entry = Any
+#: So many tokens of sequences, with their padding, run in one pass on a CPU. More would not be
+#: faster: products are large enough, and what lies between them leaves the caches.
+MOST_TOKENS = 1024
 #: What a particle minimises: a loss of `multilora.losses`, or (logits (B, ..., C), targets) -> ().
 OwnLoss = Callable[[Tensor, Any], Tensor]
 
@@ -46,7 +49,9 @@ class Independent(Method):
             mixture of experts, where the base does.
         weights: w_k, K numbers.
         names: of the runs, K strings, for messages.
-        particle_chunk: how many particles' batches run in one pass; by default all.
+        particle_chunk: how many particles' batches run in one pass. By default it is all, but that
+            on a CPU longer sequences than MOST_TOKENS in all run in several passes, those of like
+            lengths together.
         nonfinite: see `Method`. A broken particle is named, with its run; it is in no other's
             gradient.
 
@@ -87,6 +92,7 @@ class Independent(Method):
             checks.number(f"weights[{k}]", w, 0)
             for k, w in enumerate(self._of_each("weights", weights))
         ]
+        self._particle_chunk = particle_chunk
         #: How many rows each particle had in the last call.
         self.rows: dict[int, int] = {}
         self._reader = Reader(self.model.base)
@@ -214,14 +220,11 @@ class Independent(Method):
             for k, entry in entries.items()
             if not callable(entry)
         ]
-        size = self.passes.chunk
-        if size < len(batches):
-            # Sequences in one pass are padded to the longest of them.
-            batches.sort(key=lambda entry: entry[1].longest)
-        packs = [
-            dict(sorted(batches[i : i + size], key=lambda e: e[0]))
-            for i in range(0, len(batches), size)
-        ]
+        if self._particle_chunk is None:
+            tokens = MOST_TOKENS if device.type == "cpu" else None
+            packs = packed(dict(batches), tokens=tokens)
+        else:
+            packs = packed(dict(batches), self._particle_chunk)
         return [*packs, *closures]
 
     def _outputs(self, part: Any) -> tuple[dict[int, tuple[Tensor, Any]], dict[int, Tensor]]:

@@ -146,6 +146,27 @@ class Reader:
         return Batch(who, named, targets, rows, columns, True, inputs.get("attention_mask"))
 
 
+def packed(
+    batches: Mapping[int, Batch], most: int | None = None, tokens: int | None = None
+) -> list[dict[int, Batch]]:
+    """Batches by particle, in as many passes as they need; those of like lengths are together.
+
+    most: of the particles in one pass.
+    tokens: of the sequences in one pass, padded to the longest; a batch that has more runs alone.
+    """
+    found: list[dict[int, Batch]] = []
+    rows = 0
+    # In one pass, sequences are padded to the longest of them, which is the next.
+    for k, batch in sorted(batches.items(), key=lambda entry: entry[1].longest):
+        rows += batch.rows
+        is_full = not found or len(found[-1]) == most
+        if is_full or (tokens is not None and rows * batch.longest > tokens):
+            found.append({})
+            rows = batch.rows
+        found[-1][k] = batch
+    return [dict(sorted(one.items())) for one in found]
+
+
 class Pack:
     """Batches of several particles in one: rows of one particle after those of another.
 

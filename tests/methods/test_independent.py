@@ -13,6 +13,8 @@ from torch import nn
 import multilora as ml
 from models import FAMILIES, SIZES, VOCABULARY, load_peft, particle_tensors, peft_tensors, perturb
 from multilora import losses
+from multilora.methods import independent
+from multilora.methods.packing import Batch, Pack, packed
 from multilora.optim import ParticleAdamW
 
 K = 3
@@ -503,3 +505,34 @@ def test_a_step_inside_a_part_of_the_model_is_refused():
     method = ml.Independent(model)
     with model.particles(0, 1), pytest.raises(RuntimeError, match="needs all particles"):
         method.backward({0: batch("vit", 0, 0)})
+
+
+def test_sequences_of_like_lengths_share_a_pass():
+    sizes = {0: (8, 48), 1: (8, 36), 2: (8, 42), 3: (8, 36), 5: (40, 48), 6: (2, 0)}
+    batches = {
+        k: Batch(str(k), {"input_ids": torch.zeros(rows, length)} if length else {}, None, rows)
+        for k, (rows, length) in sizes.items()
+    }
+    assert [list(part) for part in packed(batches)] == [[0, 1, 2, 3, 5, 6]]
+    assert [list(part) for part in packed(batches, 2)] == [[1, 6], [2, 3], [0, 5]]
+    # 6, 1, 3 and 2 have 26 · 42 = 1092 tokens together; the rows of 5 are too many for any other.
+    assert [list(p) for p in packed(batches, tokens=1092)] == [[1, 2, 3, 6], [0], [5]]
+    assert [list(p) for p in packed(batches, tokens=1)] == [[6], [1], [3], [2], [0], [5]]
+
+
+def test_long_sequences_run_in_several_passes_on_a_cpu(monkeypatch):
+    model, _ = start("llama")
+    method, twin = ml.Independent(model), ml.Independent(copy.deepcopy(model))
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for length in (9, 4, 7):
+        ids = torch.randint(1, 37, (3, length), generator=generator)
+        batches.append({"input_ids": ids, "labels": ids})
+    runs = []
+    monkeypatch.setattr(Pack, "run", lambda self, m, run=Pack.run: runs.append(0) or run(self, m))
+    method.backward(batches)
+    monkeypatch.setattr(independent, "MOST_TOKENS", 20)
+    twin.backward(batches)
+    assert len(runs) == 1 + 3
+    for one, other in zip(method.params, twin.params):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,6 +28,7 @@ class ForwardState:
             particle, or none, runs on whatever it is given.
         counts: how many of the rows each of the k particles has, in their order; None where all
             have B.
+        which: the places of these k particles in stacked tensors (K, ...), where counts are given.
         shared_batch: B where the inputs have B rows, to be repeated at the cut of a shared trunk;
             else None.
         part: a stacked parameter (K, ...) -> the tensor (k, ...) that runs in its place.
@@ -45,12 +46,15 @@ class ForwardState:
         frozen: bool = False,
         trunk: Any = None,
         counts: tuple[int, ...] | None = None,
+        which: Sequence[int] = (),
     ):
         self.owner, self.particles, self.rows = owner, particles, rows
         self.shared_batch, self.part = shared_batch, part
-        self.frozen, self.trunk, self.counts = frozen, trunk, counts
+        self.frozen, self.trunk, self.counts, self.which = frozen, trunk, counts, which
         #: Where the particles' rows end among n, for n and a device: see `ends_on`.
         self.ends: dict[tuple[int, torch.device], Tensor] = {}
+        #: What layers keep for the rest of this forward, by keys of their own.
+        self.kept: dict[Any, Any] = {}
         #: The particle layers that have run so far.
         self.ran: set[nn.Module] = set()
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from multilora.forward_state import ForwardState
-from multilora.ops import grouped_linear, lora_add, lora_linear
+from multilora.ops import grouped_linear, lora_add, lora_linear, ragged
+from multilora.ops.ragged import Part
 from multilora.particle_layer import (
     ParticleLayer,
     as_every_example,
@@ -34,6 +35,20 @@ class Adapted(NamedTuple):
     rank: int
     scaling: float
     dropout: float
+
+
+#: Up to so many rows, two products for all particles take less time on a CPU than two for each.
+FEW_ROWS = 64
+
+
+#: So many numbers of each particle's rows make padded ranks dearer than calls.
+MANY_NUMBERS = 2**14
+
+
+def _is_worth_parts(x: Tensor, state: ForwardState) -> bool:
+    """Whether particles that have as many rows as each other, and ranks of their own, run apart."""
+    few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
+    return few or x.numel() >= MANY_NUMBERS * state.particles
 
 
 class LoraLayer(ParticleLayer):
@@ -90,7 +105,7 @@ class LoraLayer(ParticleLayer):
             self.each: tuple[Adapted, ...] | None = None
             self.scaling, self.dropout = first.scaling, first.dropout
             return
-        # The scales are in B when it is used.
+        # The scales are in a factor when it is used.
         self.each, self.scaling = tuple(each), 1.0
         self.dropout = max(a.dropout for a in each)
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
@@ -154,8 +169,12 @@ class LoraLayer(ParticleLayer):
             return own(self.lora_A, state), own(self.lora_B, state)
         if not torch.compiler.is_compiling():
             self.clear_padding()
-        lora_B = own(self.lora_B, state)
-        return own(self.lora_A, state), (lora_B * own(self.scales, state)).to(lora_B.dtype)
+        lora_A, lora_B = own(self.lora_A, state), own(self.lora_B, state)
+        scales = own(self.scales, state)
+        # The smaller one is scaled, since autograd keeps the result.
+        if lora_A.shape[-1] < lora_B.shape[-2]:
+            return (lora_A * scales.mT).to(lora_A.dtype), lora_B
+        return lora_A, (lora_B * scales).to(lora_B.dtype)
 
     def clear_padding(self) -> None:
         """Set the padding to zero, if an optimizer that adds noise, say, has moved it."""
@@ -200,6 +219,8 @@ class LoraLayer(ParticleLayer):
         state = self.enter()
         if state is not None and state.frozen:
             return self.base_layer(x)
+        if state is not None and (parts := self.parts_of(x, state)) is not None:
+            return self.adapted_parts(x, parts, state)
         lora_A, lora_B = self.factors(state)
         rates = self._rates(state)
         if state is None or not is_same_for_all(x, state):
@@ -221,6 +242,14 @@ class LoraLayer(ParticleLayer):
         if not self.drops:
             return None
         return self.dropout if self.rates is None else own(self.rates, state)
+
+    def parts_of(self, x: Tensor, state: ForwardState) -> list[Part] | None:
+        """The particles' parts of the rows of x, where a loop over them is best; else None."""
+        return None
+
+    def adapted_parts(self, x: Tensor, parts: list[Part], state: ForwardState) -> Tensor:
+        """The layer of x (N, ...) where `parts_of` has found these."""
+        raise NotImplementedError
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
         """The layer of x (k·B, ...) with the factors of k particles.
@@ -255,15 +284,19 @@ class LoraLayer(ParticleLayer):
         state: ForwardState,
     ) -> Tensor:
         """What the adapters add in `adapted_rows`: scaling · B A x of a linear."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = self._dropped_rows(x.reshape(-1, x.shape[-1]), rates, state)
         at = ends_on(len(rows), state, x.device)
-        if isinstance(rates, Tensor):
-            sizes = at.diff(prepend=at.new_zeros(1))
-            rates = rates.view(-1).repeat_interleave(sizes, output_size=len(rows))[:, None]
-        rows = dropped(rows, rates)
         shrunk = grouped_linear(rows, lora_A, at)
         delta = grouped_linear(shrunk, lora_B * self.scaling, at)
         return delta.view(*x.shape[:-1], -1)
+
+    def _dropped_rows(self, rows: Tensor, rates: Rates, state: ForwardState) -> Tensor:
+        """Dropout of rows (T, d_in) where the particles have the state's counts of rows."""
+        if isinstance(rates, Tensor):
+            at = ends_on(len(rows), state, rows.device)
+            sizes = at.diff(prepend=at.new_zeros(1))
+            rates = rates.view(-1).repeat_interleave(sizes, output_size=len(rows))[:, None]
+        return dropped(rows, rates)
 
     def matrices_of(self, name: str) -> Iterator[tuple[str, int | None]]:
         """A name for each matrix that the layer adapts, made of the layer's own, and its place
@@ -313,6 +346,52 @@ class LoraLinear(LoraLayer):
             y = y + delta.to(y.dtype)
         else:
             y = lora_linear(rows, weight, lora_A, lora_B, bias, self.scaling)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def parts_of(self, x: Tensor, state: ForwardState) -> list[Part] | None:
+        if not state.which or not ragged.is_plain() or is_same_for_all(x, state):
+            return None
+        if state.counts is None and (self.each is None or not _is_worth_parts(x, state)):
+            return None
+        key = self, x.shape[:-1], x.dtype
+        if key not in state.kept:
+            state.kept[key] = self._find_parts(x, state)
+        return state.kept[key]
+
+    def _find_parts(self, x: Tensor, state: ForwardState) -> list[Part] | None:
+        if not ragged.takes(x, self.base_layer.weight, self.lora_A, self.lora_B):
+            return None
+        self.require_rows(x, state, len(state.which))
+        each = x.shape[:-1].numel() // max(x.shape[0], 1)
+        found, start = [], 0
+        for k, end in zip(state.which, row_ends(len(x), state, len(state.which))):
+            here = self.adapted_by(k)
+            if here.rank and end > start:
+                rows = start * each, end * each
+                found.append(Part(k, *rows, here.rank, here.scaling))
+            start = end
+        return found
+
+    def adapted_parts(self, x: Tensor, parts: list[Part], state: ForwardState) -> Tensor:
+        weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
+        rows, factors = x.reshape(-1, x.shape[-1]), (self.lora_A, self.lora_B)
+        if self.drops:
+            # The mask lies before A only.
+            y = F.linear(rows, weight, bias)
+            y = ragged.ragged_add(
+                y, self._dropped_rows(rows, self._rates(state), state), *factors, parts
+            )
+        elif parts and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
+            # They are the same in all steps of a generation.
+            kept = state.kept
+            ranks = len(rows), tuple(p.rank for p in parts), rows.dtype
+            if self not in kept:
+                kept[self] = ragged.joined(*factors, parts)
+            if ranks not in kept:
+                kept[ranks] = ragged.mask_of(rows, parts)
+            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[ranks])
+        else:
+            y = ragged.ragged_linear(rows, weight, bias, *factors, parts)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -56,6 +56,7 @@ from multilora.isolation import IsolationCheck, ParticleIsolationError
 from multilora.ops._library import FrozenTensorError
 from multilora.rows import Rows
 from multilora.trunk import Reached, TrunkOutput
+from multilora.walk import modules_of
 
 if TYPE_CHECKING:
     from multilora.model import ParticleModel
@@ -146,6 +147,7 @@ class Runner:
             inputs.batch if several else None,
             part=rows.part(model.num_particles),
             counts=rows.unequal_counts if several else None,
+            which=rows.present,
         )
         output = self._called(model, name, state, partial(function, *args, **kwargs))
         if axes is None or len(axes) != sum(1 for _ in tensors(output)):
@@ -515,7 +517,8 @@ def own_columns(model: ParticleModel, output: Any, particle: int | None = None) 
     Logits are the output, an entry of a tuple, or a field "...logits", with as many columns as the
     widest head.
     """
-    head = next((m for _, m in model.stacked_modules() if m.widths is not None), None)
+    heads = (m for m in modules_of(model.base) if isinstance(m, StackedModule))
+    head = next((m for m in heads if m.widths is not None), None)
     if head is None or head.widths is None:
         return output
     widths, widest = head.widths, head.template.out_features
@@ -534,7 +537,9 @@ def own_columns(model: ParticleModel, output: Any, particle: int | None = None) 
 
 
 def _is_compiled(base: nn.Module) -> bool:
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in base.modules())
+    return any(
+        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules_of(base)
+    )
 
 
 def _is_sharded(base: nn.Module) -> bool:

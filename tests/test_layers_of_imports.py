@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # (the first name): metrics cannot import checkpoint. The last line is the application, whose parts
 # know each other.
 LAYERS = [
-    ["_version", "atomic", "checks", "fold", "forward_state", "gradients", "randomness"],
+    ["_version", "atomic", "checks", "fold", "forward_state", "gradients", "randomness", "walk"],
     ["_C", "_C_cuda"],
     ["ops.common", "ops.dispatch", "ops.native"],
     ["ops.reference", "ops.cpu", "ops.cuda", "ops.hopper", "ops.triton"],

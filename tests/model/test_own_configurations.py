@@ -10,6 +10,7 @@ from torch import nn
 
 import multilora as ml
 from models import FAMILIES
+from multilora import layers
 from multilora.checkpoint import load_particles
 from multilora.peft_format import read_tensors
 
@@ -92,6 +93,29 @@ def test_files_hold_true_ranks_and_peft_computes_the_same(tmp_path):
     assert torch.equal(other(**ids).logits, logits)
     with pytest.raises(ValueError, match=r"particle_0.*r = 2; the model has r = 5"):
         load_particles(particles([configurations()[1]] * K), tmp_path)
+
+
+@pytest.mark.parametrize("index", [[0, 2, 1, 1, 0, 2], [1, 1, 0, 1], [2, 0]])
+@pytest.mark.parametrize("rows", ["few", "apart", "padded"])
+@pytest.mark.parametrize("trains", [True, False])
+def test_rows_of_unlike_particles(index, rows, trains, monkeypatch):
+    """However a CPU computes them: side by side, one after another, or with padded ranks."""
+    monkeypatch.setattr(layers, "FEW_ROWS", 10**6 if rows == "few" else 0)
+    monkeypatch.setattr(layers, "MANY_NUMBERS", 10**9 if rows == "padded" else 0)
+    model, ids = moved(particles()), FAMILIES["llama"].inputs(len(index))["input_ids"]
+    params = model.particle_parameters()
+
+    def gradients(logits):
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view(logits.shape)
+        return torch.autograd.grad((logits * weights).sum(), params, materialize_grads=True)
+
+    with torch.set_grad_enabled(trains):
+        got = model(ids, particle=index).logits
+        alone = [model.particle(k)(ids[n : n + 1]).logits for n, k in enumerate(index)]
+    torch.testing.assert_close(got, torch.cat(alone), **CLOSE)
+    if trains:
+        for one, other in zip(gradients(got), gradients(torch.cat(alone))):
+            torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_a_particle_starts_as_it_would_alone():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import compare, outside, probes, smoke
+from bench import compare, many_runs, outside, probes, smoke
 from bench.case import Case, Unavailable, is_ours
 from bench.cases import families
 from bench.jobs import Context, Group, Job, Stage
@@ -70,7 +70,12 @@ def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
         Stage(
             "whole steps",
             "what a training gains; memory of many particles",
-            [group("ViT-B steps"), group("Llama steps"), Group("programs", _program_jobs(tiny))],
+            [
+                group("ViT-B steps"),
+                group("Llama steps"),
+                Group("programs", _program_jobs(tiny)),
+                Group("unrelated runs", _unrelated_jobs(tiny)),
+            ],
         ),
     ]
     rest = [group("torch.compile"), Group("large offsets", _gpu_test_jobs(backends))]
@@ -249,6 +254,23 @@ def _gpu_test_jobs(backends: Sequence[str]) -> list[Job]:
         for name, file in GPU_TESTS.items()
         for backend in backends
     ]
+
+
+def _unrelated_jobs(tiny: bool) -> list[Job]:
+    """Steps of unrelated runs against PEFT; `bench.many_runs` has more cases."""
+    unequal = (1, 2) if tiny else many_runs.UNEQUAL
+    equal = (1,) * 2 if tiny else (16,) * 8
+    sizes = [("vit", equal), ("decoder", equal), ("decoder", unequal), ("experts", unequal)]
+    cases = [many_runs.Training(name, rows, 1, 2 if tiny else 30) for name, rows in sizes]
+    return [
+        Job(str(case), partial(_unrelated, case), seconds=20.0, memory=8e9, silence=120.0)
+        for case in cases
+    ]
+
+
+def _unrelated(case: many_runs.Training, context: Context) -> dict[str, Any]:
+    dtype = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+    return many_runs.measure_training(case, dtype, context.device, context.tiny, "wall")
 
 
 def _program_jobs(tiny: bool) -> list[Job]:

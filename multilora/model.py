@@ -24,7 +24,6 @@ from multilora.optim import separate_parameters
 from multilora.parallel import Processes
 from multilora.particle_layer import ParticleLayer
 from multilora.run import ParticleView, Runner
-from multilora.slots import is_uniform
 from multilora.trunk import Cut, TrunkOutput, check_cut
 from multilora.walk import trainable
 
@@ -100,7 +99,7 @@ class ParticleModel(nn.Module):
     @property
     def is_uniform(self) -> bool:
         """Whether all particles have adapters and copies of one shape, scaling and dropout."""
-        return is_uniform(self.base)
+        return slots.is_uniform(self.base)
 
     @property
     def has_own_widths(self) -> bool:

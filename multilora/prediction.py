@@ -139,10 +139,12 @@ def mc_dropout(model: Any, samples: int = 10, *, seed: int | None = None) -> Ite
 
     Raises:
         ValueError: samples is not an integer >= 1.
+        NotImplementedError: the particles have configurations of their own.
 
     Gal and Ghahramani, *Dropout as a Bayesian approximation*, ICML 2016.
     """
     checks.integer("samples", samples, 1)
+    model.require_uniform("mc_dropout")
     particles = model.num_particles * model.processes.particle_size
     copies = torch.eye(particles, dtype=torch.float64).repeat_interleave(samples, 0)
     layers = [(layer, layer.sampling) for _, layer in model.lora_layers()]

@@ -415,6 +415,7 @@ def test_what_needs_equal_particles_says_so(tmp_path):
     for call in (
         lambda: model.soup(tmp_path),
         lambda: model.mixtures(torch.ones(1, K).double()).__enter__(),
+        lambda: ml.mc_dropout(model).__enter__(),
         lambda: ml.Variational(model, num_data=9),
         lambda: ml.SVGD(model),  # one head of three is trained
     ):

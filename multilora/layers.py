@@ -28,6 +28,11 @@ from multilora.particle_layer import (
 #: Dropout before the adapters, see `dropped`.
 Rates = Tensor | float | None
 
+#: Up to so many rows, two products for all particles take less time on a CPU than two for each.
+FEW_ROWS = 64
+#: So many numbers in each particle's rows make padded ranks dearer than more calls.
+MANY_NUMBERS = 2**14
+
 
 class Adapted(NamedTuple):
     """What one particle has on a layer; rank 0 where it has no adapter there."""
@@ -35,20 +40,6 @@ class Adapted(NamedTuple):
     rank: int
     scaling: float
     dropout: float
-
-
-#: Up to so many rows, two products for all particles take less time on a CPU than two for each.
-FEW_ROWS = 64
-
-
-#: So many numbers of each particle's rows make padded ranks dearer than calls.
-MANY_NUMBERS = 2**14
-
-
-def _is_worth_parts(x: Tensor, state: ForwardState) -> bool:
-    """Whether particles that have as many rows as each other, and ranks of their own, run apart."""
-    few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
-    return few or x.numel() >= MANY_NUMBERS * state.particles
 
 
 class LoraLayer(ParticleLayer):
@@ -550,6 +541,12 @@ def dropped(rows: Tensor, rates: Rates) -> Tensor:
 def _beside(rates: Rates, rows: Tensor) -> Rates:
     """Rates of particles as (k, 1, ...), to fit rows (k, ...)."""
     return rates.view(-1, *[1] * (rows.ndim - 1)) if isinstance(rates, Tensor) else rates
+
+
+def _is_worth_parts(x: Tensor, state: ForwardState) -> bool:
+    """Whether particles that have as many rows as each other, and ranks of their own, run apart."""
+    few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
+    return few or x.numel() >= MANY_NUMBERS * state.particles
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

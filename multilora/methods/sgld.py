@@ -34,7 +34,7 @@ class SGLD(Ensemble):
         model, particle_chunk, nonfinite: see `Method`.
         num_data: N >= 1, the number of training examples.
         lr: η > 0, the optimizer's learning rate; or a callable, () -> η, for a learning rate that
-            changes: lambda: optimizer.param_groups[0]["lr"].
+            changes: `lambda: optimizer.param_groups[0]["lr"]`.
         temperature: T >= 0. 0 is SGD without noise.
         prior_std: τ > 0, the standard deviation of the Gaussian prior of every number; infinity is
             the flat prior.

@@ -25,6 +25,8 @@ _ROWS = {
         "global_attention_mask start_positions end_positions mm_token_type_ids pixel_values_videos"
     ).split(),
 }
+#: Inputs that have a row for every example where their length says so.
+_ROWS_IF_LONG = {"position_ids"}
 #: Inputs that are the same for all examples, whatever their length.
 _SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index", "edge_attr"}
 #: Inputs that an earlier call returned: their rows are particles × batch already.
@@ -117,7 +119,8 @@ class Inputs:
             )
         moved = shape[len(lead) + axis : len(lead) + axis + 1]
         if shape[: len(lead)] == lead and moved == (batch,):
-            return Leaf(name, tensor, axis, bool(lead), not known)
+            guessed = not known and name not in _ROWS_IF_LONG
+            return Leaf(name, tensor, axis, bool(lead), guessed)
         # Beside a mini-batch for each particle, another input may still be the same for all.
         same = not lead or shape[0] != batch or batch == 1
         if not self.strict or (same and (not known or (lead and shape[0] == 1))):
@@ -316,7 +319,9 @@ def join(outputs: list[Any], axes: Sequence[Axis]) -> Any:
         shapes = {tuple(v.shape) for v in values}
         rest = {s[:axis] + s[axis + 1 :] for s in shapes} if isinstance(axis, int) else shapes
         if len(rest) > 1:
-            raise ValueError(f"the particles' outputs differ in shape, {sorted(shapes)}")
+            raise ValueError(
+                f"the particles' outputs differ in shape, {sorted(shapes)}, and a loop pads nothing"
+            )
         return torch.cat(values, axis) if isinstance(axis, int) else torch.stack(values)
 
     joined = iter([one(values) for values in zip(*leaves)])

@@ -28,7 +28,8 @@ class ForwardState:
             particle, or none, runs on whatever it is given.
         counts: how many of the rows each of the k particles has, in their order; None where all
             have B.
-        which: the places of these k particles in stacked tensors (K, ...), where counts are given.
+        which: the places of these k particles in stacked tensors (K, ...), where rows belong to
+            particles of their own.
         shared_batch: B where the inputs have B rows, to be repeated at the cut of a shared trunk;
             else None.
         part: a stacked parameter (K, ...) -> the tensor (k, ...) that runs in its place.

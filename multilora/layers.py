@@ -350,7 +350,11 @@ class LoraLinear(LoraLayer):
         return state.kept[key]
 
     def _find_parts(self, x: Tensor, state: ForwardState) -> list[Part] | None:
-        if not ragged.takes(x, self.base_layer.weight, self.lora_A, self.lora_B):
+        base = self.base_layer
+        is_frozen = not base.weight.requires_grad and (
+            base.bias is None or not base.bias.requires_grad
+        )
+        if not is_frozen or not ragged.takes(x, base.weight, self.lora_A, self.lora_B):
             return None
         self.require_rows(x, state, len(state.which))
         each = x.shape[:-1].numel() // max(x.shape[0], 1)
@@ -373,14 +377,14 @@ class LoraLinear(LoraLayer):
                 y, self._dropped_rows(rows, self._rates(state), state), *factors, parts
             )
         elif parts and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
-            # They are the same in all steps of a generation.
+            # They are the same in all steps of a generation, and masks in many layers.
             kept = state.kept
-            ranks = len(rows), tuple(p.rank for p in parts), rows.dtype
+            spans = len(rows), rows.dtype, tuple((p.start, p.end, p.rank) for p in parts)
             if self not in kept:
                 kept[self] = ragged.joined(*factors, parts)
-            if ranks not in kept:
-                kept[ranks] = ragged.mask_of(rows, parts)
-            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[ranks])
+            if spans not in kept:
+                kept[spans] = ragged.mask_of(rows, parts)
+            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[spans])
         else:
             y = ragged.ragged_linear(rows, weight, bias, *factors, parts)
         return y.view(*x.shape[:-1], y.shape[-1])

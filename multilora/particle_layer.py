@@ -98,9 +98,8 @@ def row_ends(n: int, state: ForwardState | None, particles: int) -> list[int]:
 
 def ends_on(n: int, state: ForwardState, device: torch.device) -> Tensor:
     """The same as int32 on a device, where it is copied once in a forward."""
-    assert state.counts is not None
     if (n, device) not in state.ends:
-        ends = row_ends(n, state, len(state.counts))
+        ends = row_ends(n, state, state.particles)
         state.ends[n, device] = torch.tensor(ends, dtype=torch.int32, device=device)
     return state.ends[n, device]
 

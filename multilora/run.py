@@ -121,7 +121,7 @@ class Runner:
     ) -> Any:
         """The method `name` of the base, row n for particle[n] alone."""
         function = _method(model.base, name)
-        if torch.compiler.is_compiling() or _is_compiled(model.base):
+        if torch.compiler.is_compiling() or is_compiled(model.base):
             raise NotImplementedError("rows for particles of their own do not run in torch.compile")
         if model.processes.particle_size > 1:
             raise NotImplementedError("rows for particles of their own need all in one process")
@@ -153,6 +153,22 @@ class Runner:
         if axes is None or len(axes) != sum(1 for _ in tensors(output)):
             axes = _conventional(model, name, output, inputs.batch)
         return rows.back(output, axes)
+
+    def run_one(
+        self,
+        model: ParticleModel,
+        particle: int,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A method of the base for one particle alone."""
+        if torch.compiler.is_compiling() or is_compiled(model.base):
+            raise NotImplementedError("one particle of several does not run in torch.compile")
+        state = ForwardState(model, 1, part=_of(particle))
+        output = self._called(model, name, state, partial(function, *args, **kwargs))
+        return own_columns(model, output, particle)
 
     def _axes_of_rows(
         self, model: ParticleModel, name: str, function: Callable[..., Any], inputs: Inputs
@@ -295,7 +311,7 @@ class Runner:
         per_particle: bool,
     ) -> Any:
         """One particle after another, over the same inputs."""
-        if torch.compiler.is_compiling() or _is_compiled(model.base):
+        if torch.compiler.is_compiling() or is_compiled(model.base):
             raise NotImplementedError('fold="loop" does not run under torch.compile')
         inputs = self.inputs(model, name, args, kwargs, True) if per_particle else None
         before = [(t, _version(t)) for t in tensors((args, kwargs))]
@@ -433,20 +449,18 @@ class ParticleView:
         self._model, self._particle = model, particle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._within(self._model.base, *args, **kwargs)
+        return self._within("forward", self._model.base, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._model.base, name)
         if not callable(value) or isinstance(value, nn.Module):
             return value
-        return partial(self._within, value)
+        return partial(self._within, name, value)
 
-    def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        k = self._particle
-        state = ForwardState(self._model, 1, part=_of(k))
-        with state.active():
-            output = function(*args, **kwargs)
-        return own_columns(self._model, map_tensors(state.mark, output), k)
+    def _within(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self._model._runner.run_one(
+            self._model, self._particle, name, function, args, kwargs
+        )
 
 
 def _is_frozen(model: ParticleModel) -> bool:
@@ -482,7 +496,7 @@ def _can_check(model: ParticleModel, inputs: Inputs) -> bool:
         and not any(leaf.tensor.is_meta for leaf in inputs.leaves)
         and not inputs.has_cache
         and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-        and not _is_compiled(model.base)
+        and not is_compiled(model.base)
     )
 
 
@@ -536,7 +550,8 @@ def own_columns(model: ParticleModel, output: Any, particle: int | None = None) 
     return map_tensors(cut, output)
 
 
-def _is_compiled(base: nn.Module) -> bool:
+def is_compiled(base: nn.Module) -> bool:
+    """Whether torch.compile has the base, or a part of it."""
     return any(
         "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules_of(base)
     )

@@ -250,9 +250,6 @@ class Recipe(NamedTuple):
         return sum(others, first)
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
 def mixed(base: nn.Module, whole: dict[Tensor, Tensor], weights: Tensor) -> dict[Tensor, Tensor]:
     """The stacked tensors of M soups, (M, ...) in place of (K, ...); see `ParticleModel.mixtures`.
 
@@ -271,6 +268,9 @@ def mixed(base: nn.Module, whole: dict[Tensor, Tensor], weights: Tensor) -> dict
         elif p not in parts:
             parts[p] = heads.sums(values)
     return parts
+
+
+# --- files ---------------------------------------------------------------------------------------
 
 
 def save_soup(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from multilora.gradients import note_without, without_gradient
 from multilora.many.sweep import Sweep
 from multilora.many.table import restored, stored
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 def save(sweep: Sweep, file: Path) -> None:
@@ -80,12 +79,15 @@ def restore(sweep: Sweep, state: dict[str, Any], file: Path) -> None:
         # The tensors have the sizes to which the runs before have made them grow.
         for particle, number in state["history"][len(sweep.history) :]:
             sweep.active.pop(particle, None)
-            with contextlib.suppress(*([Exception] if number in state["rows"] else [])):
+            try:
                 sweep.place(particle, number)
+            except Exception as error:  # its dataset may have changed
+                sweep.cannot_begin(number, error)
         for particle in list(sweep.active):
             if particle not in state["active"]:
                 sweep.active.pop(particle)
-        sweep.rows = {number: restored(row) for number, row in state["rows"].items()}
+        # Others could not begin again.
+        sweep.rows |= {number: restored(row) for number, row in state["rows"].items()}
         named = dict(sweep.model.named_parameters())
         with torch.no_grad():
             for name, value in state["parameters"].items():

@@ -24,6 +24,7 @@ from multilora.many.table import Results, Row, best
 from multilora.methods import Independent
 from multilora.optim import ParticleAdamW, clip_grad_norm_
 from multilora.randomness import RandomState
+from multilora.run import is_compiled
 from multilora.slots import check_heads
 from multilora.targets import check_plain, resolve_each
 
@@ -73,7 +74,7 @@ class Sweep:
             try:
                 self._begin(k, k)
             except Exception as error:
-                self._cannot_begin(k, error)
+                self.cannot_begin(k, error)
 
     def run(self, bars: Bars, save: Callable[[], None] | None, save_every: int) -> None:
         """Train until all runs have ended.
@@ -124,7 +125,8 @@ class Sweep:
         )
         self.active[particle] = active
 
-    def _cannot_begin(self, number: int, error: Exception) -> None:
+    def cannot_begin(self, number: int, error: Exception) -> None:
+        """Tell in the table why a run has not begun."""
         self.rows[number] = Row(self.plans[number].name, "failed", error=_told(error))
 
     def _groups(self, particle: int, plan: Planned) -> list[dict[str, Any]]:
@@ -322,12 +324,14 @@ class Sweep:
                 except _OF_ALL:
                     raise
                 except Exception as error:
-                    self._cannot_begin(number, error)
+                    self.cannot_begin(number, error)
 
 
 def check_configurations(base: nn.Module, plans: Sequence[Planned]) -> None:
     """Raise ValueError, TypeError or NotImplementedError where the adapter of a run does not fit
     the base by itself; the message names the run."""
+    if is_compiled(base):
+        raise NotImplementedError("fit_many does not run a compiled base")
     check_plain(base)
     saved: dict[str, Mapping[str, Sequence[bool]]] = {}
     for plan in plans:

@@ -180,8 +180,8 @@ class Independent(Method):
     ) -> dict[int, tuple[Tensor, Tensor, Any]]:
         """The loss (), the logits (B, ..., C) and the targets of each particle that has a batch.
 
-        Batches are as in `backward`, and run in one pass in the mode that the model is in. Logits
-        and targets of a causal language model begin where the batch has its first label.
+        Batches are as in `backward`, and run in as many passes, in the mode that the model is in.
+        Logits and targets of a causal language model begin where the batch has its first label.
         """
         self.model.require_whole("Independent.predict")
         found = {}

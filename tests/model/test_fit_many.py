@@ -301,6 +301,40 @@ def test_a_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path):
         ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole", at_once=2)
 
 
+class Shelf(list):
+    """Data that may be gone when the sweep goes on."""
+
+    gone = False
+
+    def __len__(self):
+        if self.gone:
+            raise OSError("the disk is gone")
+        return super().__len__()
+
+
+def test_a_run_that_cannot_go_on_leaves_the_others_alone(tmp_path, monkeypatch):
+    shelf = Shelf(rows("llama", 8))
+    data = {"stays": rows("llama", 8), "gone": shelf}
+    steps = ml.RunArguments(max_steps=4)
+    runs = [ml.Run(config(2), examples, steps, name=name) for name, examples in data.items()]
+    with monkeypatch.context() as patch:
+        save = state.save
+
+        def saved_and_killed(*args):
+            save(*args)
+            raise KeyboardInterrupt
+
+        patch.setattr(state, "save", saved_and_killed)
+        with pytest.raises(KeyboardInterrupt):
+            ml.fit_many(base_of(), runs, out=tmp_path, save_every=2)
+    shelf.gone = True
+    results = ml.fit_many(base_of(), runs, out=tmp_path)
+    assert {row.name: row.status for row in results} == {"stays": "finished", "gone": "failed"}
+    assert "the disk is gone" in results["gone"].error
+    whole = ml.fit_many(base_of(), runs[:1])
+    assert results["stays"].train_loss == pytest.approx(whole["stays"].train_loss, rel=1e-9)
+
+
 REFUSED = {
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "optim": {"optim": "adafactor"},

@@ -118,6 +118,43 @@ def test_rows_of_unlike_particles(index, rows, trains, monkeypatch):
             torch.testing.assert_close(one, other, **CLOSE)
 
 
+def test_adapters_of_one_rank_on_other_layers():
+    each = [
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+        for targets in (["q_proj", "v_proj"], ["up_proj", "down_proj"])
+    ]
+    model = moved(particles(each, seed=SEEDS[:2]))
+    ids, index = FAMILIES["llama"].inputs(4)["input_ids"], [0, 1, 1, 0]
+    with torch.no_grad():
+        rows = model(ids, particle=index).logits
+        alone = [model.particle(k)(ids[n : n + 1]).logits for n, k in enumerate(index)]
+    torch.testing.assert_close(rows, torch.cat(alone), **CLOSE)
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 1], [0, 1, 1, 1], [1, 1]])
+def test_rows_have_their_particles_dropout(index, monkeypatch):
+    monkeypatch.setattr(layers, "MANY_NUMBERS", 0)
+    each = [
+        peft.LoraConfig(r=r, target_modules=["q_proj"], lora_dropout=rate)
+        for r, rate in ((2, 0.0), (3, 0.5))
+    ]
+    model = moved(particles(each, seed=SEEDS[:2])).train()
+    ids = FAMILIES["llama"].inputs(len(index))["input_ids"]
+    first, second = (model(ids, particle=index).logits for _ in range(2))
+    for n, k in enumerate(index):
+        assert torch.equal(first[n], second[n]) == (k == 0)
+    first.sum().backward()
+
+
+def test_a_bias_of_the_base_that_trains_gets_its_gradient():
+    torch.manual_seed(0)
+    each = [peft.LoraConfig(r=r, target_modules=["0"]) for r in (2, 3)]
+    model = ml.get_particle_model(nn.Sequential(nn.Linear(4, 3)).double(), each, seed=[1, 2])
+    bias = model.base[0].base_layer.bias.requires_grad_()
+    model(torch.ones(3, 4).double(), particle=[0, 1, 1]).sum().backward()
+    assert torch.equal(bias.grad, torch.full((3,), 3.0).double())
+
+
 def test_a_particle_starts_as_it_would_alone():
     model = particles()
     together = dict(model.lora_layers())

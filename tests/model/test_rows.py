@@ -174,6 +174,42 @@ def test_what_has_no_rows_is_each_particles_in_a_loop():
 
 
 @pytest.mark.parametrize("fold", ["batch", "loop"])
+def test_places_of_tokens_have_rows(fold):
+    family = FAMILIES["llama"]
+    model = particles_of(family.build(), family.config(), K)
+    model.fold, model.check_isolation = fold, False
+    ids = torch.randint(1, 37, (4, 5), generator=torch.Generator().manual_seed(3))
+    places = torch.arange(5) + torch.tensor([[0], [1], [2], [0]])
+    rows = model(ids, position_ids=places, particle=[2, 0, 0, 1]).logits
+    for n, k in enumerate([2, 0, 0, 1]):
+        alone = model.particle(k)(ids[n : n + 1], position_ids=places[n : n + 1]).logits
+        torch.testing.assert_close(rows[n], alone[0], **tolerance("llama"))
+
+
+def test_one_particle_is_not_compiled():
+    family = FAMILIES["mlp"]
+    model = particles_of(family.build(), family.config(), K)
+    model.base.compile(backend="eager")
+    with pytest.raises(NotImplementedError, match=r"torch\.compile"):
+        model.particle(1)(**family.inputs(8))
+
+
+def test_one_particle_notices_adapters_that_do_not_run():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.layer.weight)
+
+    config = peft.LoraConfig(r=2, target_modules=["layer"])
+    model = particles_of(Reads().double(), config, K)
+    with pytest.raises(ValueError, match="none of the 1 adapters ran"):
+        model.particle(1)(torch.randn(8, 6).double())
+
+
+@pytest.mark.parametrize("fold", ["batch", "loop"])
 def test_an_input_that_may_have_rows_is_asked_about_where_nothing_is_checked(fold):
     class Scaled(nn.Module):
         def __init__(self):

@@ -9,7 +9,8 @@ Three questions, at random weights:
 - memory: the peak of two steps of K runs against that of one PEFT run on as many rows, each in a
   process of its own.
 - mixed batches: 16 rows over 8 adapters, `model(x, particle=index)` against PEFT's `adapter_names`,
-  and a few tokens of generation. A case is timed where the outputs are equal.
+  and a few tokens of generation. A case is timed where the outputs are equal. The base alone says
+  what adapters that cost nothing would gain.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from bench.unrelated import (
 GOAL, EMBEDDED_GOAL, MIXED_GOAL, MEMORY_GOAL = 1.0, 2.0, 2.0, 1.2
 OURS, CHUNKED = "multilora", "multilora, 2 at a time"
 IN_TURN, ONE_BY_ONE = "PEFT in turn", "PEFT one by one"
+ADAPTER_NAMES, FROZEN = "adapter_names", "the base alone"
 PARTS = ("training", "memory", "mixed")
 #: Seconds of a clock on the wall, or of this process on all cores, which fits one thread on a
 #: machine that other programs share.
@@ -87,7 +89,7 @@ class Training:
 
 
 def training_cases(quick: bool) -> list[Training]:
-    rounds = 3 if quick else 10
+    rounds = 3 if quick else 30
     sizes = [(8,) * 4, (8,) * 8, (8,) * 16, UNEQUAL]
     cases = [
         Training(network, rows, 1 if network == "decoder" else 3, rounds)
@@ -143,11 +145,13 @@ def compared(timings: dict[str, Any], steps: int, peer: str, goal: float) -> dic
     def against(name: str, own: list[float]) -> tuple[float, float, float]:
         return quartiles([a / b for a, b in zip(timings[name].samples, own)])
 
-    peers = [name for name in timings if name not in (OURS, CHUNKED)]
+    peers = [name for name in timings if name not in (OURS, CHUNKED, FROZEN)]
     speedup = {name: against(name, ours) for name in peers}
     in_parts = {}
     if CHUNKED in timings:
         in_parts = {"in_parts": {n: against(n, timings[CHUNKED].samples) for n in peers}}
+    if FROZEN in timings:  # what adapters that cost nothing would gain
+        in_parts = {"ceiling": against(peer, timings[FROZEN].samples)}
     return in_parts | {
         "seconds": {name: timing.quartiles() for name, timing in timings.items()},
         "rounds": len(ours),
@@ -217,6 +221,7 @@ def measure_mixed(
     index = mixed_indices()[counts]
     runs = Runs(networks(tiny)[network], (1,) * 8, dtype, device)
     model, peers = runs.particles().eval(), runs.peft_model(range(8)).eval()
+    base = runs.shared_base().eval()
     generator = torch.Generator().manual_seed(1)
     if runs.network.prompts is None:
         x, _ = runs.on_device(runs.network.batch(generator, 0, len(index)))
@@ -236,6 +241,9 @@ def measure_mixed(
             return peers.generate(**inputs, **options, adapter_names=names)
         return peers(**inputs, adapter_names=names)
 
+    def alone() -> Any:
+        return base.generate(**inputs, **options) if tokens else base(**inputs)
+
     what = f"generation of {tokens} tokens" if tokens else "forward"
     if longest:
         what = f"prompts of {longest // 2} to {longest} tokens, {what}"
@@ -253,7 +261,7 @@ def measure_mixed(
         own, other = (_shown(y, inputs) for y in (own, other))
         wrong = not (own - other).abs().max() <= tolerance * other.abs().max()
     if wrong:
-        record["failures"]["adapter_names"] = "the outputs differ"
+        record["failures"][ADAPTER_NAMES] = "the outputs differ"
         return record
 
     def sample(run: Callable[[], Any]) -> float:
@@ -262,9 +270,9 @@ def measure_mixed(
         synchronize(device)
         return CLOCKS[clock]() - start
 
-    ways = {OURS: partial(sample, ours), "adapter_names": partial(sample, theirs)}
-    timings = interleave(ways, 0.0, rounds)
-    return record | compared(timings, 1, "adapter_names", MIXED_GOAL)
+    ways = {OURS: ours, ADAPTER_NAMES: theirs, FROZEN: alone}
+    timings = interleave({name: partial(sample, run) for name, run in ways.items()}, 0.0, rounds)
+    return record | compared(timings, 1, ADAPTER_NAMES, MIXED_GOAL)
 
 
 def _shown(logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -414,6 +422,8 @@ def told(case: dict[str, Any]) -> str:
     if "in_parts" in case:
         low, middle, high = case["in_parts"][IN_TURN]
         ratios.append(f"2 at a time ×{middle:.2f} [{low:.2f}, {high:.2f}] {IN_TURN}")
+    if "ceiling" in case:
+        ratios.append(f"at most ×{case['ceiling'][1]:.2f}")
     return f"{name}: {case['seconds'][OURS][1] * 1e3:.1f} ms, {', '.join(ratios)} {goal}"
 
 

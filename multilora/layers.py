@@ -28,8 +28,9 @@ from multilora.particle_layer import (
 #: Dropout before the adapters, see `dropped`.
 Rates = Tensor | float | None
 
-#: Up to so many rows, two products for all particles take less time on a CPU than two for each.
-FEW_ROWS = 64
+#: Two products for all particles take less time on a CPU than two for each up to so many
+#: multiplications, and, where particles have equally many rows, up to so many rows.
+SMALL_PRODUCTS, FEW_ROWS = 3 * 10**6, 64
 #: So many numbers in each particle's rows make padded ranks dearer than more calls.
 MANY_NUMBERS = 2**14
 
@@ -367,6 +368,10 @@ class LoraLinear(LoraLayer):
             start = end
         return found
 
+    def _is_small(self, rows: Tensor, parts: list[Part]) -> bool:
+        numbers = self.lora_A.shape[-1] + self.lora_B.shape[-2]
+        return len(rows) * numbers * sum(p.rank for p in parts) <= SMALL_PRODUCTS
+
     def adapted_parts(self, x: Tensor, parts: list[Part], state: ForwardState) -> Tensor:
         weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
         rows, factors = x.reshape(-1, x.shape[-1]), (self.lora_A, self.lora_B)
@@ -376,15 +381,14 @@ class LoraLinear(LoraLayer):
             y = ragged.ragged_add(
                 y, self._dropped_rows(rows, self._rates(state), state), *factors, parts
             )
-        elif parts and len(rows) <= FEW_ROWS and not torch.is_grad_enabled():
-            # They are the same in all steps of a generation, and masks in many layers.
-            kept = state.kept
-            spans = len(rows), rows.dtype, tuple((p.start, p.end, p.rank) for p in parts)
+        elif parts and not torch.is_grad_enabled() and self._is_small(rows, parts):
+            # Masks are the same in many layers, and all of it in the steps of a generation.
+            kept, key = state.kept, (len(rows), rows.dtype, self.rank, tuple(parts))
+            if key not in kept:
+                kept[key] = ragged.mask_of(rows, self.lora_A, parts)
             if self not in kept:
-                kept[self] = ragged.joined(*factors, parts)
-            if spans not in kept:
-                kept[spans] = ragged.mask_of(rows, parts)
-            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[spans])
+                kept[self] = ragged.joined(*factors, kept[key].columns)
+            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[key].scales)
         else:
             y = ragged.ragged_linear(rows, weight, bias, *factors, parts)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -80,40 +80,42 @@ def ragged_add(
     return _Ragged.apply(x, None, None, y, lora_A, lora_B, parts)
 
 
-class Joined(NamedTuple):
-    """The factors of all parts side by side, (R, d_in) and (R, d_out) with R the sum of the ranks.
+class Mask(NamedTuple):
+    """Which of the factors of all parts, side by side, belong to which rows.
 
-    The scalings are in `up`.
+    columns: of the K·r rows of all A_k, those of the parts (R,), with R the sum of their ranks.
+    scales: (T, R), a particle's scaling where a column belongs to a row's particle, else 0.
     """
 
-    down: Tensor
-    up: Tensor
+    columns: Tensor
+    scales: Tensor
 
 
-def joined(lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]) -> Joined:
-    """The factors of these parts, copied."""
-    return Joined(
-        torch.cat([lora_A[p.particle, : p.rank] for p in parts]),
-        torch.cat([lora_B[p.particle, :, : p.rank].T * p.scaling for p in parts]),
-    )
-
-
-def mask_of(like: Tensor, parts: Sequence[Part]) -> Tensor:
-    """(T, R) for rows x (T, d_in): 1 where a column of x · downᵀ belongs to a row's particle."""
-    mask, column = like.new_zeros(len(like), sum(p.rank for p in parts)), 0
+def mask_of(x: Tensor, lora_A: Tensor, parts: Sequence[Part]) -> Mask:
+    """The mask for rows x (T, d_in)."""
+    columns: list[int] = []
+    scales = x.new_zeros(len(x), sum(p.rank for p in parts))
     for p in parts:
-        mask[p.start : p.end, column : column + p.rank] = 1
-        column += p.rank
-    return mask
+        here = slice(len(columns), len(columns) + p.rank)
+        scales[p.start : p.end, here] = p.scaling
+        first = p.particle * lora_A.shape[1]
+        columns += range(first, first + p.rank)
+    return Mask(torch.tensor(columns), scales)
+
+
+def joined(lora_A: Tensor, lora_B: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of these columns side by side, (R, d_in) and (R, d_out), copied."""
+    down, up = lora_A.flatten(0, 1), lora_B.mT.flatten(0, 1)
+    return down.index_select(0, columns), up.index_select(0, columns)
 
 
 def joined_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Joined, mask: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor], scales: Tensor
 ) -> Tensor:
-    """`ragged_linear` without a gradient, of a few rows: every row takes all factors in two
-    products, of which a mask keeps its own. That is less work than many small products."""
-    shrunk = F.linear(x, factors.down).mul_(mask)
-    return F.linear(x, weight, bias).addmm_(shrunk, factors.up)
+    """`ragged_linear` without a gradient, where products are small: every row takes all factors in
+    two products, of which `scales` keeps its own. That is less work than two for each part."""
+    down, up = factors
+    return F.linear(x, weight, bias).addmm_(F.linear(x, down).mul_(scales), up)
 
 
 class _Ragged(torch.autograd.Function):

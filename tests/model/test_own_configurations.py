@@ -101,6 +101,7 @@ def test_files_hold_true_ranks_and_peft_computes_the_same(tmp_path):
 def test_rows_of_unlike_particles(index, rows, trains, monkeypatch):
     """However a CPU computes them: side by side, one after another, or with padded ranks."""
     monkeypatch.setattr(layers, "FEW_ROWS", 10**6 if rows == "few" else 0)
+    monkeypatch.setattr(layers, "SMALL_PRODUCTS", 10**12 if rows == "few" else 0)
     monkeypatch.setattr(layers, "MANY_NUMBERS", 10**9 if rows == "padded" else 0)
     model, ids = moved(particles()), FAMILIES["llama"].inputs(len(index))["input_ids"]
     params = model.particle_parameters()

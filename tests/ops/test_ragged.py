@@ -39,10 +39,11 @@ def test_it_is_each_parts_own_product():
         expected(x, weight, torch.zeros_like(bias), *factors),
         **CLOSE,
     )
-    joined, mask = ragged.joined(*factors, PARTS), ragged.mask_of(x, PARTS)
-    assert joined.down.shape == (8, D_IN) and joined.up.shape == (8, D_OUT)
-    assert mask.sum() == sum((p.end - p.start) * p.rank for p in PARTS)
-    few = ragged.joined_linear(x, weight, bias, joined, mask)
+    mask = ragged.mask_of(x, factors[0], PARTS)
+    down, up = joined = ragged.joined(*factors, mask.columns)
+    assert down.shape == (8, D_IN) and up.shape == (8, D_OUT)
+    assert mask.scales.sum() == sum((p.end - p.start) * p.rank * p.scaling for p in PARTS)
+    few = ragged.joined_linear(x, weight, bias, joined, mask.scales)
     torch.testing.assert_close(few, expected(*args), **CLOSE)
 
 

@@ -147,12 +147,12 @@ def compared(timings: dict[str, Any], steps: int, peer: str, goal: float) -> dic
 
     peers = [name for name in timings if name not in (OURS, CHUNKED, FROZEN)]
     speedup = {name: against(name, ours) for name in peers}
-    in_parts = {}
+    more = {}
     if CHUNKED in timings:
-        in_parts = {"in_parts": {n: against(n, timings[CHUNKED].samples) for n in peers}}
+        more = {"in_parts": {n: against(n, timings[CHUNKED].samples) for n in peers}}
     if FROZEN in timings:  # what adapters that cost nothing would gain
-        in_parts = {"ceiling": against(peer, timings[FROZEN].samples)}
-    return in_parts | {
+        more = {"ceiling": against(peer, timings[FROZEN].samples)}
+    return more | {
         "seconds": {name: timing.quartiles() for name, timing in timings.items()},
         "rounds": len(ours),
         "steps": steps,

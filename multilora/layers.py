@@ -28,9 +28,6 @@ from multilora.particle_layer import (
 #: Dropout before the adapters, see `dropped`.
 Rates = Tensor | float | None
 
-#: Two products for all particles take less time on a CPU than two for each up to so many
-#: multiplications, and, where particles have equally many rows, up to so many rows.
-SMALL_PRODUCTS, FEW_ROWS = 3 * 10**6, 64
 #: So many numbers in each particle's rows make padded ranks dearer than more calls.
 MANY_NUMBERS = 2**14
 
@@ -211,8 +208,8 @@ class LoraLayer(ParticleLayer):
         state = self.enter()
         if state is not None and state.frozen:
             return self.base_layer(x)
-        if state is not None and (parts := self.parts_of(x, state)) is not None:
-            return self.adapted_parts(x, parts, state)
+        if state is not None and state.which and (y := self.in_parts(x, state)) is not None:
+            return y
         lora_A, lora_B = self.factors(state)
         rates = self._rates(state)
         if state is None or not is_same_for_all(x, state):
@@ -235,13 +232,9 @@ class LoraLayer(ParticleLayer):
             return None
         return self.dropout if self.rates is None else own(self.rates, state)
 
-    def parts_of(self, x: Tensor, state: ForwardState) -> list[Part] | None:
-        """The particles' parts of the rows of x, where a loop over them is best; else None."""
+    def in_parts(self, x: Tensor, state: ForwardState) -> Tensor | None:
+        """The layer of x (N, ...), where the rows of each particle are best computed apart."""
         return None
-
-    def adapted_parts(self, x: Tensor, parts: list[Part], state: ForwardState) -> Tensor:
-        """The layer of x (N, ...) where `parts_of` has found these."""
-        raise NotImplementedError
 
     def adapted(self, x: Tensor, lora_A: Tensor, lora_B: Tensor, rates: Rates) -> Tensor:
         """The layer of x (k·B, ...) with the factors of k particles.
@@ -340,23 +333,40 @@ class LoraLinear(LoraLayer):
             y = lora_linear(rows, weight, lora_A, lora_B, bias, self.scaling)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def parts_of(self, x: Tensor, state: ForwardState) -> list[Part] | None:
-        if not state.which or not ragged.is_plain() or is_same_for_all(x, state):
+    def in_parts(self, x: Tensor, state: ForwardState) -> Tensor | None:
+        # Few steps: a small layer takes little more time than they do.
+        if not ragged.is_plain() or is_same_for_all(x, state):
             return None
-        if state.counts is None and (self.each is None or not _is_worth_parts(x, state)):
+        if state.counts is None and not self._is_worth_parts(x, state):
             return None
-        key = self, x.shape[:-1], x.dtype
-        if key not in state.kept:
-            state.kept[key] = self._find_parts(x, state)
-        return state.kept[key]
+        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
+        weight, bias, kept = _linear_weight(base), base.bias, state.kept
+        if x.device not in kept:
+            kept[x.device] = ragged.runs_on(x)
+        if not kept[x.device] or not ragged.takes(x, weight, bias, lora_A, lora_B):
+            return None
+        # The same in many layers.
+        key = x.shape[:-1], self.each or (self.rank, self.scaling)
+        parts = kept.get(key)
+        if parts is None:
+            parts = kept[key] = self._find_parts(x, state)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.drops:
+            # The mask lies before A only.
+            y = F.linear(rows, weight, bias)
+            masked = self._dropped_rows(rows, self._rates(state), state)
+            y = ragged.ragged_add(y, masked, lora_A, lora_B, parts)
+        else:
+            y = ragged.ragged_linear(rows, weight, bias, lora_A, lora_B, parts)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _find_parts(self, x: Tensor, state: ForwardState) -> list[Part] | None:
-        base = self.base_layer
-        is_frozen = not base.weight.requires_grad and (
-            base.bias is None or not base.bias.requires_grad
-        )
-        if not is_frozen or not ragged.takes(x, base.weight, self.lora_A, self.lora_B):
-            return None
+    def _is_worth_parts(self, x: Tensor, state: ForwardState) -> bool:
+        """Whether particles that have as many rows as each other run apart."""
+        if not torch.is_grad_enabled() and ragged.has_kernel():
+            return True
+        return self.each is not None and x.numel() >= MANY_NUMBERS * state.particles
+
+    def _find_parts(self, x: Tensor, state: ForwardState) -> list[Part]:
         self.require_rows(x, state, len(state.which))
         each = x.shape[:-1].numel() // max(x.shape[0], 1)
         found, start = [], 0
@@ -367,31 +377,6 @@ class LoraLinear(LoraLayer):
                 found.append(Part(k, *rows, here.rank, here.scaling))
             start = end
         return found
-
-    def _is_small(self, rows: Tensor, parts: list[Part]) -> bool:
-        numbers = self.lora_A.shape[-1] + self.lora_B.shape[-2]
-        return len(rows) * numbers * sum(p.rank for p in parts) <= SMALL_PRODUCTS
-
-    def adapted_parts(self, x: Tensor, parts: list[Part], state: ForwardState) -> Tensor:
-        weight, bias = _linear_weight(self.base_layer), self.base_layer.bias
-        rows, factors = x.reshape(-1, x.shape[-1]), (self.lora_A, self.lora_B)
-        if self.drops:
-            # The mask lies before A only.
-            y = F.linear(rows, weight, bias)
-            y = ragged.ragged_add(
-                y, self._dropped_rows(rows, self._rates(state), state), *factors, parts
-            )
-        elif parts and not torch.is_grad_enabled() and self._is_small(rows, parts):
-            # Masks are the same in many layers, and all of it in the steps of a generation.
-            kept, key = state.kept, (len(rows), rows.dtype, self.rank, tuple(parts))
-            if key not in kept:
-                kept[key] = ragged.mask_of(rows, self.lora_A, parts)
-            if self not in kept:
-                kept[self] = ragged.joined(*factors, kept[key].columns)
-            y = ragged.joined_linear(rows, weight, bias, kept[self], kept[key].scales)
-        else:
-            y = ragged.ragged_linear(rows, weight, bias, *factors, parts)
-        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class LoraOpaqueLinear(LoraLayer):
@@ -549,12 +534,6 @@ def dropped(rows: Tensor, rates: Rates) -> Tensor:
 def _beside(rates: Rates, rows: Tensor) -> Rates:
     """Rates of particles as (k, 1, ...), to fit rows (k, ...)."""
     return rates.view(-1, *[1] * (rows.ndim - 1)) if isinstance(rates, Tensor) else rates
-
-
-def _is_worth_parts(x: Tensor, state: ForwardState) -> bool:
-    """Whether particles that have as many rows as each other, and ranks of their own, run apart."""
-    few = x.shape[:-1].numel() <= FEW_ROWS and not torch.is_grad_enabled()
-    return few or x.numel() >= MANY_NUMBERS * state.particles
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:

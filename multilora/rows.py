@@ -66,13 +66,14 @@ class Rows:
         if self.is_sorted:
             return output
         remaining, rows = iter(axes), len(self.order)
-        place = torch.empty(rows, dtype=torch.int64)
-        place[torch.tensor(self.order)] = torch.arange(rows)
+        place = torch.tensor(sorted(range(rows), key=self.order.__getitem__))
 
         def one(t: Tensor) -> Tensor:
             axis = next(remaining)
             if not isinstance(axis, int) or t.shape[axis] % rows:
                 return t
+            if t.shape[axis] == rows:
+                return t.index_select(axis, place.to(t.device))
             apart = t.unflatten(axis, (rows, -1))
             return apart.index_select(axis, place.to(t.device)).flatten(axis, axis + 1)
 

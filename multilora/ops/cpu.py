@@ -1,5 +1,6 @@
-"""The CPU backend: C++ kernels (csrc/cpu) for the geometry and the volume."""
+"""The CPU backend: C++ kernels (csrc/cpu) for the geometry, the volume and `ragged.py`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import multilora._C as _C
 from multilora.ops.common import accumulator, core_dtype, wrong_target
 from multilora.ops.native import NativeKernels, dense_classes, view
 
-_VENDORS = "its products are the vendor's GEMM, which no kernel of ours beats on a CPU"
+_VENDORS = "nearly all of it is the vendor's GEMM, which no kernel of ours beats on a CPU"
 LEAVES = dict.fromkeys(
     (
         "lora_linear",
@@ -61,6 +62,33 @@ class _CpuKernels(NativeKernels):
         return *results[:2], stats, core, *results[2:]
 
 
+def low_rank(
+    y: Tensor,
+    start: Tensor | None,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    parts: Sequence[tuple[int, int, int, int, float]],
+    shrunk: Tensor | None,
+) -> None:
+    """y_t = start_t + s_k B_k A_k x_t, for the rows t of each particle k; start_t for the others.
+
+    Args:
+        y: (T, d_out), contiguous.
+        start: y itself, for its old values; a bias (d_out,); or None for zeros.
+        parts: see `ragged.Part`.
+        shrunk: gets A_k x_t (T, r), contiguous, or None.
+    """
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if start is not None:
+        start = start.contiguous()
+    # Names keep the copies alive until the call is over.
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    tensors = map(view, (y, start, x, lora_A, lora_B, shrunk))
+    _C.low_rank(*tensors, parts, where=_kernels.where(x))
+
+
 _kernels = _CpuKernels(_C)
 traces = _kernels.traces
 factor_gradients = _kernels.factor_gradients
@@ -70,6 +98,7 @@ volume_backward = _kernels.volume_backward
 __all__ = [
     "LEAVES",
     "factor_gradients",
+    "low_rank",
     "refuses",
     "traces",
     "volume",

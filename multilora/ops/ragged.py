@@ -1,13 +1,16 @@
 """The LoRA linear on a CPU, where particles have numbers of rows, ranks and scalings of their own.
 
-There a loop over the particles costs less than what one product for all of them would compute
-besides: padding, and adapters that are not there. Each step writes into its place of the whole.
+There padding, and adapters that are not there, would cost as much as what is wanted. The forward is
+one kernel for all particles (csrc/cpu/low_rank.cpp); without it, and in the backward, a loop over
+the particles, of which each step writes into its place of the whole.
 
 Dims: K particles of which some have rows, T rows of all of them, r the largest rank.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from multilora.ops import dispatch
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 class Part(NamedTuple):
@@ -40,14 +44,30 @@ def is_plain() -> bool:
     )
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether these run here: on a CPU, in one dtype, and where the reference is to compute."""
-    first = tensors[0]
+def runs_on(x: Tensor) -> bool:
+    """Whether rows like these run here: on a CPU, and where the reference is to compute."""
+    return x.is_cpu and dispatch.backend_of("grouped_linear", (x,)) == "reference"
+
+
+def takes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Whether all are plain tensors of one dtype that a CPU computes in, and W and b frozen."""
+    dtype = x.dtype
     return (
-        all(type(t) in _PLAIN and t.is_cpu and t.dtype == first.dtype for t in tensors)
-        and first.dtype.itemsize >= 4
-        and dispatch.backend_of("grouped_linear", (first,)) == "reference"
+        dtype in _DTYPES
+        and weight.dtype == lora_A.dtype == lora_B.dtype == dtype
+        and not weight.requires_grad
+        and (bias is None or (bias.dtype == dtype and not bias.requires_grad))
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and type(lora_A) in _PLAIN
+        and type(lora_B) in _PLAIN
+        and weight.is_cpu
     )
+
+
+def has_kernel() -> bool:
+    """Whether the forward is the CPU's kernel, and not a loop."""
+    return dispatch.current_backend("cpu") == "cpu"
 
 
 def ragged_linear(
@@ -70,52 +90,61 @@ def ragged_linear(
     Returns:
         (T, d_out).
     """
-    return _Ragged.apply(x, weight, bias, None, lora_A, lora_B, parts)
+    if torch.is_grad_enabled():
+        return _Ragged.apply(x, weight, bias, None, lora_A, lora_B, parts)
+    return _linear(x, weight, bias, lora_A, lora_B, parts)
 
 
 def ragged_add(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]
 ) -> Tensor:
     """y_t += s_k B_k A_k x_t, in place, for y (T, d_out); else as `ragged_linear`."""
-    return _Ragged.apply(x, None, None, y, lora_A, lora_B, parts)
+    if torch.is_grad_enabled():
+        return _Ragged.apply(x, None, None, y, lora_A, lora_B, parts)
+    _add(y, x, lora_A, lora_B, parts)
+    return y
 
 
-class Mask(NamedTuple):
-    """Which of the factors of all parts, side by side, belong to which rows.
-
-    columns: of the K·r rows of all A_k, those of the parts (R,), with R the sum of their ranks.
-    scales: (T, R), a particle's scaling where a column belongs to a row's particle, else 0.
-    """
-
-    columns: Tensor
-    scales: Tensor
-
-
-def mask_of(x: Tensor, lora_A: Tensor, parts: Sequence[Part]) -> Mask:
-    """The mask for rows x (T, d_in)."""
-    columns: list[int] = []
-    scales = x.new_zeros(len(x), sum(p.rank for p in parts))
-    for p in parts:
-        here = slice(len(columns), len(columns) + p.rank)
-        scales[p.start : p.end, here] = p.scaling
-        first = p.particle * lora_A.shape[1]
-        columns += range(first, first + p.rank)
-    return Mask(torch.tensor(columns), scales)
-
-
-def joined(lora_A: Tensor, lora_B: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of these columns side by side, (R, d_in) and (R, d_out), copied."""
-    down, up = lora_A.flatten(0, 1), lora_B.mT.flatten(0, 1)
-    return down.index_select(0, columns), up.index_select(0, columns)
-
-
-def joined_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, factors: tuple[Tensor, Tensor], scales: Tensor
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    parts: Sequence[Part],
+    shrunk: Tensor | None = None,
 ) -> Tensor:
-    """`ragged_linear` without a gradient, where products are small: every row takes all factors in
-    two products, of which `scales` keeps its own. That is less work than two for each part."""
-    down, up = factors
-    return F.linear(x, weight, bias).addmm_(F.linear(x, down).mul_(scales), up)
+    """`ragged_linear` without a gradient; shrunk (T, r), where it is given, gets A_k x_t."""
+    if has_kernel():
+        # The product with W adds to the rest, so that y is read once less.
+        y = x.new_empty(len(x), len(weight))
+        _kernel()(y, bias, x, lora_A, lora_B, parts, shrunk)
+        return y.addmm_(x, weight.T)
+    y = F.linear(x, weight, bias)
+    _add(y, x, lora_A, lora_B, parts, shrunk)
+    return y
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    parts: Sequence[Part],
+    shrunk: Tensor | None = None,
+) -> None:
+    if has_kernel():
+        _kernel()(y, y, x, lora_A, lora_B, parts, shrunk)
+        return
+    for k, start, end, rank, scaling in parts:
+        out = None if shrunk is None else shrunk[start:end, :rank]
+        S = torch.mm(x[start:end], lora_A[k, :rank].T, out=out)
+        y[start:end].addmm_(S, lora_B[k, :, :rank].T, alpha=scaling)
+
+
+@functools.cache
+def _kernel() -> Any:
+    return importlib.import_module("multilora.ops.cpu").low_rank
 
 
 class _Ragged(torch.autograd.Function):
@@ -130,25 +159,22 @@ class _Ragged(torch.autograd.Function):
         lora_B: Tensor,
         parts: Sequence[Part],
     ) -> Tensor:
+        shrunk = x.new_empty(len(x), lora_A.shape[1])
         if y is None:
             assert weight is not None
-            y = F.linear(x, weight, bias)
+            y = _linear(x, weight, bias, lora_A, lora_B, parts, shrunk)
         else:
             ctx.mark_dirty(y)
-        shrunk = []
-        for k, start, end, rank, scaling in parts:
-            S = torch.mm(x[start:end], lora_A[k, :rank].T)
-            y[start:end].addmm_(S, lora_B[k, :, :rank].T, alpha=scaling)
-            shrunk.append(S)
+            _add(y, x, lora_A, lora_B, parts, shrunk)
         ctx.parts = parts
-        ctx.save_for_backward(x, weight, lora_A, lora_B, *shrunk)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, shrunk)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dS = s·dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = s·dYᵀ·S, part by part."""
-        x, weight, lora_A, lora_B, *shrunk = ctx.saved_tensors
+        x, weight, lora_A, lora_B, shrunk = ctx.saved_tensors
         needs_x, needs_W, needs_b, needs_y, needs_A, needs_B, _ = ctx.needs_input_grad
         assert not needs_W and not needs_b
         dy = dy.contiguous()
@@ -160,7 +186,7 @@ class _Ragged(torch.autograd.Function):
         if needs_B:
             dB = torch.zeros_like(lora_B)
         unread = dy.new_empty(())  # beta=0: it gives the product a factor
-        for (k, start, end, rank, scaling), S in zip(ctx.parts, shrunk):
+        for k, start, end, rank, scaling in ctx.parts:
             own = dy[start:end]
             if needs_x or needs_A:
                 # Transposed, dS (r, n): a rank as the last axis in memory is slow.
@@ -170,5 +196,6 @@ class _Ragged(torch.autograd.Function):
             if dA is not None:
                 torch.mm(turned, x[start:end], out=dA[k, :rank])
             if dB is not None:
+                S = shrunk[start:end, :rank]
                 dB[k, :, :rank] = torch.mm(S.T, own).T.mul_(scaling)
         return dx, None, None, dy if needs_y else None, dA, dB, None

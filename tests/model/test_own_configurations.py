@@ -96,13 +96,14 @@ def test_files_hold_true_ranks_and_peft_computes_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("index", [[0, 2, 1, 1, 0, 2], [1, 1, 0, 1], [2, 0]])
-@pytest.mark.parametrize("rows", ["few", "apart", "padded"])
+@pytest.mark.parametrize("rows", ["kernel", "apart", "padded"])
 @pytest.mark.parametrize("trains", [True, False])
-def test_rows_of_unlike_particles(index, rows, trains, monkeypatch):
-    """However a CPU computes them: side by side, one after another, or with padded ranks."""
-    monkeypatch.setattr(layers, "FEW_ROWS", 10**6 if rows == "few" else 0)
-    monkeypatch.setattr(layers, "SMALL_PRODUCTS", 10**12 if rows == "few" else 0)
+def test_rows_of_unlike_particles(index, rows, trains, monkeypatch, request):
+    """However a CPU computes them: in its kernel, one after another, or with padded ranks."""
     monkeypatch.setattr(layers, "MANY_NUMBERS", 10**9 if rows == "padded" else 0)
+    block = ml.use_backend("cpu" if rows == "kernel" else "reference")
+    block.__enter__()
+    request.addfinalizer(lambda: block.__exit__(None, None, None))
     model, ids = moved(particles()), FAMILIES["llama"].inputs(len(index))["input_ids"]
     params = model.particle_parameters()
 

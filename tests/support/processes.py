@@ -24,6 +24,8 @@ def run_in_processes(size, function, *args, timeout=timedelta(minutes=5)):
             continue
         try:
             warnings.simplefilter("ignore")
+            # Accelerate would ask for more threads, whose pool has not survived the fork.
+            os.environ["OMP_NUM_THREADS"] = "1"
             dist.init_process_group(
                 "gloo",
                 init_method=f"file://{folder}/rendezvous",

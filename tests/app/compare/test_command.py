@@ -23,6 +23,7 @@ from multilora.app.tasks import digits, mnist
 pytest.importorskip("mlxtend", reason="the extra evidence is not installed")
 SMALL = ["--methods", "single", "ensemble_soup", "--trials", "2", "--tune-seeds", "1"]
 SMALL += ["--seeds", "2", "--steps", "3"]
+PRETRAINING = {task: task._PRETRAINING["steps"] for task in (digits, mnist)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +31,7 @@ def cache(tmp_path_factory):
     """The ViTs are pretrained once for this file, hardly at all; in other processes as ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for task in (digits, mnist):
+        for task in PRETRAINING:
             patch.setitem(task._PRETRAINING, "steps", 2)
         yield
 
@@ -126,7 +127,10 @@ def test_a_run_leaves_its_numbers(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_numbers_do_not_depend_on_the_processes(tmp_path):
+def test_the_numbers_do_not_depend_on_the_processes(tmp_path, monkeypatch):
+    for task, steps in PRETRAINING.items():  # here too, as in other processes
+        monkeypatch.setitem(task._PRETRAINING, "steps", steps)
+
     def numbers(processes):
         root = tmp_path / str(processes)
         jobs = [job(root / str(i), seed=i) for i in range(3)]

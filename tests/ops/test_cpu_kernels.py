@@ -6,7 +6,8 @@ from test_volume import GRADIENT, VALUE, kinds, of, problem
 
 import multilora as ml
 import oracles
-from multilora.ops import svgd_update
+from multilora.ops import ragged, svgd_update
+from multilora.ops.ragged import Part
 from oracles import double_gradients, gradients, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison", "on_cpu")
@@ -78,6 +79,20 @@ def test_geometry_of_any_number_of_threads(threads, layers, d_in, d_out, rank):
         return [D, *torch.autograd.grad(D, leaves, upstream), *of_A, *of_B]
 
     assert_same_bits(*threads(run))
+
+
+def test_unlike_rows_of_any_number_of_threads(threads):
+    x, A, B = torch.randn(300, 40), torch.randn(2, 6, 40), torch.randn(2, 500, 6)
+    parts = [Part(0, 0, 290, 6, 1.5), Part(1, 290, 300, 6, 0.5)]
+    update = torch.cat([1.5 * x[:290] @ (B[0] @ A[0]).T, 0.5 * x[290:] @ (B[1] @ A[1]).T])
+
+    def run():
+        with torch.no_grad():
+            return [ragged.ragged_add(torch.ones(300, 500), x, A, B, parts)]
+
+    alone, *together = threads(run)
+    torch.testing.assert_close(alone[0], 1 + update, rtol=1e-4, atol=1e-4)
+    assert_same_bits(alone, *together)
 
 
 @pytest.mark.parametrize("shape", [(40, 2, 1000), (40, 3, 41), (40, 3, 40), (50, 3, 23)], ids=str)

@@ -167,8 +167,9 @@ class LoraLayer(ParticleLayer):
 
     def clear_padding(self) -> None:
         """Set the padding to zero, if an optimizer that adds noise, say, has moved it."""
-        version = self.lora_A._version + self.lora_B._version
-        if self.each is None or self._clean == version or len(self.each) != self.num_particles:
+        if self.each is None or len(self.each) != self.num_particles:
+            return
+        if self._clean == self.lora_A._version + self.lora_B._version:
             return
         with torch.no_grad():
             for k, a in enumerate(self.each):
@@ -337,14 +338,16 @@ class LoraLinear(LoraLayer):
         # Few steps: a small layer takes little more time than they do.
         if not ragged.is_plain() or is_same_for_all(x, state):
             return None
-        if state.counts is None and not self._is_worth_parts(x, state):
-            return None
-        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
-        weight, bias, kept = _linear_weight(base), base.bias, state.kept
+        kept = state.kept
         if x.device not in kept:
             kept[x.device] = ragged.runs_on(x)
-        if not kept[x.device] or not ragged.takes(x, weight, bias, lora_A, lora_B):
+        if not kept[x.device] or (state.counts is None and not self._is_worth_parts(x, state)):
             return None
+        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
+        weight, bias = _linear_weight(base), base.bias
+        if not ragged.takes(x, weight, bias, lora_A, lora_B):
+            return None
+        self.clear_padding()
         # The same in many layers.
         key = x.shape[:-1], self.each or (self.rank, self.scaling)
         parts = kept.get(key)

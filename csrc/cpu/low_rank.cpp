@@ -20,15 +20,16 @@ struct Task {
 }  // namespace
 
 void low_rank(const LowRank& p, const std::vector<Part>& parts, DType dtype, int threads) {
-  int64_t products = 0, done = 0;
+  int64_t products = 0, rows = 0, done = 0;
   int64_t rank = 1;  // the largest, but for scratch memory, of which there is always some
   for (const Part& part : parts) {
+    rows += part.last - part.first;
     products += (part.last - part.first) * part.rank * (p.d_in + p.d_out);
     rank = std::max(rank, part.rank);
   }
   if (products < kTiny) threads = 1;
   // Every task turns its particle's B, so tasks have many rows, and every thread has some.
-  int64_t most = std::clamp<int64_t>(ceil_div(p.rows, 2 * threads), 8, kMostRows);
+  int64_t most = std::clamp<int64_t>(ceil_div(rows, 2 * threads), 8, kMostRows);
   std::vector<Task> tasks;
   auto split = [&](const Part& part) {
     for (int64_t first = part.first; first < part.last; first += most) {

@@ -61,12 +61,14 @@ void products(T* y, int64_t y_step, const T* start, int64_t start_step, const T*
   constexpr int lanes = Vec<T>::lanes;
   Vec<T> sums[ROWS][VECTORS];
   bool whole = VECTORS > 1 || count == lanes;
+  auto read = [=](const T* place) __attribute__((always_inline)) {
+    return whole ? load_vector(place) : load_vector(place, count);
+  };
 #pragma GCC unroll 8
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      const T* place = start + row * start_step + v * lanes;
-      sums[row][v] = !start ? Vec<T>(T(0)) : whole ? load_vector(place) : load_vector(place, count);
+      sums[row][v] = start ? read(start + row * start_step + v * lanes) : Vec<T>(T(0));
     }
   }
   for (int64_t j = 0; j < rank; ++j, panel += kPanel) {

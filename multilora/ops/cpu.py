@@ -76,12 +76,12 @@ def low_rank(
     Args:
         y: (T, d_out), contiguous.
         start: y itself, for its old values; a bias (d_out,); or None for zeros.
-        parts: see `ragged.Part`.
+        parts: see `ragged.Part`; in the order of their rows.
         shrunk: gets A_k x_t (T, r), contiguous, or None.
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
-    if start is not None:
+    if start is not None and start is not y:
         start = start.contiguous()
     # Names keep the copies alive until the call is over.
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from multilora.ops import dispatch
@@ -36,9 +37,10 @@ class Part(NamedTuple):
 
 
 def is_plain() -> bool:
-    """Whether nothing has to see single operators, or changes their dtypes."""
+    """Whether nothing has to see single operators, or changes their dtypes or derivatives."""
     return not (
-        torch._C._is_any_autocast_enabled()
+        forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
     )
@@ -54,14 +56,23 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B
     dtype = x.dtype
     return (
         dtype in _DTYPES
-        and weight.dtype == lora_A.dtype == lora_B.dtype == dtype
+        and _is_plain_tensor(x, dtype)
+        and _is_plain_tensor(lora_A, dtype)
+        and _is_plain_tensor(lora_B, dtype)
+        and _is_plain_tensor(weight, dtype)
         and not weight.requires_grad
-        and (bias is None or (bias.dtype == dtype and not bias.requires_grad))
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and type(lora_A) in _PLAIN
-        and type(lora_B) in _PLAIN
-        and weight.is_cpu
+        and (bias is None or (_is_plain_tensor(bias, dtype) and not bias.requires_grad))
+    )
+
+
+def _is_plain_tensor(t: Tensor, dtype: torch.dtype) -> bool:
+    """Whether its numbers are what lies in a CPU's memory, for a kernel that gets its address."""
+    return (
+        t.dtype == dtype
+        and t.is_cpu
+        and type(t) in _PLAIN
+        and t.layout is torch.strided
+        and not t.is_neg()
     )
 
 
@@ -85,7 +96,8 @@ def ragged_linear(
         weight, bias: W (d_out, d_in) and b (d_out,), frozen.
         lora_A, lora_B: (K, r, d_in) and (K, d_out, r). What lies behind a particle's rank is not
             read, and has the gradient zero.
-        parts: the particles that have rows, and an adapter. Other rows get W x_t + b.
+        parts: the particles that have rows, and an adapter, in the order of their rows, each
+            particle once. Other rows get W x_t + b.
 
     Returns:
         (T, d_out).
@@ -98,10 +110,12 @@ def ragged_linear(
 def ragged_add(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]
 ) -> Tensor:
-    """y_t += s_k B_k A_k x_t, in place, for y (T, d_out); else as `ragged_linear`."""
+    """y_t += s_k B_k A_k x_t, in place, for a contiguous y (T, d_out); else as `ragged_linear`."""
     if torch.is_grad_enabled():
         return _Ragged.apply(x, None, None, y, lora_A, lora_B, parts)
     _add(y, x, lora_A, lora_B, parts)
+    if not y.is_inference():  # autograd does not see what a kernel writes
+        torch.autograd.graph.increment_version(y)
     return y
 
 
@@ -167,20 +181,25 @@ class _Ragged(torch.autograd.Function):
             ctx.mark_dirty(y)
             _add(y, x, lora_A, lora_B, parts, shrunk)
         ctx.parts = parts
-        ctx.save_for_backward(x, weight, lora_A, lora_B, shrunk)
+        ctx.set_materialize_grads(False)
+        *_, needs_A, needs_B, _ = ctx.needs_input_grad
+        kept = x if needs_A else None, shrunk if needs_B else None
+        ctx.save_for_backward(weight, lora_A, lora_B, *kept)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         """dS = s·dY·B, dX = dY·W + dS·A, dA = dSᵀ·X, dB = s·dYᵀ·S, part by part."""
-        x, weight, lora_A, lora_B, shrunk = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 7
+        weight, lora_A, lora_B, x, shrunk = ctx.saved_tensors
         needs_x, needs_W, needs_b, needs_y, needs_A, needs_B, _ = ctx.needs_input_grad
         assert not needs_W and not needs_b
         dy = dy.contiguous()
         dx = dA = dB = None
         if needs_x:
-            dx = torch.zeros_like(x) if weight is None else torch.mm(dy, weight)
+            dx = dy.new_zeros(len(dy), lora_A.shape[-1]) if weight is None else torch.mm(dy, weight)
         if needs_A:
             dA = torch.zeros_like(lora_A)
         if needs_B:

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import multilora as ml
 from models import FAMILIES, SequenceFirst, logits_of, particles_of, values
@@ -114,6 +115,22 @@ def test_layers_of_every_kind():
     assert (draws[0] - draws[1]).abs().max() > 1e-3
     other = model(ids, particle=UNEQUAL)
     assert other.shape == rows.shape
+
+
+@torch.no_grad()
+def test_what_a_kernel_cannot_see_runs_elsewhere():
+    family = FAMILIES["mlp"]
+    model, inputs = particles_of(family.build(), family.config(), K), family.inputs(8)
+    rows = model(**inputs, particle=UNEQUAL)
+    (name, x), *_ = inputs.items()
+    with forward_ad.dual_level():
+        dual = {**inputs, name: forward_ad.make_dual(x, torch.ones_like(x))}
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            model(**dual, particle=UNEQUAL)
+    for _, layer in model.lora_layers():
+        weight = layer.base_layer.weight
+        layer.base_layer.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(model(**inputs, particle=UNEQUAL), rows, **CLOSE)
 
 
 def test_prompts_are_answered_by_their_own_adapters():

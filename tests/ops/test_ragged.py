@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import multilora as ml
 from multilora.ops import dispatch, ragged
@@ -35,8 +37,10 @@ def on(where):
             return
         before = _C.level()
         _C.set_level(level)
-        yield name
-        _C.set_level(before)
+        try:
+            yield name
+        finally:
+            _C.set_level(before)
 
 
 @pytest.fixture(params=["reference", *LEVELS])
@@ -172,6 +176,26 @@ def test_it_adds_in_place_with_gradients(backend, poison):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+def test_what_is_added_without_a_graph_is_seen_by_an_earlier_one(backend):
+    x, weight, _, *factors = tensors()
+    y = F.linear(x, weight.requires_grad_())
+    loss = y.square().sum()  # it has saved y
+    with torch.no_grad():
+        ragged.ragged_add(y, x, *factors, PARTS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_keeps_only_what_its_gradients_read():
+    x, weight, bias, lora_A, lora_B = tensors()
+    unread = weakref.ref(x)
+    y = ragged.ragged_linear(x, weight, bias, lora_A, lora_B.requires_grad_(), PARTS)
+    del x
+    assert unread() is None  # only the gradient of A would read it
+    y.sum().backward()
+    assert lora_B.grad.any()
+
+
 def test_second_derivatives_are_refused():
     args = tensors()
     args[3].requires_grad_()
@@ -189,13 +213,18 @@ def test_what_runs_here():
         changed = [wrong(t) if i == j else t for j, t in enumerate(args)]
         assert ragged.takes(*changed) == (wrong is _trained and i in (0, 3, 4))
     assert not ragged.takes(*(t.bfloat16() for t in args))
-    assert not ragged.takes(x, weight.to("meta"), bias, lora_A, lora_B)
+    for i in range(5):
+        assert not ragged.takes(*(t.to("meta") if i == j else t for j, t in enumerate(args)))
+    assert not ragged.takes(x, weight.to_sparse_csr(), bias, lora_A, lora_B)
+    assert not ragged.takes(torch._neg_view(x), weight, bias, lora_A, lora_B)
     assert not ragged.runs_on(x.to("meta"))
     with ml.use_backend("reference"):
         assert ragged.runs_on(x) and not ragged.has_kernel()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not ragged.is_plain()
     torch.func.vmap(lambda _: torch.tensor(_false(ragged.is_plain())))(x)
+    with forward_ad.dual_level():
+        assert not ragged.is_plain()
 
 
 def _trained(t):

@@ -16,6 +16,7 @@ from multilora.fold import Axis, Inputs, map_tensors, named_tensors, tensors
 from multilora.forward_state import ForwardState
 from multilora.layers import lora_layers
 from multilora.randomness import RandomState, WithoutRandomness
+from multilora.walk import evaluating
 
 #: How many particles run where their adapters are moved apart.
 _SEVERAL = 4
@@ -145,7 +146,7 @@ class IsolationCheck:
         if known and not held.guessed:
             return
         if not known and self.base.training:
-            with _evaluating(self.base):
+            with evaluating(self.base):
                 self._is_compared(held)
         self._compare_beside_others()
 
@@ -472,19 +473,6 @@ class IsolationCheck:
                 self._run_several() if few else self._run_all()
         self._restore()
         return found[0] if found else ""
-
-
-@contextlib.contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
-    """Inside, no module is in training mode."""
-    modules = [m for m in base.modules() if m.training]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multilora.ops.common import IGNORE_INDEX
+from multilora.ops.common import IGNORE_INDEX, accumulator
 
 # Names of transformers' classes whose loss is the cross-entropy of `logits` at `labels`, with one
 # label for each token or for each example.
@@ -24,7 +25,11 @@ _PER_EXAMPLE = re.compile(
     "For(Sequence|Image|Video|Audio)Classification|ForMultipleChoice|ForNextSentencePrediction"
 )
 # Models that generate, and whose labels nevertheless belong to the positions themselves.
-_UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel", "FlaubertWithLMHeadModel")
+_UNSHIFTED = re.compile(
+    "(XLNetLMHead|XLMWithLMHead|FlaubertWithLMHead)Model"
+    "|(Bart|MBart|Marian|Pegasus|BigBirdPegasus|Blenderbot|BlenderbotSmall|Mvp|PLBart|TrOCR|Whisper"
+    "|CpmAnt)ForCausalLM"
+)
 
 
 class Task:
@@ -45,7 +50,7 @@ class Task:
         generates = hasattr(base, "can_generate") and bool(base.can_generate())
         decodes = generates and bool(getattr(config, "is_encoder_decoder", False))
         #: Whether position t predicts the label of position t + 1.
-        self.shifts = generates and not decodes and name not in _UNSHIFTED
+        self.shifts = generates and not decodes and not _UNSHIFTED.fullmatch(name)
         #: Whether the decoder reads the labels, one position late.
         self.reads_labels = decodes
         per_token = self.shifts or decodes or bool(_PER_TOKEN.search(name))
@@ -114,6 +119,31 @@ class Task:
         only_last = self.shifts and "logits_to_keep" in self.columns
         return batch["labels"][:, -targets.shape[1] :] if only_last else batch["labels"]
 
+    def differs(self, batch: dict[str, Any], output: Any) -> tuple[float, float] | None:
+        """The base's own loss in its output for a batch, and this one, where they are not equal.
+
+        Args:
+            output: of the base for the whole batch, with its labels.
+
+        Raises:
+            ValueError: the batch and the output do not tell.
+        """
+        theirs, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+        inputs, targets = self.split(batch)
+        if not isinstance(theirs, Tensor) or not isinstance(logits, Tensor) or targets is None:
+            raise ValueError("the output has no loss")
+        if self.shifts:
+            logits = logits[:, -targets.shape[1] :]
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}")
+        where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        ours = F.cross_entropy(logits[where].to(accumulator(logits.dtype)), targets[where])
+        if self.router is not None:
+            ours = ours + self.router(output, 1, inputs.get("attention_mask"))[0]
+        if not bool(ours.isfinite()):
+            raise ValueError("the batch has no labels")
+        return None if is_same_loss(theirs, ours) else (theirs.item(), ours.item())
+
     def _check_labels(self, labels: Tensor) -> None:
         if labels.is_floating_point() or self.label_axes not in (None, labels.ndim):
             wanted = {1: " (B,) of a classifier", 2: " (B, T) of tokens", None: " of classes"}
@@ -124,6 +154,13 @@ class Task:
         shift = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
         # If only its forward can shift them, it also computes a loss, which is ignored.
         return {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels)}
+
+
+def is_same_loss(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether two losses () of a batch are equal, but for rounding."""
+    # A wrong shift of the labels changes it by more than this, rounding by less.
+    tolerance = 1e-4 if theirs.dtype.itemsize >= 4 else 4 * torch.finfo(theirs.dtype).eps
+    return math.isclose(theirs.item(), ours.item(), rel_tol=tolerance, abs_tol=1e-6)
 
 
 def _check_loss_is_known(base: nn.Module, columns: list[str], known: bool) -> None:

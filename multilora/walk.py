@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 
 
@@ -25,3 +28,16 @@ def trainable(root: nn.Module) -> list[nn.Parameter]:
             if p is not None and p.requires_grad:
                 found[id(p)] = p
     return list(found.values())
+
+
+@contextlib.contextmanager
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """Inside, no module is in training mode."""
+    training = [m for m in modules_of(root) if m.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -181,7 +181,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _MAX_FILE:
             raise ValueError(f"it has {file.stat().st_size} bytes")
-        asked = yaml.safe_load(file.read_text())
+        asked = yaml.load(file.read_text(), _loader())
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{file} is no file of runs: {error}") from error
     if not isinstance(asked, dict):
@@ -189,6 +189,25 @@ def read(file: Path) -> dict[str, Any]:
     if unknown := sorted(map(str, asked.keys() - {*_KEYS})):
         raise ValueError(f"{file} has the keys {unknown}; a file of runs has {', '.join(_KEYS)}")
     return asked
+
+
+def _loader() -> Any:
+    """YAML's safe loader, for which a key that stands twice is an error."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node, keys = super().compose_mapping_node(anchor), set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands there twice",
+                        problem_mark=key.start_mark,
+                    )
+                keys.add(key.value)
+            return node
+
+    return Loader
 
 
 def planned(asked: Mapping[str, Any]) -> Planned:
@@ -230,7 +249,10 @@ def _each(asked: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         found.append((",".join(f"{n}={_short(v)}" for n, v in given.items()), given))
     for number, one in enumerate(listed):
         given = dict(one)
-        found.append((str(given.pop("name", f"run_{number}")), given))
+        name = given.pop("name", f"run_{number}")
+        if name is None or isinstance(name, bool):
+            raise ValueError(f"runs[{number}]: name must be a word; got {name!r}, to YAML")
+        found.append((str(name), given))
     return found
 
 

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from multilora import metrics
 from multilora.checkpoint import load_particles
 from multilora.integrations.generation import EnsembleLogits, Generation, generate
-from multilora.labels import Task, counts_items, with_loss
+from multilora.labels import Task, counts_items, is_same_loss, with_loss
 from multilora.losses import NAMES
 from multilora.methods import Method
 from multilora.model import ParticleModel
@@ -346,9 +346,7 @@ class ParticleTrainer(Trainer):
         theirs = getattr(output, "loss", None)
         if theirs is None or not bool(loss.isfinite()):
             return
-        # A wrong shift of the labels changes it by more than this, rounding by less.
-        tolerance = 1e-4 if theirs.dtype.itemsize >= 4 else 4 * torch.finfo(theirs.dtype).eps
-        if not math.isclose(theirs.item(), loss.item(), rel_tol=tolerance, abs_tol=1e-6):
+        if not is_same_loss(theirs, loss):
             raise ValueError(
                 f"the loss of {type(self._task.base).__name__} itself is {theirs.item():.6g} for "
                 f"particle 0, and the cross-entropy at its labels is {loss.item():.6g}: "

@@ -90,9 +90,13 @@ class Active:
 
     def is_due_for_evaluation(self) -> bool:
         how = self.arguments.eval_strategy
+        if how == "no":
+            return False
+        if self.step == self.steps:  # the last epoch may be a part of one
+            return True
         if how == "epoch":
             return self.batches.at_epochs_end
-        return how == "steps" and self.step % self.arguments.eval_interval(self.steps) == 0
+        return self.step % self.arguments.eval_interval(self.steps) == 0
 
     def measured(self, measures: dict[str, float]) -> bool:
         """Take the measures of an evaluation. -> Whether they are the best so far.
@@ -104,6 +108,8 @@ class Active:
         if name not in measures:
             raise ValueError(f"the metric {name} is none of {sorted(measures)}")
         self.measures, value = measures, measures[name]
+        if self.arguments.eval_strategy == "no":
+            return False
         if not math.isfinite(value):
             self.waiting += self.best is not None
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -100,16 +101,12 @@ class Batches:
         raise DataEnded("the data has ended, and does not begin anew")
 
     def evaluation(self) -> Iterator[Any]:
-        """The batches of the eval_dataset."""
+        """The batches of the eval_dataset; as in Trainer, drop_last is of these too."""
         size = self.arguments.per_device_eval_batch_size
+        least = size if self.arguments.dataloader_drop_last else 1
         data = self.run.eval_dataset
-        if hasattr(data, "__len__"):
-            for start in range(0, len(data), size):
-                stop = min(start + size, len(data))
-                yield self.collate([data[i] for i in range(start, stop)])
-            return
-        stream = iter(data)
-        while examples := [e for _, e in zip(range(size), stream)]:
+        stream = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
+        while len(examples := list(itertools.islice(stream, size))) >= least:
             yield self.collate(examples)
 
     def collate(self, examples: list[Any]) -> Any:

@@ -51,7 +51,8 @@ def fit_many(
         resume: go on from the checkpoint that `out` may hold. A sweep that was killed at any time
             ends with the numbers of one that was not. If False, there must be none.
         keep: how many adapters to keep, those with the best metric; by default all.
-        at_once: how many runs share a pass; by default all.
+        at_once: how many runs share a pass; by default all, or as many as in the checkpoint, which
+            takes no other number.
         save_every: passes between two checkpoints. Another is written whenever a run has ended.
         progress: bars on a terminal, if rich is there.
         seed: of dropout, and of what the data draw.
@@ -68,8 +69,9 @@ def fit_many(
         NotADirectoryError: `out` is a file.
     """
     plans = planned(runs)
-    places = len(plans) if at_once is None else checks.integer("at_once", at_once, 1)
-    places = min(places, len(plans))
+    places = None
+    if at_once is not None:
+        places = min(checks.integer("at_once", at_once, 1), len(plans))
     checks.integer("save_every", save_every, 1)
     checks.integer("seed", seed, 0, 2**32 - 1)
     if keep is not None:
@@ -87,6 +89,8 @@ def fit_many(
             found = state.read(file, [(p.name, p.fingerprint) for p in plans], places)
     if found is not None and not found["active"] and len(found["rows"]) == len(plans):
         return Results([restored(found["rows"][n]) for n in sorted(found["rows"])])
+    if places is None:
+        places = len(plans) if found is None else found["at_once"]
     check_configurations(base, plans)
     _seed_everything(seed)
     sweep = Sweep(base, plans, places, folder, keep, chunk, options)

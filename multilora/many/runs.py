@@ -117,7 +117,7 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
             raise ValueError(f"two runs have the name {name!r}")
         who = f"run {name!r}"
         arguments = read(run.arguments, who)
-        _check_schedule(arguments.lr_scheduler_type, who)
+        _check_schedule(arguments, who)
         try:
             check_config(run.config)
             _ = run.loss if run.loss is None else named(run.loss)
@@ -125,15 +125,37 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
             raise type(error)(f"{who}: {error}") from error
         if arguments.eval_strategy != "no" and run.eval_dataset is None:
             raise ValueError(f"{who}: eval_strategy = {arguments.eval_strategy!r}, no eval_dataset")
+        _check_metric(run, arguments, who)
         if not hasattr(run.dataset, "__len__") and arguments.max_steps <= 0:
             raise ValueError(f"{who}: a dataset without a length needs max_steps")
         found[name] = Planned(run, name, arguments)
     return list(found.values())
 
 
-def _check_schedule(kind: Any, who: str) -> None:
-    from transformers import SchedulerType
+def _check_metric(run: Run, arguments: RunArguments, who: str) -> None:
+    """Raise ValueError for a metric that no evaluation will have."""
+    name, known = arguments.metric, ["eval_loss", "eval_accuracy"]
+    if run.eval_dataset is None and (name != "eval_loss" or arguments.greater):
+        raise ValueError(
+            f"{who}: metric_for_best_model = {name!r} needs an eval_dataset; without one, runs are "
+            "compared by their training loss, of which less is better"
+        )
+    if run.metrics is None and name not in known:
+        raise ValueError(
+            f"{who}: metric_for_best_model must be one of {known}, or of what Run.metrics returns; "
+            f"got {name!r}"
+        )
 
-    known = [one.value for one in SchedulerType]
+
+def _check_schedule(arguments: RunArguments, who: str) -> None:
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    known, kind = [one.value for one in SchedulerType], arguments.lr_scheduler_type
     if kind not in known:
         raise ValueError(f"{who}: lr_scheduler_type must be one of {known}; got {kind!r}")
+    own = arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], 1.0), 1, 1000, own)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{who}: lr_scheduler_type {kind!r} with {own}: {error}") from error

@@ -44,8 +44,8 @@ def save(sweep: Sweep, file: Path) -> None:
     atomic.write_file(file, lambda stream: torch.save(state, stream))
 
 
-def read(file: Path, runs: list[tuple[str, str]], at_once: int) -> dict[str, Any]:
-    """The state of a sweep of these runs.
+def read(file: Path, runs: list[tuple[str, str]], at_once: int | None) -> dict[str, Any]:
+    """The state of a sweep of these runs, `at_once` of them in a pass; None fits any.
 
     Raises:
         ValueError: the file is damaged, or of other runs; the message names the first one.
@@ -64,7 +64,7 @@ def read(file: Path, runs: list[tuple[str, str]], at_once: int) -> dict[str, Any
             f"{file} is of {len(there)} other runs: it has {other[0][0]!r} where there is "
             f"{other[1][0]!r} here, or with other settings; choose another folder"
         )
-    if places != at_once:
+    if at_once not in (None, places):
         raise ValueError(f"{file} is of a sweep with at_once={places}; got {at_once}")
     return state
 

@@ -244,8 +244,7 @@ class Sweep:
             if self.active[k].is_due_for_evaluation()
             or (k in at_end and self.active[k].planned.run.eval_dataset is not None)
         ]
-        regular = {k for k in due if self.active[k].is_due_for_evaluation()}
-        self._measure(due, regular)
+        self._measure(due)
         for k in stepping:
             if k not in self.active:
                 continue
@@ -254,15 +253,12 @@ class Sweep:
             elif self.active[k].is_out_of_patience:
                 self._end(k, "stopped early", bars)
 
-    def _measure(self, due: Sequence[int], regular: set[int]) -> None:
+    def _measure(self, due: Sequence[int]) -> None:
         if not due:
             return
         runs = {k: self.active[k] for k in due}
         for k, measures in evaluate(self.method, runs, self._attempt, self._failed).items():
             active = self.active[k]
-            if k not in regular:
-                active.measures = measures
-                continue
             try:
                 is_best = active.measured(measures)
             except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from multilora import checks
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, warn
-from multilora.methods.packing import Batch, Pack, Reader, packed
+from multilora.methods.packing import Batch, Pack, Reader, on, packed
 from multilora.methods.parameters import stacked_parameters
-from multilora.methods.tensors import gradients, zero_if_finite
+from multilora.methods.probes import check_own_loss, hides_padding
+from multilora.methods.tensors import used_gradients, zero_if_finite
 from multilora.separate import SeparateParameter, separate_parameters
 
 #: A batch of a particle, or its closure.
@@ -96,6 +98,10 @@ class Independent(Method):
         #: How many rows each particle had in the last call.
         self.rows: dict[int, int] = {}
         self._reader = Reader(self.model.base)
+        # Whether the base's own loss is ours, as far as is known, and whether it hides padding from
+        # inputs of these names.
+        self._knows_loss = False
+        self._hides: dict[tuple[str, ...], bool] = {}
         self._tell: Callable[[str], None] = warn
         #: The particles that the last call left out since they were not finite.
         self.skipped: list[int] = []
@@ -152,27 +158,46 @@ class Independent(Method):
         scales = self._scales(scale)
         items = self._items(num_items, entries)
         device, self.rows = self.params[0].device, {}
-        total: list[Tensor] = []
+        # The sum of each tensor's gradients, and the particles that use the tensor.
+        total: list[Tensor | None] = [None] * len(self.params)
+        using: list[set[int]] = [set() for _ in self.params]
         losses: dict[int, Tensor] = {}
         extras: dict[int, Tensor] = {}
         for part in self._passes(entries, device):
             outputs, routed = self._outputs(part)
             values = {k: self._value(k, *output, items) for k, output in outputs.items()}
+            for k in values:
+                if not values[k].requires_grad:
+                    raise RuntimeError(
+                        f"{self.who(k)}: its loss has no gradient, so nothing would be trained: it "
+                        "must come from the model's logits, not detached, outside of torch.no_grad"
+                    )
             objective = sum(
                 (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
             )
-            grads = gradients(objective, self.params)
-            total = grads if not total else list(torch._foreach_add(total, grads))
+            for i, grad in enumerate(used_gradients(objective, self.params)):
+                if grad is not None:
+                    before = total[i]
+                    total[i] = grad if before is None else before + grad
+                    using[i].update(values)
             losses |= {k: v.detach() for k, v in values.items()}
             extras |= {k: v.detach() for k, v in routed.items()}
             self.rows |= {k: len(outputs[k][0]) for k in outputs}
-        del grads
-        looked_at = [] if isinstance(scale, Tensor) else total
+        looked_at = [] if isinstance(scale, Tensor) else [g for g in total if g is not None]
         steps = self._finite(losses, looked_at)
-        if steps:
-            add_gradients(self.params, total, steps)
+        self._add(total, using, steps)
         self.step += 1
         return self._stats(losses, extras, steps)
+
+    def _add(self, grads: list[Tensor | None], using: list[set[int]], steps: Sequence[int]) -> None:
+        """Add gradients for those that step, and use the tensor: None stays, as for a run alone."""
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for p, grad, users in zip(self.params, grads, using):
+            if grad is not None and (particles := tuple(k for k in steps if k in users)):
+                alike.setdefault(particles, []).append((p, grad))
+        for particles, pairs in alike.items():
+            params, own = zip(*pairs)
+            add_gradients(params, own, particles)
 
     @torch.no_grad()
     def predict(
@@ -190,7 +215,7 @@ class Independent(Method):
             for k, (logits, targets) in outputs.items():
                 loss = self._value(k, logits, targets, {}) + routed.get(k, 0)
                 found[k] = (loss, logits, targets)
-        return found
+        return dict(sorted(found.items()))
 
     def _entries(self, batches: Any) -> dict[int, Entry]:
         """The entries that are there, by particle, in ascending order."""
@@ -215,17 +240,47 @@ class Independent(Method):
     ) -> list[Mapping[int, Batch] | tuple[int, Callable[[], Any]]]:
         """What runs one after another: packs of batches, and closures."""
         closures = [(k, entry) for k, entry in entries.items() if callable(entry)]
-        batches = [
-            (k, self._reader.read(entry, self.who(k), device))
+        batches = {
+            k: self._reader.read(entry, self.who(k), device)
             for k, entry in entries.items()
             if not callable(entry)
-        ]
+        }
+        for k in batches:
+            if not self._knows_loss and batches[k].labelled and self.losses[k] is None:
+                self._check_own_loss(k, entries[k], device)
+        pads = self._hides_padding(batches)
         if self._particle_chunk is None:
             tokens = MOST_TOKENS if device.type == "cpu" else None
-            packs = packed(dict(batches), tokens=tokens)
+            packs = packed(batches, tokens=tokens, pads=pads)
         else:
-            packs = packed(dict(batches), self._particle_chunk)
+            packs = packed(batches, self._particle_chunk, pads=pads)
         return [*packs, *closures]
+
+    def _check_own_loss(self, k: int, entry: Mapping[str, Any], device: torch.device) -> None:
+        try:
+            self._knows_loss = check_own_loss(self.model, self._reader, on(device, entry))
+        except ValueError as error:
+            raise ValueError(f"{self.who(k)}: {error}") from error
+
+    def _hides_padding(self, batches: Mapping[int, Batch]) -> bool:
+        """Whether batches of unequal lengths may share a pass, as far as is known."""
+        plain = {k: b for k, b in batches.items() if not b.is_packed}
+        if len({b.sizes for b in plain.values()}) < 2 or not self.model.check_isolation:
+            return True
+        key = tuple(sorted({str(name) for b in plain.values() for name in b.inputs}))
+        if key not in self._hides:
+            found = hides_padding(self.model, self._reader, plain)
+            if found is None:
+                return True
+            self._hides[key] = found
+            if not found:
+                warnings.warn(
+                    f"{type(self.model.base).__name__} has other logits where its batch is padded, "
+                    "though a mask hides it, so batches of unequal lengths run one after another, "
+                    "which is slower",
+                    stacklevel=2,
+                )
+        return self._hides[key]
 
     def _outputs(self, part: Any) -> tuple[dict[int, tuple[Tensor, Any]], dict[int, Tensor]]:
         """The logits and targets of the particles in one pass, and the losses of their routers."""
@@ -242,9 +297,16 @@ class Independent(Method):
 
     def _of_closure(self, k: int, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         try:
-            answer = closure()
+            with self.model._runner.noting_views() as seen:
+                answer = closure()
         except StopIteration as error:
             raise ValueError(f"{self.who(k)}: its data ended") from error
+        if others := sorted(seen - {k}):
+            raise ValueError(
+                f"{self.who(k)}: its closure ran {', '.join(map(self.who, others))}, with "
+                "gradients: a closure that is made in a loop needs its own k, lambda k=k: ...; run "
+                "others under torch.no_grad()"
+            )
         if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             raise TypeError(f"{self.who(k)}: a closure returns (logits, targets); got {answer!r}")
         logits, targets = answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +36,7 @@ _SEQUENCES = ("input_ids", "inputs_embeds")
 #: Those that a decoder reads beside them; the logits then have their length.
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 #: What a base raises where a batch does not fit it.
-_OF_INPUTS = (
+OF_INPUTS = (
     ValueError,
     TypeError,
     RuntimeError,
@@ -79,6 +80,22 @@ class Batch:
         return max(self.lengths((*_SEQUENCES, *_DECODED)), default=0)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The lengths of all its sequences; equal ones share a pass without padding."""
+        return tuple(self.lengths((*_SEQUENCES, *_DECODED)))
+
+    @functools.cached_property
+    def is_packed(self) -> bool:
+        """Whether its rows hold several texts each, whose places alone say where they begin.
+
+        An attention mask, which padding needs, would take its place.
+        """
+        places = self.inputs.get("position_ids")
+        if self.mask is not None or not isinstance(places, Tensor) or places.ndim != 2:
+            return False
+        return bool((places.diff(dim=1) != 1).any())
+
+    @property
     def length(self) -> int | None:
         """T, of the sequences that the logits have an entry for."""
         return next(iter(self.lengths((*_DECODED, *_SEQUENCES))), None)
@@ -106,13 +123,13 @@ class Reader:
             TypeError, ValueError: it is none, or its inputs and targets do not fit; it names `who`.
         """
         if isinstance(entry, Mapping):
-            return self._with_labels(_on(device, entry), who)
+            return self._with_labels(on(device, entry), who)
         if not isinstance(entry, (tuple, list)) or len(entry) != 2:
             raise TypeError(
                 f"{who}: a batch is (inputs, targets), a mapping with labels, a closure or None; "
                 f"got {_shown(entry)}"
             )
-        inputs, targets = (_on(device, part) for part in entry)
+        inputs, targets = (on(device, part) for part in entry)
         if isinstance(inputs, Mapping):
             named: dict[str | int, Any] = dict(inputs)
         elif isinstance(inputs, Tensor) and self.columns[:1] == ["input_ids"]:
@@ -147,24 +164,39 @@ class Reader:
 
 
 def packed(
-    batches: Mapping[int, Batch], most: int | None = None, tokens: int | None = None
+    batches: Mapping[int, Batch],
+    most: int | None = None,
+    tokens: int | None = None,
+    pads: bool = True,
 ) -> list[dict[int, Batch]]:
     """Batches by particle, in as many passes as they need; those of like lengths are together.
 
     most: of the particles in one pass.
     tokens: of the sequences in one pass, padded to the longest; a batch that has more runs alone.
+    pads: whether sequences of unequal lengths may share a pass.
     """
     found: list[dict[int, Batch]] = []
-    rows = 0
+    rows, before = 0, None
+
+    def order(entry: tuple[int, Batch]) -> Any:
+        return entry[1].longest, entry[1].sizes, entry[1].is_packed
+
     # In one pass, sequences are padded to the longest of them, which is the next.
-    for k, batch in sorted(batches.items(), key=lambda entry: entry[1].longest):
+    for k, batch in sorted(batches.items(), key=order):
         rows += batch.rows
-        is_full = not found or len(found[-1]) == most
+        is_full = before is None or len(found[-1]) == most or not _fit(before, batch, pads)
         if is_full or (tokens is not None and rows * batch.longest > tokens):
             found.append({})
             rows = batch.rows
-        found[-1][k] = batch
+        found[-1][k] = before = batch
     return [dict(sorted(one.items())) for one in found]
+
+
+def _fit(one: Batch, other: Batch, pads: bool) -> bool:
+    """Whether two batches may share a pass."""
+    if one.is_packed or other.is_packed:
+        return one.is_packed and other.is_packed and one.sizes == other.sizes
+    return pads or one.sizes == other.sizes
 
 
 class Pack:
@@ -187,23 +219,27 @@ class Pack:
 
     def run(self, model: ParticleModel) -> Any:
         """The model's output for all rows. What it raises has the names of the runs."""
+        # A particle by itself needs no place among the rows of others.
+        call: Callable[..., Any] = model.particle(self.index[0])
+        if len(self.batches) > 1:
+            call = functools.partial(model, particle=self.index)
+        try:
+            return self.called(call)
+        except Exception as error:
+            # Subclasses tell more than their text does, such as that memory is short.
+            if type(error) not in OF_INPUTS:
+                raise
+            raise type(error)(f"{_all(self.batches.values())}: {error}") from error
+
+    def called(self, call: Callable[..., Any]) -> Any:
+        """call(...) of all rows."""
         named = dict(self._inputs)
         first = self._first_column()
         if first and self.longest is not None:
             named["logits_to_keep"] = self.longest - first
         positions = sorted(n for n in named if isinstance(n, int))
         args = [named.pop(n) for n in positions]
-        # A particle by itself needs no place among the rows of others.
-        call: Callable[..., Any] = model.particle(self.index[0])
-        if len(self.batches) > 1:
-            call = functools.partial(model, particle=self.index)
-        try:
-            return call(*args, **{str(n): v for n, v in named.items()})
-        except Exception as error:
-            # Subclasses tell more than their text does, such as that memory is short.
-            if type(error) not in _OF_INPUTS:
-                raise
-            raise type(error)(f"{_all(self.batches.values())}: {error}") from error
+        return call(*args, **{str(n): v for n, v in named.items()})
 
     def _first_column(self) -> int:
         """The first column of the logits that some batch has a target for."""
@@ -267,7 +303,8 @@ class Pack:
 
     def _side_by_side(self) -> dict[str | int, Any]:
         batches = list(self.batches.values())
-        if len({t for b in batches for t in b.lengths(_SEQUENCES)}) > 1:
+        masks = {"attention_mask" in b.inputs for b in batches}
+        if len(masks) > 1 or len({t for b in batches for t in b.lengths(_SEQUENCES)}) > 1:
             batches = [self._masked(b) for b in batches]
         first = batches[0]
         for other in batches[1:]:
@@ -290,7 +327,7 @@ class Pack:
             )
         ids = next(batch.inputs[n] for n in _SEQUENCES if n in batch.inputs)
         mask = torch.ones(ids.shape[:2], dtype=torch.int64, device=ids.device)
-        return Batch(**vars(batch) | {"inputs": batch.inputs | {"attention_mask": mask}})
+        return dataclasses.replace(batch, inputs=batch.inputs | {"attention_mask": mask})
 
     def _together(self, name: str | int, batches: Sequence[Batch]) -> Any:
         values = [b.inputs[name] for b in batches]
@@ -344,13 +381,14 @@ def _all(batches: Collection[Batch]) -> str:
     return ", ".join(named[:4]) + (f" and {len(named) - 4} others" if len(named) > 4 else "")
 
 
-def _on(device: torch.device, value: Any) -> Any:
+def on(device: torch.device, value: Any) -> Any:
+    """The tensors of a batch on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {name: _on(device, v) for name, v in value.items()}
+        return {name: on(device, v) for name, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_on(device, v) for v in value)
+        return type(value)(on(device, v) for v in value)
     return value
 
 

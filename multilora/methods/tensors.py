@@ -71,6 +71,16 @@ def gradients(
         RuntimeError: if the output depends on no parameter, or if reentrant activation
             checkpointing hides some.
     """
+    grads = used_gradients(output, params, grad_output)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
+
+
+def used_gradients(
+    output: Tensor | Sequence[Tensor],
+    params: list[Tensor],
+    grad_output: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """`gradients`, with None for the parameters that the output does not depend on."""
     outputs = [output] if isinstance(output, Tensor) else output
     along = [None] * len(outputs) if grad_output is None else grad_output
     depending = [(o, g) for o, g in zip(outputs, along) if o.requires_grad]
@@ -89,7 +99,7 @@ def gradients(
             "would be trained: it must run the model that the method was made for, not a copy of "
             "it, with gradients enabled and without detaching the logits"
         )
-    return [torch.zeros_like(p) if g is None else g.contiguous() for p, g in zip(params, grads)]
+    return [None if g is None else g.contiguous() for g in grads]
 
 
 def _has_node(outputs: Sequence[Tensor], name: str) -> bool:

@@ -177,6 +177,11 @@ BAD = {
     "option": ("task: {name: digits, shot: 3}\nruns: [{}]", "'shot'"),
     "evaluation": ("runs: [{name: x, eval_strategy: epoch}]", "run 'x': eval_strategy needs"),
     "yaml": ("runs: [", "no file of runs"),
+    "two lists": ("runs: [{steps: 1}]\nruns: [{steps: 2}]", "the key 'runs' stands there twice"),
+    "two ranks": ("runs: [{rank: 2, rank: 4}]", "the key 'rank' stands there twice"),
+    "no name": ("runs: [{name: }]", "runs[0]: name must be a word; got None"),
+    "yes": ("runs: [{}, {name: yes}]", "runs[1]: name must be a word; got True"),
+    "metric": ("runs: [{name: x, metric_for_best_model: f1}]", "run 'x': metric_for_best_model"),
     "list": ("[1]", "it holds a list"),
 }
 

@@ -126,6 +126,39 @@ def test_each_run_ends_as_trainer_would(tmp_path, at_once):
     assert [row.status for row in results] == ["finished", "finished", "stopped early"]
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("greater", [False, True])
+def test_the_last_evaluation_counts(tmp_path, strategy, greater):
+    """Of 7 steps, after 4 of which there is an evaluation; as in Trainer, also without a last part
+    of the eval_dataset."""
+    changes = {"max_steps": 7, "eval_steps": 4, "eval_strategy": strategy}
+    changes |= {"metric_for_best_model": "loss", "greater_is_better": greater}
+    changes |= {"load_best_model_at_end": True, "save_steps": 4, "save_strategy": strategy}
+    changes |= {"per_device_eval_batch_size": 4, "dataloader_drop_last": True}
+    ml.get_particle_model(base_of(), [config()], seed=[42]).save_pretrained(tmp_path / "start")
+    own, data = arguments(tmp_path, **changes), rows("llama", 16)
+    run = ml.Run(config(), data, own, eval_dataset=rows("llama", 7, seed=1))
+    (row,) = ml.fit_many(base_of(), [run])
+    spec = (2, (16, 0), changes)
+    expected = alone("llama", tmp_path, spec, tmp_path / "start" / "particle_0")
+    assert_as_alone(row, (*expected[:3], []))
+    first, last = expected[3]
+    assert last < first and row.best_step == (4 if greater else 7)
+    assert row.measures["eval_loss"] == pytest.approx(first if greater else last, rel=1e-5)
+
+
+def test_a_metric_that_an_evaluation_does_not_have():
+    own = ml.RunArguments(max_steps=1, metric_for_best_model="f1")
+    data = rows("llama", 8)
+    runs = [
+        ml.Run(config(), data, own, name, eval_dataset=data, metrics=lambda z, t, m=m: m)
+        for name, m in (("typo", {"F1": 0.5}), ("right", {"f1": 0.5}))
+    ]
+    results = ml.fit_many(base_of(), runs, keep=1)
+    assert results["typo"].status == "failed" and "eval_f1 is none of" in results["typo"].error
+    assert results["right"].metric == 0.5 and results["right"].adapter is not None
+
+
 def test_a_classifier_whose_loss_ignores_the_number_of_labels(tmp_path):
     """BERT: Trainer adds up the means of the micro-batches. Its head has a bias without decay."""
     changes = SPECS[1][2] | {"weight_decay": 0.5}
@@ -282,7 +315,8 @@ def test_a_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path):
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
-        results = ml.fit_many(base_of(), mixed_runs(), out=folder, at_once=3, save_every=3)
+        at_once = 3 if number == 1 else None  # that of the checkpoint
+        results = ml.fit_many(base_of(), mixed_runs(), out=folder, at_once=at_once, save_every=3)
         assert on_any_machine(results) == on_any_machine(whole)
         for row in results:
             if row.folder is not None:
@@ -291,7 +325,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_numbers(tmp_path):
                 assert mine.keys() == theirs.keys()
                 assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     # What has ended is not trained again.
-    again = ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole", at_once=3)
+    again = ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole")
     assert again.table() == whole.table()
     with pytest.raises(ValueError, match="holds a sweep already"):
         ml.fit_many(base_of(), mixed_runs(), out=tmp_path / "whole", at_once=3, resume=False)
@@ -374,12 +408,22 @@ def test_bad_runs():
         ([ml.Run(config(), iter(data), name="a")], "run 'a': a dataset without a length"),
         ([ml.Run(config(), data, name="a", loss="mean")], "run 'a': loss must be"),
         ([ml.Run(config(), data, A(max_steps=1)), ml.Run(config(0), data)], "run 'run_1': .*"),
+        ([ml.Run(config(), data, A(metric_for_best_model="f1"), "a")], "'a': .* an eval_dataset"),
+        ([ml.Run(config(), data, A(greater_is_better=True), "a")], "'a': .* an eval_dataset"),
+        (
+            [ml.Run(config(), data, A(metric_for_best_model="acc"), "a", eval_dataset=data)],
+            "run 'a': metric_for_best_model must be one of .*; got 'eval_acc'",
+        ),
+        (
+            [ml.Run(config(), data, A(lr_scheduler_kwargs={"slope": 1}), "a")],
+            "run 'a': lr_scheduler_type 'linear' with .*slope",
+        ),
     ]
     for runs, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
             ml.fit_many(base_of(), runs)
     metrics = [
-        ml.Run(config(), data, A(metric_for_best_model=name, max_steps=1))
+        ml.Run(config(), data, A(metric_for_best_model=name, max_steps=1), eval_dataset=data)
         for name in ("loss", "accuracy")
     ]
     with pytest.raises(ValueError, match="keep compares runs by one metric"):

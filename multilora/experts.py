@@ -206,7 +206,9 @@ def check_parameter(name: str, module: nn.Module, parameter: str) -> None:
             f"for a model on several devices: {only}"
         )
     if not follows:
-        hint = "; linears belong into target_modules" if isinstance(module, nn.Linear) else ""
+        hint = '. To PEFT, "all-linear" is routers too: name the layers in target_modules'
+        if isinstance(module, nn.Linear):
+            hint = "; linears belong into target_modules"
         raise TypeError(
             f"{what}, of a {type(module).__name__}, whose forward is not that of transformers' "
             f"use_experts_implementation: {only}{hint}"

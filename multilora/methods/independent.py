@@ -16,7 +16,7 @@ from multilora.methods.base import Method, warn
 from multilora.methods.packing import Batch, Pack, Reader, on, packed
 from multilora.methods.parameters import stacked_parameters
 from multilora.methods.probes import check_own_loss, hides_padding
-from multilora.methods.tensors import used_gradients, zero_if_finite
+from multilora.methods.tensors import sums, used_gradients, zero_if_finite
 from multilora.separate import SeparateParameter, separate_parameters
 
 #: A batch of a particle, or its closure.
@@ -144,11 +144,12 @@ class Independent(Method):
 
         Raises:
             TypeError, ValueError: an entry is of another kind, its inputs and targets do not fit,
-                batches cannot run in one pass, a particle is unknown, or nobody has a batch.
-                The message names the particle. What the base itself raises for batches that do not
+                batches cannot run in one pass, a particle is unknown, or nobody has a batch; the
+                base computes another loss from labels than the cross-entropy; or a closure runs
+                another particle. The message names the particle. What the base itself raises for batches that do not
                 fit it begins with the names of the particles whose they are.
             FloatingPointError: as `nonfinite` says.
-            RuntimeError: this is inside `model.particles` or `mixtures`.
+            RuntimeError: a loss has no gradient, or this is inside `model.particles` or `mixtures`.
         """
         self.model.require_whole("Independent.backward")
         # Parameters may be others since a particle was replaced.
@@ -175,14 +176,14 @@ class Independent(Method):
             objective = sum(
                 (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
             )
-            for i, grad in enumerate(used_gradients(objective, self.params)):
-                if grad is not None:
-                    before = total[i]
-                    total[i] = grad if before is None else before + grad
-                    using[i].update(values)
+            grads = used_gradients(objective, self.params)
+            for users, grad in zip(using, grads):
+                users.update(() if grad is None else values)
+            total = sums(total, grads)
             losses |= {k: v.detach() for k, v in values.items()}
             extras |= {k: v.detach() for k, v in routed.items()}
             self.rows |= {k: len(outputs[k][0]) for k in outputs}
+        del grads
         looked_at = [] if isinstance(scale, Tensor) else [g for g in total if g is not None]
         steps = self._finite(losses, looked_at)
         self._add(total, using, steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,17 @@ def accumulate(params: list[Tensor], grads: list[Tensor]) -> None:
         torch._foreach_copy_(new, [g for _, g in fresh])
         for (p, _), grad in zip(fresh, new):
             p.grad = grad
+
+
+def sums(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """a + b for each pair; the other one where one is None."""
+    both = [i for i, (a, b) in enumerate(zip(some, others)) if a is not None and b is not None]
+    found = [b if a is None else a for a, b in zip(some, others)]
+    pairs: Any = [(some[i], others[i]) for i in both]
+    if pairs:
+        for i, total in zip(both, torch._foreach_add(*map(list, zip(*pairs)))):
+            found[i] = total
+    return found
 
 
 def zero_if_finite(tensors: list[Tensor]) -> Tensor:

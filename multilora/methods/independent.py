@@ -146,8 +146,8 @@ class Independent(Method):
             TypeError, ValueError: an entry is of another kind, its inputs and targets do not fit,
                 batches cannot run in one pass, a particle is unknown, or nobody has a batch; the
                 base computes another loss from labels than the cross-entropy; or a closure runs
-                another particle. The message names the particle. What the base itself raises for batches that do not
-                fit it begins with the names of the particles whose they are.
+                another particle. The message names the particle. What the base itself raises for
+                batches that do not fit it begins with the names of the particles whose they are.
             FloatingPointError: as `nonfinite` says.
             RuntimeError: a loss has no gradient, or this is inside `model.particles` or `mixtures`.
         """

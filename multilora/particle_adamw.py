@@ -43,12 +43,16 @@ def groups_of_particles(groups: Any, what: str) -> dict[int, list[dict[str, Any]
 
 @dataclass
 class _Entry:
-    """A stacked tensor: one of its leaves, the group of each particle in it, and the means."""
+    """A stacked tensor: one of its leaves, the group of each particle in it, and the means.
+
+    missed: in how many of a particle's steps it had no gradient here; they do not count.
+    """
 
     leaf: SeparateParameter
     groups: dict[int, dict[str, Any]]
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    missed: dict[int, int] = field(default_factory=dict)
     # The particles' parts of the tensor and of its means: views, kept from step to step.
     _parts: list[tuple[Tensor, ...]] = field(default_factory=list)
 
@@ -59,7 +63,7 @@ class _Entry:
         if before is None:
             return cls(leaf, {}, torch.zeros_like(stacked), torch.zeros_like(stacked))
         before.follow(stacked)
-        return cls(leaf, {}, before.exp_avg, before.exp_avg_sq)
+        return cls(leaf, {}, before.exp_avg, before.exp_avg_sq, before.missed)
 
     def follow(self, stacked: Tensor) -> None:
         """Make the means those of the tensor, which has moved to another device or has grown."""
@@ -178,6 +182,7 @@ class ParticleAdamW(Optimizer):
         for entry in self._entries:
             entry.exp_avg[particle].zero_()
             entry.exp_avg_sq[particle].zero_()
+            entry.missed.pop(particle, None)
         self.zero_grad(particles=[particle])
 
     def _find(self) -> None:
@@ -213,7 +218,7 @@ class ParticleAdamW(Optimizer):
             for parts in work.values():
                 group = parts["group"]
                 device = parts["params"][0].device
-                count = [self._steps[k].to(device)] * len(parts["params"])
+                count = [(self._steps[k] - parts["missed"]).to(device)] * len(parts["params"])
                 torch._fused_adamw_(
                     parts["params"],
                     parts["grads"],
@@ -231,24 +236,34 @@ class ParticleAdamW(Optimizer):
                 )
 
     def _work(self, particles: Collection[int] | None) -> dict[int, dict[Any, dict[str, Any]]]:
-        """For each particle, its parts of tensors of one group, device and dtype."""
+        """For each particle that steps, its parts of tensors that have as many steps behind them,
+        of one group, device and dtype."""
         found: dict[int, dict[Any, dict[str, Any]]] = {}
+        idle: list[tuple[_Entry, int]] = []
         for entry in self._entries:
             stacked = entry.leaf.stacked
             if stacked.grad is None:
+                idle += [(entry, k) for k in entry.groups]
                 continue
             without = without_gradient(stacked.grad)
             every = entry.parts()
             for k, group in entry.groups.items():
-                if k in without or (particles is not None and k not in particles):
+                if particles is not None and k not in particles:
                     continue
-                key = (id(group), stacked.device, stacked.dtype)
+                if k in without:
+                    idle.append((entry, k))
+                    continue
+                missed = entry.missed.get(k, 0)
+                key = (id(group), stacked.device, stacked.dtype, missed)
                 names = ("params", "grads", "exp_avgs", "exp_avg_sqs")
                 parts = found.setdefault(k, {}).setdefault(
-                    key, {"group": group} | {name: [] for name in names}
+                    key, {"group": group, "missed": missed} | {name: [] for name in names}
                 )
                 for name, part in zip(names, every[k]):
                     parts[name].append(part)
+        for entry, k in idle:
+            if k in found:
+                entry.missed[k] = entry.missed.get(k, 0) + 1
         return found
 
     @torch.no_grad()
@@ -263,6 +278,7 @@ class ParticleAdamW(Optimizer):
         return {
             "means": [(e.exp_avg.clone(), e.exp_avg_sq.clone()) for e in self._entries],
             "steps": {k: int(steps) for k, steps in self._steps.items()},
+            "missed": [dict(e.missed) for e in self._entries],
             "groups": options,
         }
 
@@ -278,9 +294,11 @@ class ParticleAdamW(Optimizer):
                 f"the state is of the particles {list(steps)} with {len(there)} tensors; this is "
                 f"of {list(self._steps)} with {len(here)}, or their shapes differ"
             )
-        for entry, (exp_avg, exp_avg_sq) in zip(self._entries, means):
+        missed = state_dict.get("missed", [{}] * len(means))
+        for entry, (exp_avg, exp_avg_sq), own in zip(self._entries, means, missed):
             entry.exp_avg.copy_(exp_avg)
             entry.exp_avg_sq.copy_(exp_avg_sq)
+            entry.missed = dict(own)
         for k, count in steps.items():
             self._steps[k].fill_(count)
         for group, options in zip(self.param_groups, state_dict["groups"]):

@@ -25,10 +25,9 @@ hooks on the outputs (`ForwardState.mark`).
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +84,6 @@ class Runner:
         self._checked: dict[Any, list[Axis] | None] = {}
         # The particle layers that ran in the first forward of each mode.
         self._ran: dict[bool, set[str]] = {}
-        # What `noting_views` gives.
-        self._views: set[int] | None = None
 
     def run(
         self,
@@ -169,20 +166,9 @@ class Runner:
         """A method of the base for one particle alone."""
         if torch.compiler.is_compiling() or is_compiled(model.base):
             raise NotImplementedError("one particle of several does not run in torch.compile")
-        if self._views is not None and torch.is_grad_enabled():
-            self._views.add(particle)
         state = ForwardState(model, 1, part=_of(particle))
         output = self._called(model, name, state, partial(function, *args, **kwargs))
         return own_columns(model, output, particle)
-
-    @contextlib.contextmanager
-    def noting_views(self) -> Iterator[set[int]]:
-        """Inside, the set gets the particles that run alone, with gradients."""
-        before, self._views = self._views, set()
-        try:
-            yield self._views
-        finally:
-            self._views = before
 
     def _axes_of_rows(
         self, model: ParticleModel, name: str, function: Callable[..., Any], inputs: Inputs

@@ -33,7 +33,8 @@ def trainable(root: nn.Module) -> list[nn.Parameter]:
 @contextlib.contextmanager
 def evaluating(root: nn.Module) -> Iterator[None]:
     """Inside, no module is in training mode."""
-    training = [m for m in modules_of(root) if m.training]
+    modules, mode = modules_of(root), root.training
+    training = [m for m in modules if m.training]
     try:
         for module in training:
             module.training = False
@@ -41,3 +42,7 @@ def evaluating(root: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        before = set(modules)
+        for module in modules_of(root):
+            if module not in before:  # made inside, as BigBird exchanges its attention
+                module.training = mode

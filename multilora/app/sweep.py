@@ -140,7 +140,9 @@ def run(args: argparse.Namespace) -> int:
     _take_folder(out, asked, sweep.runs, args.resume)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     task.base.to(device)
-    at_once = args.at_once if args.at_once is not None else asked.get("at_once")
+    at_once = args.at_once
+    if at_once is None and not (args.resume and (out / CHECKPOINT).is_file()):
+        at_once = asked.get("at_once")
     results = fit_many(
         task.base,
         runs,

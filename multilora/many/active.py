@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,11 +106,14 @@ class Active:
             ValueError: the metric is not among them.
         """
         name, greater = self.arguments.metric, self.arguments.greater
-        if name not in measures:
-            raise ValueError(f"the metric {name} is none of {sorted(measures)}")
-        self.measures, value = measures, measures[name]
+        self.measures, missing = measures, f"the metric {name} is none of {sorted(measures)}"
         if self.arguments.eval_strategy == "no":
+            if name not in measures:  # it has been trained, and is not to be lost
+                warnings.warn(f"fit_many: run {self.name!r}: {missing}", stacklevel=2)
             return False
+        if name not in measures:
+            raise ValueError(missing)
+        value = measures[name]
         if not math.isfinite(value):
             self.waiting += self.best is not None
             return False
@@ -136,7 +140,11 @@ class Active:
             self.step,
             loss,
             dict(measures),
-            measures.get(self.arguments.metric, loss) if status != "failed" else None,
+            None
+            if status == "failed"
+            else measures.get(self.arguments.metric)
+            if measures
+            else loss,
             self.best_step if at_best else None,
             self.rows,
             self.seconds,

@@ -101,9 +101,10 @@ class Batches:
         raise DataEnded("the data has ended, and does not begin anew")
 
     def evaluation(self) -> Iterator[Any]:
-        """The batches of the eval_dataset; as in Trainer, drop_last is of these too."""
+        """The batches of the eval_dataset; where Trainer evaluates, drop_last is of these too."""
         size = self.arguments.per_device_eval_batch_size
-        least = size if self.arguments.dataloader_drop_last else 1
+        drops = self.arguments.dataloader_drop_last and self.arguments.eval_strategy != "no"
+        least = size if drops else 1
         data = self.run.eval_dataset
         stream = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
         while len(examples := list(itertools.islice(stream, size))) >= least:

@@ -125,20 +125,27 @@ def planned(runs: Sequence[Run]) -> list[Planned]:
             raise type(error)(f"{who}: {error}") from error
         if arguments.eval_strategy != "no" and run.eval_dataset is None:
             raise ValueError(f"{who}: eval_strategy = {arguments.eval_strategy!r}, no eval_dataset")
-        _check_metric(run, arguments, who)
+        _check_evaluation(run, arguments, who)
         if not hasattr(run.dataset, "__len__") and arguments.max_steps <= 0:
             raise ValueError(f"{who}: a dataset without a length needs max_steps")
         found[name] = Planned(run, name, arguments)
     return list(found.values())
 
 
-def _check_metric(run: Run, arguments: RunArguments, who: str) -> None:
-    """Raise ValueError for a metric that no evaluation will have."""
+def _check_evaluation(run: Run, arguments: RunArguments, who: str) -> None:
+    """Raise ValueError for evaluations without examples, and a metric that none will have."""
     name, known = arguments.metric, ["eval_loss", "eval_accuracy"]
     if run.eval_dataset is None and (name != "eval_loss" or arguments.greater):
         raise ValueError(
             f"{who}: metric_for_best_model = {name!r} needs an eval_dataset; without one, runs are "
             "compared by their training loss, of which less is better"
+        )
+    size = arguments.per_device_eval_batch_size
+    few = hasattr(run.eval_dataset, "__len__") and len(run.eval_dataset) < size
+    if few and arguments.dataloader_drop_last and arguments.eval_strategy != "no":
+        raise ValueError(
+            f"{who}: the eval_dataset has {len(run.eval_dataset)} examples, fewer than a batch of "
+            f"{size}, and dataloader_drop_last leaves them out"
         )
     if run.metrics is None and name not in known:
         raise ValueError(
@@ -154,8 +161,8 @@ def _check_schedule(arguments: RunArguments, who: str) -> None:
     known, kind = [one.value for one in SchedulerType], arguments.lr_scheduler_type
     if kind not in known:
         raise ValueError(f"{who}: lr_scheduler_type must be one of {known}; got {kind!r}")
-    own = arguments.lr_scheduler_kwargs
+    own, rate = arguments.lr_scheduler_kwargs, arguments.learning_rate
     try:
-        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], 1.0), 1, 1000, own)
-    except (ValueError, TypeError) as error:
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], rate), 1, 1000, own)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{who}: lr_scheduler_type {kind!r} with {own}: {error}") from error

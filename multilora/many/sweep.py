@@ -295,7 +295,7 @@ class Sweep:
             return
         kept = best(list(self.rows.values()), self.plans[0].arguments.greater)[: self.keep]
         for row in self.rows.values():
-            if any(row is one for one in kept):
+            if row.metric is None or any(row is one for one in kept):
                 continue
             row.adapter = None
             if self.out is not None and row.folder is not None:

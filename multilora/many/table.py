@@ -30,7 +30,8 @@ class Row:
         steps: how many it took.
         train_loss: the mean over its steps.
         measures: of the eval_dataset, at the end: eval_loss, eval_accuracy, ...
-        metric: the number that `keep` goes by, one of the measures, or the train_loss without any.
+        metric: the number that `keep` goes by, one of the measures, or the train_loss without any;
+            a run whose evaluation does not have it is kept.
         best_step: the step of the best model, where the run ends with that.
         rows: how many examples it has trained on.
         seconds: in which it was under way, with others.

@@ -12,7 +12,7 @@ from torch import Tensor
 from multilora import checks
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
-from multilora.methods.base import Method, warn
+from multilora.methods.base import Method, is_captured, warn
 from multilora.methods.packing import Batch, Pack, Reader, on, packed
 from multilora.methods.parameters import stacked_parameters
 from multilora.methods.probes import check_own_loss, hides_padding
@@ -98,10 +98,10 @@ class Independent(Method):
         #: How many rows each particle had in the last call.
         self.rows: dict[int, int] = {}
         self._reader = Reader(self.model.base)
-        # Whether the base's own loss is ours, as far as is known, and whether it hides padding from
-        # inputs of these names.
+        # Whether the base was asked for its own loss, and whether it hides padding from inputs of
+        # these names, on their left or not.
         self._knows_loss = False
-        self._hides: dict[tuple[str, ...], bool] = {}
+        self._hides: dict[Any, bool] = {}
         self._tell: Callable[[str], None] = warn
         #: The particles that the last call left out since they were not finite.
         self.skipped: list[int] = []
@@ -177,6 +177,8 @@ class Independent(Method):
                 (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
             )
             grads = used_gradients(objective, self.params)
+            if isinstance(part, tuple):
+                self._require_own(part[0], grads)
             for users, grad in zip(using, grads):
                 users.update(() if grad is None else values)
             total = sums(total, grads)
@@ -189,6 +191,18 @@ class Independent(Method):
         self._add(total, using, steps)
         self.step += 1
         return self._stats(losses, extras, steps)
+
+    def _require_own(self, k: int, grads: Sequence[Tensor | None]) -> None:
+        """Raise where the loss of a closure has a gradient for other particles than its own."""
+        if self.num_particles == 1 or is_captured(self.params[0]):
+            return
+        seen = [(g != 0).flatten(1).any(1) for g in grads if g is not None]
+        moved = torch.stack(seen).any(0).tolist()
+        if others := [self.who(j) for j, moves in enumerate(moved) if moves and j != k]:
+            raise ValueError(
+                f"{self.who(k)}: the loss of its closure has a gradient for {', '.join(others)}: a "
+                "closure that is made in a loop needs its own k, lambda k=k: ..."
+            )
 
     def _add(self, grads: list[Tensor | None], using: list[set[int]], steps: Sequence[int]) -> None:
         """Add gradients for those that step, and use the tensor: None stays, as for a run alone."""
@@ -268,13 +282,13 @@ class Independent(Method):
         plain = {k: b for k, b in batches.items() if not b.is_packed}
         if len({b.sizes for b in plain.values()}) < 2 or not self.model.check_isolation:
             return True
-        key = tuple(sorted({str(name) for b in plain.values() for name in b.inputs}))
+        longest = max(b.longest for b in plain.values())
+        names = {str(name) for b in plain.values() for name in b.inputs}
+        left = any(b.begins_masked for b in plain.values() if b.longest < longest)
+        key = tuple(sorted(names)), left
         if key not in self._hides:
-            found = hides_padding(self.model, self._reader, plain)
-            if found is None:
-                return True
-            self._hides[key] = found
-            if not found:
+            self._hides[key] = hides_padding(self.model, self._reader, plain)
+            if not self._hides[key]:
                 warnings.warn(
                     f"{type(self.model.base).__name__} has other logits where its batch is padded, "
                     "though a mask hides it, so batches of unequal lengths run one after another, "
@@ -298,16 +312,9 @@ class Independent(Method):
 
     def _of_closure(self, k: int, closure: Callable[[], Any]) -> tuple[Tensor, Any]:
         try:
-            with self.model._runner.noting_views() as seen:
-                answer = closure()
+            answer = closure()
         except StopIteration as error:
             raise ValueError(f"{self.who(k)}: its data ended") from error
-        if others := sorted(seen - {k}):
-            raise ValueError(
-                f"{self.who(k)}: its closure ran {', '.join(map(self.who, others))}, with "
-                "gradients: a closure that is made in a loop needs its own k, lambda k=k: ...; run "
-                "others under torch.no_grad()"
-            )
         if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             raise TypeError(f"{self.who(k)}: a closure returns (logits, targets); got {answer!r}")
         logits, targets = answer

@@ -95,6 +95,18 @@ class Batch:
             return False
         return bool((places.diff(dim=1) != 1).any())
 
+    @functools.cached_property
+    def masked_first(self) -> Tensor | None:
+        """How many tokens a mask hides in front of each row (B,); None without such a mask."""
+        if self.mask is None or self.mask.ndim != 2:
+            return None
+        return (self.mask.cumsum(1) == 0).sum(1)
+
+    @functools.cached_property
+    def begins_masked(self) -> bool:
+        """Whether some row is padded on the left."""
+        return self.masked_first is not None and bool(self.masked_first.any())
+
     @property
     def length(self) -> int | None:
         """T, of the sequences that the logits have an entry for."""

@@ -28,45 +28,49 @@ def _of_base(model: ParticleModel) -> Iterator[None]:
         before.restore()
 
 
-def hides_padding(
-    model: ParticleModel, reader: Reader, batches: Mapping[int, Batch]
-) -> bool | None:
-    """Whether the shortest sequences have the logits that they have alone, beside the longest.
+def hides_padding(model: ParticleModel, reader: Reader, batches: Mapping[int, Batch]) -> bool:
+    """Whether a row of a shorter batch has the logits that it has alone, beside the longest one.
 
-    Returns:
-        None where these batches do not tell.
+    True too where it cannot run: the batches' own pass then raises, with their names.
     """
     ordered = sorted(batches.values(), key=lambda batch: batch.longest)
-    short, long = (_first_row(batch) for batch in (ordered[0], ordered[-1]))
+    # Padding at both ends tells more than at one.
+    shorter = [b for b in ordered if b.begins_masked and b.longest < ordered[-1].longest]
+    short, long = _telling_row([*shorter, *ordered][0]), _telling_row(ordered[-1])
     try:
         with _of_base(model):
             alone = _logits(model, Pack(reader, {0: short}))
+            again = _logits(model, Pack(reader, {0: short, 1: short}))
             beside = _logits(model, Pack(reader, {0: short, 1: long}))
-    except OF_INPUTS:
-        return None  # the batches' own pass raises it, with their names
+    except OF_INPUTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return True
     if alone.shape != beside.shape:
-        return None
-    read, dtypes = _read(short, alone), (alone.dtype, next(model.base.parameters()).dtype)
+        return True
+    at, dtypes = _read(short, alone), (alone.dtype, next(model.base.parameters()).dtype)
     half = torch.is_autocast_enabled(alone.device.type) or any(d.itemsize < 4 for d in dtypes)
-    limit = 1e-5 if alone.is_cpu else 5e-3  # tensor cores round float32 to 11 bits
-    alone, beside = alone[read].double(), beside[read].double()
-    if not alone.numel() or not bool(alone.isfinite().all()):
-        return None
-    off = (alone - beside).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1).clamp_min(1e-30)
-    # In half precision a few tokens may go to other experts.
-    return bool(off.mean() < 0.05) if half else bool(off.max() < limit)
+    # Tensor cores round float32 to 11 bits.
+    least = 0.02 if half else 1e-5 if alone.is_cpu else 5e-3
+    # With no padding, the size of a batch changes rounding, and with it a token's experts.
+    return _off(alone, beside, at) <= max(least, 3 * _off(alone, again, at))
 
 
-def _first_row(batch: Batch) -> Batch:
-    """A row tells as much as all of them, in less memory."""
-    inputs = {n: v[:1] if isinstance(v, Tensor) else v for n, v in batch.inputs.items()}
-    mask = None if batch.mask is None else batch.mask[:1]
-    targets = batch.targets[:1] if isinstance(batch.targets, Tensor) else batch.targets
-    return dataclasses.replace(batch, inputs=inputs, targets=targets, rows=1, mask=mask)
+def _telling_row(batch: Batch) -> Batch:
+    """The row that has most padding on its left: one tells as much as all, in less memory."""
+    row = 0 if batch.masked_first is None else int(batch.masked_first.argmax())
+
+    def cut(value: Any) -> Any:
+        return value[row : row + 1] if isinstance(value, Tensor) else value
+
+    inputs = {name: cut(value) for name, value in batch.inputs.items()}
+    return dataclasses.replace(
+        batch, inputs=inputs, targets=cut(batch.targets), rows=1, mask=cut(batch.mask)
+    )
 
 
 def _logits(model: ParticleModel, pack: Pack) -> Tensor:
-    """Those of the first batch in a pack."""
+    """The base's, of the first batch in a pack."""
     return pack.logits(pack.called(model.base), None)[0]
 
 
@@ -82,23 +86,41 @@ def _read(batch: Batch, logits: Tensor) -> Any:
     return slice(None)
 
 
+def _off(one: Tensor, other: Tensor, at: Any) -> float:
+    """The largest difference of a token's logits, as a part of their size."""
+    one, other = one[at].double(), other[at].double()
+    off = (one - other).flatten(1).norm(dim=1) / one.flatten(1).norm(dim=1).clamp_min(1e-30)
+    return float(off.max()) if len(off) else 0.0
+
+
 def check_own_loss(model: ParticleModel, reader: Reader, batch: Mapping[str, Any]) -> bool:
-    """Whether a batch with labels tells that the base's own loss is what `reader.task` computes.
+    """Compare the base's own loss of a batch with what `reader.task` computes.
+
+    Returns:
+        Whether it was compared, or never can be; a batch without labels leaves it open.
 
     Raises:
         ValueError: it is another one.
     """
     task = reader.task
-    if "labels" not in task.columns or "shift_labels" in batch:
-        return False
     # Two rows, since the logits of all may be too many.
     some = {n: v[:2] if isinstance(v, Tensor) else v for n, v in batch.items()}
-    no_cache = {"use_cache": False} if "use_cache" in task.columns else {}
+    inputs, targets = task.split(some)
+    # A particle's own head may have other classes than the base's.
+    if targets is None or model.has_own_widths:
+        return True
+    labels = task.own_labels(some, targets)
+    if labels is None:
+        return True
+    if not bool((targets != IGNORE_INDEX).any()):
+        return False
     try:
         with _of_base(model):
-            different = task.differs(some, model.base(**some | no_cache))
-    except OF_INPUTS:
-        return False
+            different = task.differs(some, model.base(**inputs | {"labels": labels}))
+    except OF_INPUTS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return True
     if different is not None:
         theirs, ours = different
         raise ValueError(

@@ -125,6 +125,13 @@ def test_a_sweep_goes_on(tmp_path, small, capsys):
     refused(["sweep", file, "--out", other], capsys, "holds other files: notes.txt")
 
 
+def test_a_sweep_goes_on_with_as_many_at_once(tmp_path, small):
+    """As the checkpoint has it, whatever the file says."""
+    file, out = written(tmp_path, FILE), tmp_path / "out"
+    assert cli.main(["sweep", str(file), "--out", str(out), "--at-once", "1"]) == 0
+    assert cli.main(["sweep", str(file), "--out", str(out), "--resume"]) == 0
+
+
 def test_a_sweep_that_never_began_leaves_the_folder_free(tmp_path, small, capsys):
     out = tmp_path / "out"
     refused(["sweep", written(tmp_path, "runs: [{rank: 0}]"), "--out", out], capsys, "run 'run_0'")

@@ -75,6 +75,27 @@ def test_the_state_goes_on():
         assert torch.equal(mine, theirs)
 
 
+def test_a_step_counts_for_tensors_that_have_a_gradient():
+    """As in torch.optim.AdamW, whose bias correction counts the steps of each parameter."""
+    model, twin = start(), start()
+    whole, alone_of = ParticleAdamW(groups(model)), separate(twin)
+    for step in range(7):
+        for one, of in ((model, whole.of), (twin, alone_of)):
+            one_backward(one, scale=1 + step)
+            first = one.particle_parameters()[0]
+            for leaf in separate_parameters(one):
+                if leaf.stacked is first and (step < 4 if leaf.particle == 1 else step == 5):
+                    leaf.grad = None
+            for k in range(K):
+                of(k).step()
+                of(k).zero_grad()
+        if step == 4:
+            state, whole = whole.state_dict(), ParticleAdamW(groups(model))
+            whole.load_state_dict(state)
+    for mine, theirs in zip(model.particle_parameters(), twin.particle_parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
 def test_all_with_gradients_step_by_default():
     model, twin = start(), start()
     whole, other = ParticleAdamW(model, lr=1e-2), ParticleAdamW(twin, lr=1e-2)

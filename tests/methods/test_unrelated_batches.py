@@ -134,6 +134,68 @@ def test_a_base_that_does_not_hide_padding_runs_lengths_apart(hides):
         )
 
 
+class Attends(nn.Module):
+    """One head of attention. A token that sees none sees all of them alike, however many."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        h = self.mix(self.embedding(input_ids))
+        scores = h @ h.mT
+        seen = torch.ones_like(scores, dtype=torch.bool).tril()
+        if attention_mask is not None:
+            seen = seen & attention_mask[:, None].bool()
+        return scores.masked_fill(~seen, torch.finfo(h.dtype).min).softmax(-1) @ h
+
+
+def test_padding_on_the_left_beside_padding_on_the_right():
+    """The last token of the padding may be read, since it predicts the first one of the text."""
+    torch.manual_seed(0)
+    model, sizes = particles(Attends(), ["mix"]), (7, 5, 7)
+    method = ml.Independent(model)
+
+    def batches(padded):
+        made = []
+        for k, n in enumerate(sizes):
+            ids, mask = ids_of(k, n), torch.ones(ROWS[k], n, dtype=torch.int64)
+            if padded:
+                mask[-1, :2] = 0
+            made.append(({"input_ids": ids, "attention_mask": mask}, ids % 8))
+        return made
+
+    method.backward(batches(False))
+    assert [*method._hides.values()] == [True]
+    model.zero_grad()
+    with pytest.warns(UserWarning, match="unequal lengths run one after another"):
+        method.backward(batches(True))
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_as_alone(
+            model,
+            batches(True),
+            lambda z, batch: F.cross_entropy(z.flatten(0, 1), batch[1].flatten()),
+        )
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_padding_in_half_precision(hides):
+    """What a token's neighbours change is the last token of many, beside rounding everywhere."""
+    torch.manual_seed(0)
+    configs = [peft.LoraConfig(r=r, target_modules=["mix"]) for r in (2, 4, 1)]
+    base = Windows(hides).bfloat16()
+    model = ml.get_particle_model(base, configs, seed=range(K)).train()
+    method = ml.Independent(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method.backward(
+            [({"input_ids": ids_of(k, n)}, ids_of(k, n) % 4) for k, n in enumerate((64, 96, 128))]
+        )
+    assert [*method._hides.values()] == [hides]
+
+
 class Weighted(transformers.BertForSequenceClassification):
     """A classifier with a loss of its own."""
 
@@ -161,6 +223,46 @@ def test_a_base_with_another_loss_is_refused():
     method.backward(unlabelled)
     with pytest.raises(ValueError, match="the loss of Weighted itself"):
         method.backward(batches)
+
+
+class Silent(nn.Module):
+    """It takes labels, and has no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mix, self.out = 0, nn.Embedding(VOCABULARY, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        self.calls += 1
+        return self.out(self.mix(input_ids).mean(1))
+
+
+def test_a_base_is_asked_once():
+    base = Silent()
+    model = particles(base, ["out"])
+    method = ml.Independent(model)
+    batches = [{"input_ids": ids_of(k, 6), "labels": ids_of(k)[:, 0] % 3} for k in range(K)]
+    method.backward(batches)
+    base.calls = 0
+    method.backward(batches)
+    assert base.calls == 1
+
+
+def test_labels_of_heads_that_the_base_does_not_have():
+    """A device would not survive labels beyond its classes."""
+    base = FAMILIES["bert"].build()
+    configs = [
+        peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+        for _ in range(K)
+    ]
+    model = ml.get_particle_model(base, configs, seed=range(K), heads={"classifier": [6, 3, 4]})
+    given = []
+    base.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs.get("labels")), with_kwargs=True
+    )
+    batches = [{"input_ids": ids_of(k), "labels": ids_of(k)[:, 0] % (6, 3, 4)[k]} for k in range(K)]
+    assert ml.Independent(model.train()).backward(batches)["loss"].isfinite()
+    assert given and not any(isinstance(labels, torch.Tensor) for labels in given)
 
 
 def test_decoders_that_do_not_shift_their_labels():
@@ -224,14 +326,16 @@ def test_closures_run_their_own_particle():
     late = {}
     for k in range(K):
         late[k] = lambda: (model.particle(k)(x), y)  # noqa: B023
-    with pytest.raises(ValueError, match=r"0 \(run 'a'\): its closure ran particle 2 \(run 'c'\)"):
-        method.backward(late)
-    assert all(g is None for g in grads(model))
+    rows = {0: lambda: (model(x, particle=[2] * len(x)), y)}
+    for wrong in (late, rows):
+        with pytest.raises(
+            ValueError, match=r"0 \(run 'a'\): the loss .* for particle 2 \(run 'c'\)"
+        ):
+            method.backward(wrong)
+        assert all(g is None for g in grads(model))
 
-    def taught():
-        with torch.no_grad():
-            teacher = model.particle(0)(x)
-        return model.particle(1)(x) - 0 * teacher, y
+    def taught():  # what another particle says may be a target
+        return model.particle(1)(x) - 0 * model.particle(0)(x).detach(), y
 
     method.backward([None, taught, None])
     assert any(g is not None for g in grads(model))

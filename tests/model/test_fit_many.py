@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -154,9 +155,30 @@ def test_a_metric_that_an_evaluation_does_not_have():
         ml.Run(config(), data, own, name, eval_dataset=data, metrics=lambda z, t, m=m: m)
         for name, m in (("typo", {"F1": 0.5}), ("right", {"f1": 0.5}))
     ]
-    results = ml.fit_many(base_of(), runs, keep=1)
-    assert results["typo"].status == "failed" and "eval_f1 is none of" in results["typo"].error
-    assert results["right"].metric == 0.5 and results["right"].adapter is not None
+    with pytest.warns(UserWarning, match="run 'typo': the metric eval_f1 is none of"):
+        results = ml.fit_many(base_of(), runs, keep=1)
+    assert [row.status for row in results] == ["finished"] * 2
+    assert results["typo"].metric is None and results["right"].metric == 0.5
+    assert all(row.adapter is not None for row in results)  # nothing is lost
+    own = ml.RunArguments(max_steps=2, metric_for_best_model="f1", eval_strategy="epoch")
+    scheduled = [dataclasses.replace(run, arguments=own) for run in runs]
+    results = ml.fit_many(base_of(), scheduled)
+    assert [row.status for row in results] == ["failed", "finished"]
+    assert "eval_f1 is none of" in results["typo"].error
+
+
+def test_examples_that_make_no_batch_of_an_evaluation():
+    data, few = rows("llama", 8), rows("llama", 7)
+    own = {"max_steps": 1, "dataloader_drop_last": True}
+    (row,) = ml.fit_many(
+        base_of(), [ml.Run(config(), data, ml.RunArguments(**own), eval_dataset=few)]
+    )
+    assert row.status == "finished" and row.adapter is not None and "eval_loss" in row.measures
+    own |= {"eval_strategy": "epoch"}
+    with pytest.raises(
+        ValueError, match="run 'run_0': the eval_dataset has 7 examples, fewer than"
+    ):
+        ml.fit_many(base_of(), [ml.Run(config(), data, ml.RunArguments(**own), eval_dataset=few)])
 
 
 def test_a_classifier_whose_loss_ignores_the_number_of_labels(tmp_path):
@@ -417,6 +439,10 @@ def test_bad_runs():
         (
             [ml.Run(config(), data, A(lr_scheduler_kwargs={"slope": 1}), "a")],
             "run 'a': lr_scheduler_type 'linear' with .*slope",
+        ),
+        (
+            [ml.Run(config(), data, A(lr_scheduler_type="polynomial", learning_rate=1e-8), "a")],
+            "run 'a': lr_scheduler_type 'polynomial' with .*lr_end",
         ),
     ]
     for runs, message in cases:

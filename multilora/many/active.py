@@ -134,17 +134,14 @@ class Active:
         loss = self.loss_sum / self.step if self.step else None
         at_best = self.best_parameters is not None
         measures = self.best_measures if at_best else self.measures
+        metric = measures.get(self.arguments.metric) if measures else loss
         return Row(
             self.name,
             status,
             self.step,
             loss,
             dict(measures),
-            None
-            if status == "failed"
-            else measures.get(self.arguments.metric)
-            if measures
-            else loss,
+            None if status == "failed" else metric,
             self.best_step if at_best else None,
             self.rows,
             self.seconds,

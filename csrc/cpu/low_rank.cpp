@@ -9,8 +9,8 @@
 namespace multilora {
 namespace {
 
-// Waking threads takes longer than this number of multiplications.
-constexpr int64_t kTiny = 1 << 19;
+// Waking another thread takes longer than this number of multiplications.
+constexpr int64_t kTiny = 1 << 16;
 
 struct Task {
   Part part;
@@ -27,7 +27,7 @@ void low_rank(const LowRank& p, const std::vector<Part>& parts, DType dtype, int
     products += (part.last - part.first) * part.rank * (p.d_in + p.d_out);
     rank = std::max(rank, part.rank);
   }
-  if (products < kTiny) threads = 1;
+  threads = int(std::clamp<int64_t>(products / kTiny, 1, threads));
   // Every task turns its particle's B, so tasks have many rows, and every thread has some.
   int64_t most = std::clamp<int64_t>(ceil_div(rows, 2 * threads), 8, kMostRows);
   std::vector<Task> tasks;

@@ -203,6 +203,19 @@ def test_places_of_tokens_have_rows(fold):
         torch.testing.assert_close(rows[n], alone[0], **tolerance("llama"))
 
 
+@pytest.mark.parametrize("part", ["", "blocks.0"])
+def test_a_base_that_is_compiled_later(part):
+    """After rows have run: the layers that torch.compile has would mistake them."""
+    family = FAMILIES["vit"]
+    model, inputs = particles_of(family.build(), family.config(), K), family.inputs(8)
+    model(**inputs, particle=UNEQUAL)
+    model(**inputs, particle=EQUAL)
+    model.base.get_submodule(part).compile(backend="eager")
+    for index in (EQUAL, UNEQUAL):
+        with pytest.raises(NotImplementedError, match=r"torch\.compile"):
+            model(**inputs, particle=index)
+
+
 def test_one_particle_is_not_compiled():
     family = FAMILIES["mlp"]
     model = particles_of(family.build(), family.config(), K)

@@ -343,11 +343,14 @@ class LoraLinear(LoraLayer):
             kept[x.device] = ragged.runs_on(x)
         if not kept[x.device] or (state.counts is None and not self._is_worth_parts(x, state)):
             return None
-        base, lora_A, lora_B = self.base_layer, self.lora_A, self.lora_B
-        weight, bias = _linear_weight(base), base.bias
-        if not ragged.takes(x, weight, bias, lora_A, lora_B):
+        own = kept.get(self)
+        if own is None:
+            self.clear_padding()
+            own = _linear_weight(self.base_layer), self.base_layer.bias, self.lora_A, self.lora_B
+            kept[self] = own = own if ragged.takes(*own) else ()
+        if not own or not ragged.is_plain_tensor(x, own[0].dtype):
             return None
-        self.clear_padding()
+        weight, bias, lora_A, lora_B = own
         # The same in many layers.
         key = x.shape[:-1], self.each or (self.rank, self.scaling)
         parts = kept.get(key)

@@ -81,10 +81,13 @@ def low_rank(
     """
     if x.stride(-1) != 1:
         x = x.contiguous()
+    # Names keep the copies alive until the call is over.
     if start is not None and start is not y:
         start = start.contiguous()
-    # Names keep the copies alive until the call is over.
-    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    if not lora_A.is_contiguous():
+        lora_A = lora_A.contiguous()
+    if not lora_B.is_contiguous():
+        lora_B = lora_B.contiguous()
     tensors = map(view, (y, start, x, lora_A, lora_B, shrunk))
     _C.low_rank(*tensors, parts, where=_kernels.where(x))
 

@@ -51,21 +51,17 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cpu and dispatch.backend_of("grouped_linear", (x,)) == "reference"
 
 
-def takes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
+def takes(weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether all are plain tensors of one dtype that a CPU computes in, and W and b frozen."""
-    dtype = x.dtype
+    dtype, frozen = weight.dtype, [weight] if bias is None else [weight, bias]
     return (
         dtype in _DTYPES
-        and _is_plain_tensor(x, dtype)
-        and _is_plain_tensor(lora_A, dtype)
-        and _is_plain_tensor(lora_B, dtype)
-        and _is_plain_tensor(weight, dtype)
-        and not weight.requires_grad
-        and (bias is None or (_is_plain_tensor(bias, dtype) and not bias.requires_grad))
+        and all(is_plain_tensor(t, dtype) for t in (*frozen, lora_A, lora_B))
+        and not any(t.requires_grad for t in frozen)
     )
 
 
-def _is_plain_tensor(t: Tensor, dtype: torch.dtype) -> bool:
+def is_plain_tensor(t: Tensor, dtype: torch.dtype) -> bool:
     """Whether its numbers are what lies in a CPU's memory, for a kernel that gets its address."""
     return (
         t.dtype == dtype

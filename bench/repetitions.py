@@ -21,7 +21,6 @@ from torch import Tensor
 import multilora as ml
 from bench import peers
 from bench.case import Repetition, Unavailable
-from multilora.adapters import Adapter
 from multilora.ops import lora_add
 from multilora.ops.dispatch import missing_reason
 
@@ -400,7 +399,8 @@ class _Given(torch.autograd.Function):
 def update_ours(i: Update) -> Repetition:
     params = [t.detach().requires_grad_() for t in i.stacked()]
     adapters = [
-        Adapter("", A, B, i.geometry.scaling, (A, B)) for A, B in zip(params[::2], params[1::2])
+        SimpleNamespace(parameters=(A, B), expert=None, scales=None, scaling=i.geometry.scaling)
+        for A, B in zip(params[::2], params[1::2])
     ]
     model = SimpleNamespace(
         particle_parameters=lambda: params, adapters=lambda: adapters, heads=lambda: []

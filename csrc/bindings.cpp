@@ -87,13 +87,22 @@ void backward(const View& logits, const View& targets, const Saved& saved, const
   volume_backward(p, logits.dtype, threads);
 }
 
-// What a Part is in Python, multilora/ops/ragged.py.
+// What a Part is in Python, multilora/ops/common.py.
 using PartOfPython = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;
+
+// Python makes them once for many layers: it takes as long as a small layer's kernel.
+struct Parts {
+  explicit Parts(const std::vector<PartOfPython>& parts) {
+    for (const auto& [particle, first, last, rank, scaling] : parts) {
+      list.push_back({particle, first, last, rank, scaling});
+    }
+  }
+  std::vector<Part> list;
+};
 
 // Python makes the tensors contiguous, but for the rows of x. start: y itself, a bias, or None.
 void low_rank_linear(const View& y, const View& start, const View& x, const View& lora_A,
-                     const View& lora_B, const View& shrunk, const std::vector<PartOfPython>& parts,
-                     int threads) {
+                     const View& lora_B, const View& shrunk, const Parts& parts, int threads) {
   int64_t T = x.sizes[0], K = lora_A.sizes[0], rank = lora_A.sizes[1];
   int64_t d_in = x.sizes[1], d_out = y.sizes[1], done = 0;
   expect("x", x, {T, d_in});
@@ -107,17 +116,15 @@ void low_rank_linear(const View& y, const View& start, const View& x, const View
     same = same && (!t->data || t->dtype == x.dtype);
   }
   if (!same) throw std::invalid_argument("multilora: the tensors need one dtype, of 4 or 8 bytes");
-  std::vector<Part> list;
-  for (const auto& [particle, first, last, own_rank, scaling] : parts) {
-    bool fits = 0 <= particle && particle < K && done <= first && first <= last && last <= T &&
-                0 <= own_rank && own_rank <= rank;
+  for (const Part& part : parts.list) {
+    bool fits = 0 <= part.particle && part.particle < K && done <= part.first &&
+                part.first <= part.last && part.last <= T && 0 <= part.rank && part.rank <= rank;
     if (!fits) throw std::invalid_argument("multilora: a part lies outside of the tensors");
-    list.push_back({particle, first, last, own_rank, scaling});
-    done = last;
+    done = part.last;
   }
   LowRank p{x.data, lora_A.data, lora_B.data, start.data, y.data,      shrunk.data,
             T,      d_in,        d_out,       rank,       x.strides[0]};
-  low_rank(p, list, x.dtype, threads);
+  low_rank(p, parts.list, x.dtype, threads);
 }
 
 }  // namespace
@@ -143,6 +150,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("volume_backward", &backward, py::arg("logits"), py::arg("targets"), py::arg("saved"),
         py::arg("grad"), py::arg("grad_nll"), py::arg("count"), py::arg("out"), py::kw_only(),
         py::arg("where"), release());
+  py::class_<Parts>(m, "Parts").def(py::init<const std::vector<PartOfPython>&>());
   m.def("low_rank", &low_rank_linear, py::arg("y"), py::arg("start"), py::arg("x"),
         py::arg("lora_A"), py::arg("lora_B"), py::arg("shrunk"), py::arg("parts"), py::kw_only(),
         py::arg("where"), release());

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ _ROWS_IF_LONG = {"position_ids"}
 _SHARED = {"cache_position", "logits_to_keep", "num_logits_to_keep", "edge_index", "edge_attr"}
 #: Inputs that an earlier call returned: their rows are particles × batch already.
 _CACHES = {"past_key_values", "cache_params", "encoder_outputs", "mems", "state"}
+_NO_ROWS = _SHARED | _CACHES
 
 #: The axis of the batch in arguments or outputs by name; None where all rows share a tensor.
 Axes = Mapping[str, int | None]
@@ -109,7 +111,7 @@ class Inputs:
             () if self.particles is None else (self.particles,),
         )
         known = name == first or name in axes or name in _ROWS
-        axis = axes.get(name, None if name in _SHARED | _CACHES else 0)
+        axis = axes.get(name, None if name in _NO_ROWS else 0)
         if axis is None or not shape or (name not in axes and shape[0] == 1 != batch and not lead):
             return Leaf(name, tensor, None, False, False)
         if tensor.layout is not torch.strided and self.strict:
@@ -250,9 +252,9 @@ def _first(
         found = next((t for t in tensors(value) if t.ndim > lead), None)
         if found is not None:
             given[name] = found
-    named = [name for name, axis in axes.items() if axis is not None]
-    unnamed = [n for n in (*order, *given) if n not in _SHARED | _CACHES and n not in axes]
-    for name in (*named, *_FIRST, *unnamed):
+    named = (name for name, axis in axes.items() if axis is not None)
+    unnamed = (n for n in (*order, *given) if n not in _NO_ROWS and n not in axes)
+    for name in chain(named, _FIRST, unnamed):
         if name in given and axes.get(name, 0) is not None:
             return name, given[name]
     raise ValueError("the model's inputs hold no tensor with a batch axis")

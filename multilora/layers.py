@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from multilora.forward_state import ForwardState
 from multilora.ops import grouped_linear, lora_add, lora_linear, ragged
-from multilora.ops.ragged import Part
+from multilora.ops.common import Part, Parts
 from multilora.particle_layer import (
     ParticleLayer,
     as_every_example,
@@ -157,7 +157,7 @@ class LoraLayer(ParticleLayer):
         if self.scales is None:
             return own(self.lora_A, state), own(self.lora_B, state)
         if not torch.compiler.is_compiling():
-            self.clear_padding()
+            self.clear_padding(self.lora_A, self.lora_B)
         lora_A, lora_B = own(self.lora_A, state), own(self.lora_B, state)
         scales = own(self.scales, state)
         # The smaller one is scaled, since autograd keeps the result.
@@ -165,17 +165,20 @@ class LoraLayer(ParticleLayer):
             return (lora_A * scales.mT).to(lora_A.dtype), lora_B
         return lora_A, (lora_B * scales).to(lora_B.dtype)
 
-    def clear_padding(self) -> None:
-        """Set the padding to zero, if an optimizer that adds noise, say, has moved it."""
-        if self.each is None or len(self.each) != self.num_particles:
+    def clear_padding(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Set the padding to zero, if an optimizer that adds noise, say, has moved it.
+
+        The factors are the layer's own, which takes time to find.
+        """
+        if self.each is None or self._clean == lora_A._version + lora_B._version:
             return
-        if self._clean == self.lora_A._version + self.lora_B._version:
+        if len(self.each) != len(lora_A):
             return
         with torch.no_grad():
             for k, a in enumerate(self.each):
-                self.lora_A[k, ..., a.rank :, :] = 0
-                self.lora_B[k, ..., a.rank :] = 0
-        self._clean = self.lora_A._version + self.lora_B._version
+                lora_A[k, ..., a.rank :, :] = 0
+                lora_B[k, ..., a.rank :] = 0
+        self._clean = lora_A._version + lora_B._version
 
     @staticmethod
     def weight_shape(base_layer: Any) -> tuple[int, int]:
@@ -338,21 +341,21 @@ class LoraLinear(LoraLayer):
         # Few steps: a small layer takes little more time than they do.
         if not ragged.is_plain() or is_same_for_all(x, state):
             return None
-        kept = state.kept
-        if x.device not in kept:
-            kept[x.device] = ragged.runs_on(x)
-        if not kept[x.device] or (state.counts is None and not self._is_worth_parts(x, state)):
+        kept, device = state.kept, x.device
+        runs = kept.get(device)
+        if runs is None:
+            runs = kept[device] = ragged.runs_on(x)
+        if not runs or (state.counts is None and not self._is_worth_parts(x, state)):
             return None
         own = kept.get(self)
         if own is None:
-            self.clear_padding()
-            own = _linear_weight(self.base_layer), self.base_layer.bias, self.lora_A, self.lora_B
-            kept[self] = own = own if ragged.takes(*own) else ()
+            own = kept[self] = self._own_tensors()
         if not own or not ragged.is_plain_tensor(x, own[0].dtype):
             return None
         weight, bias, lora_A, lora_B = own
         # The same in many layers.
-        key = x.shape[:-1], self.each or (self.rank, self.scaling)
+        lead = x.shape[:-1]
+        key = lead, self.each or (self.rank, self.scaling)
         parts = kept.get(key)
         if parts is None:
             parts = kept[key] = self._find_parts(x, state)
@@ -364,7 +367,14 @@ class LoraLinear(LoraLayer):
             y = ragged.ragged_add(y, masked, lora_A, lora_B, parts)
         else:
             y = ragged.ragged_linear(rows, weight, bias, lora_A, lora_B, parts)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*lead, y.shape[-1])
+
+    def _own_tensors(self) -> tuple[Any, ...]:
+        """W, b, A and B; nothing where `ragged` does not take them."""
+        base, lora_A, lora_B = self.plain_layer, self.lora_A, self.lora_B
+        self.clear_padding(lora_A, lora_B)
+        own = _linear_weight(base), base.bias, lora_A, lora_B
+        return own if ragged.takes(*own) else ()
 
     def _is_worth_parts(self, x: Tensor, state: ForwardState) -> bool:
         """Whether particles that have as many rows as each other run apart."""
@@ -372,7 +382,7 @@ class LoraLinear(LoraLayer):
             return True
         return self.each is not None and x.numel() >= MANY_NUMBERS * state.particles
 
-    def _find_parts(self, x: Tensor, state: ForwardState) -> list[Part]:
+    def _find_parts(self, x: Tensor, state: ForwardState) -> Parts:
         self.require_rows(x, state, len(state.which))
         each = x.shape[:-1].numel() // max(x.shape[0], 1)
         found, start = [], 0
@@ -382,7 +392,7 @@ class LoraLinear(LoraLayer):
                 rows = start * each, end * each
                 found.append(Part(k, *rows, here.rank, here.scaling))
             start = end
-        return found
+        return Parts(found)
 
 
 class LoraOpaqueLinear(LoraLayer):

@@ -1,7 +1,7 @@
 """Conventions and checks that all backends and callers share."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,3 +115,20 @@ def expand_gradient(d_shrunk: Tensor, lora_A: Tensor, shared: bool) -> Tensor:
 def by_row(d_shrunk: Tensor) -> Tensor:
     """(K, T, r) -> (T, K·r)."""
     return d_shrunk.mT.flatten(0, 1).T
+
+
+class Part(NamedTuple):
+    """The rows start … end − 1 belong to a particle, whose adapter has this rank and scaling."""
+
+    particle: int
+    start: int
+    end: int
+    rank: int
+    scaling: float
+
+
+class Parts(tuple[Part, ...]):
+    """The particles that have rows, and an adapter, in the order of their rows, each once."""
+
+    #: What the kernel makes of them, once for all the layers that have them.
+    native: Any = None

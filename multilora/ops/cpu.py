@@ -1,13 +1,12 @@
 """The CPU backend: C++ kernels (csrc/cpu) for the geometry, the volume and `ragged.py`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import multilora._C as _C
-from multilora.ops.common import accumulator, core_dtype, wrong_target
+from multilora.ops.common import Parts, accumulator, core_dtype, wrong_target
 from multilora.ops.native import NativeKernels, dense_classes, view
 
 _VENDORS = "nearly all of it is the vendor's GEMM, which no kernel of ours beats on a CPU"
@@ -68,7 +67,7 @@ def low_rank(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    parts: Sequence[tuple[int, int, int, int, float]],
+    parts: Parts,
     shrunk: Tensor | None,
 ) -> None:
     """y_t = start_t + s_k B_k A_k x_t, for the rows t of each particle k; start_t for the others.
@@ -76,7 +75,6 @@ def low_rank(
     Args:
         y: (T, d_out), contiguous.
         start: y itself, for its old values; a bias (d_out,); or None for zeros.
-        parts: see `ragged.Part`; in the order of their rows.
         shrunk: gets A_k x_t (T, r), contiguous, or None.
     """
     if x.stride(-1) != 1:
@@ -88,8 +86,10 @@ def low_rank(
         lora_A = lora_A.contiguous()
     if not lora_B.is_contiguous():
         lora_B = lora_B.contiguous()
+    if parts.native is None:
+        parts.native = _C.Parts(parts)
     tensors = map(view, (y, start, x, lora_A, lora_B, shrunk))
-    _C.low_rank(*tensors, parts, where=_kernels.where(x))
+    _C.low_rank(*tensors, parts.native, where=_kernels.where(x))
 
 
 _kernels = _CpuKernels(_C)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from multilora.ops import dispatch
+from multilora.ops.common import Parts
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
-
-
-class Part(NamedTuple):
-    """The rows start … end − 1 belong to a particle, whose adapter has this rank and scaling."""
-
-    particle: int
-    start: int
-    end: int
-    rank: int
-    scaling: float
 
 
 def is_plain() -> bool:
@@ -53,11 +43,15 @@ def runs_on(x: Tensor) -> bool:
 
 def takes(weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether all are plain tensors of one dtype that a CPU computes in, and W and b frozen."""
-    dtype, frozen = weight.dtype, [weight] if bias is None else [weight, bias]
+    # One by one, since a loop over them would take longer in every layer.
+    dtype = weight.dtype
     return (
         dtype in _DTYPES
-        and all(is_plain_tensor(t, dtype) for t in (*frozen, lora_A, lora_B))
-        and not any(t.requires_grad for t in frozen)
+        and not weight.requires_grad
+        and is_plain_tensor(weight, dtype)
+        and (bias is None or (not bias.requires_grad and is_plain_tensor(bias, dtype)))
+        and is_plain_tensor(lora_A, dtype)
+        and is_plain_tensor(lora_B, dtype)
     )
 
 
@@ -83,7 +77,7 @@ def ragged_linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
-    parts: Sequence[Part],
+    parts: Parts,
 ) -> Tensor:
     """y_t = W x_t + b + s_k B_k A_k x_t for the rows t of each particle k.
 
@@ -92,8 +86,7 @@ def ragged_linear(
         weight, bias: W (d_out, d_in) and b (d_out,), frozen.
         lora_A, lora_B: (K, r, d_in) and (K, d_out, r). What lies behind a particle's rank is not
             read, and has the gradient zero.
-        parts: the particles that have rows, and an adapter, in the order of their rows, each
-            particle once. Other rows get W x_t + b.
+        parts: rows of none of them get W x_t + b.
 
     Returns:
         (T, d_out).
@@ -103,9 +96,7 @@ def ragged_linear(
     return _linear(x, weight, bias, lora_A, lora_B, parts)
 
 
-def ragged_add(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, parts: Sequence[Part]
-) -> Tensor:
+def ragged_add(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, parts: Parts) -> Tensor:
     """y_t += s_k B_k A_k x_t, in place, for a contiguous y (T, d_out); else as `ragged_linear`."""
     if torch.is_grad_enabled():
         return _Ragged.apply(x, None, None, y, lora_A, lora_B, parts)
@@ -121,7 +112,7 @@ def _linear(
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
-    parts: Sequence[Part],
+    parts: Parts,
     shrunk: Tensor | None = None,
 ) -> Tensor:
     """`ragged_linear` without a gradient; shrunk (T, r), where it is given, gets A_k x_t."""
@@ -140,7 +131,7 @@ def _add(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    parts: Sequence[Part],
+    parts: Parts,
     shrunk: Tensor | None = None,
 ) -> None:
     if has_kernel():
@@ -167,7 +158,7 @@ class _Ragged(torch.autograd.Function):
         y: Tensor | None,
         lora_A: Tensor,
         lora_B: Tensor,
-        parts: Sequence[Part],
+        parts: Parts,
     ) -> Tensor:
         shrunk = x.new_empty(len(x), lora_A.shape[1])
         if y is None:

@@ -7,7 +7,7 @@ from test_volume import GRADIENT, VALUE, kinds, of, problem
 import multilora as ml
 import oracles
 from multilora.ops import ragged, svgd_update
-from multilora.ops.ragged import Part
+from multilora.ops.common import Part, Parts
 from oracles import double_gradients, gradients, relative_error
 
 pytestmark = pytest.mark.usefixtures("poison", "on_cpu")
@@ -83,7 +83,7 @@ def test_geometry_of_any_number_of_threads(threads, layers, d_in, d_out, rank):
 
 def test_unlike_rows_of_any_number_of_threads(threads):
     x, A, B = torch.randn(300, 40), torch.randn(2, 6, 40), torch.randn(2, 500, 6)
-    parts = [Part(0, 0, 290, 6, 1.5), Part(1, 290, 300, 6, 0.5)]
+    parts = Parts([Part(0, 0, 290, 6, 1.5), Part(1, 290, 300, 6, 0.5)])
     update = torch.cat([1.5 * x[:290] @ (B[0] @ A[0]).T, 0.5 * x[290:] @ (B[1] @ A[1]).T])
 
     def run():

@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 
 import multilora as ml
 from multilora.ops import dispatch, ragged
+from multilora.ops.common import Part, Parts
 from multilora.ops.native import view
-from multilora.ops.ragged import Part
 
 LEVELS = ["cpu-scalar", "cpu-avx2", "cpu-avx512"]
 if "cpu" in dispatch.available_backends():
@@ -22,7 +22,7 @@ if "cpu" in dispatch.available_backends():
 
 K, R, D_IN, D_OUT = 4, 5, 6, 7
 # Particle 2 has no rows, rows 9 and 10 have no adapter, and the ranks are smaller than R.
-PARTS = [Part(0, 0, 4, 2, 1.5), Part(1, 4, 5, 5, 0.25), Part(3, 5, 9, 1, 2.0)]
+PARTS = Parts([Part(0, 0, 4, 2, 1.5), Part(1, 4, 5, 5, 0.25), Part(3, 5, 9, 1, 2.0)])
 ROWS = 11
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -83,9 +83,9 @@ def test_it_is_each_parts_own_product(backend, poison):
             added = ragged.ragged_add(F.linear(rows, weight, b), rows, *factors, PARTS)
         torch.testing.assert_close(got, right, **CLOSE)
         torch.testing.assert_close(added, right, **CLOSE)
-    nothing = ragged.ragged_linear(x, weight, bias, *factors, [])
+    nothing = ragged.ragged_linear(x, weight, bias, *factors, Parts())
     torch.testing.assert_close(nothing, F.linear(x, weight, bias), **CLOSE)
-    assert ragged.ragged_linear(x[:0], weight, bias, *factors, []).shape == (0, D_OUT)
+    assert ragged.ragged_linear(x[:0], weight, bias, *factors, Parts()).shape == (0, D_OUT)
 
 
 # Ends of tiles, vectors and panels; a part of many rows; thin and long layers.
@@ -99,6 +99,7 @@ def test_any_sizes(backend, dtype, d_in, d_out, poison):
     g = torch.Generator().manual_seed(1)
     shapes = [(start + 2, d_in), (d_out, d_in), (d_out,), (6, 13, d_in), (6, d_out, 13)]
     args = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+    parts = Parts(parts)
     right = F.linear(*args[:3])
     for k, first, last, rank, scaling in parts:
         update = scaling * args[4][k, :, :rank] @ args[3][k, :rank]
@@ -131,7 +132,7 @@ def test_the_kernel_refuses_what_lies_outside(kernel):
 
     def run(parts, bias=bias, y=y, x=x):
         views = map(view, (y, bias, x, A, B))
-        _C.low_rank(*views, None, parts, where=1)
+        _C.low_rank(*views, None, _C.Parts(parts), where=1)
 
     run(PARTS)
     for part in [(4, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 2, 1), (0, 0, ROWS + 1)]:
@@ -145,7 +146,8 @@ def test_the_kernel_refuses_what_lies_outside(kernel):
     with pytest.raises(ValueError, match="dtype"):
         run(PARTS, bias=bias.float())
     with pytest.raises(ValueError, match="dtype"):
-        _C.low_rank(*(view(t.half()) for t in (y, bias, x, A, B)), None, PARTS, where=1)
+        halves = (view(t.half()) for t in (y, bias, x, A, B))
+        _C.low_rank(*halves, None, _C.Parts(PARTS), where=1)
 
 
 @pytest.mark.parametrize("wanted", [(0, 3, 4), (3,), (4,), (0,)])

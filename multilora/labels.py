@@ -119,30 +119,30 @@ class Task:
         only_last = self.shifts and "logits_to_keep" in self.columns
         return batch["labels"][:, -targets.shape[1] :] if only_last else batch["labels"]
 
-    def differs(self, batch: dict[str, Any], output: Any) -> tuple[float, float] | None:
-        """The base's own loss in its output for a batch, and this one, where they are not equal.
+    def differs(
+        self, output: Any, logits: Any, inputs: dict[str, Any], targets: Tensor
+    ) -> tuple[float, float] | None:
+        """The base's own loss in an output, and this one, where they are known and not equal.
 
         Args:
-            output: of the base for the whole batch, with its labels.
-
-        Raises:
-            ValueError: the batch and the output do not tell.
+            output: of the base or one particle, with labels: see `own_labels`.
+            logits: those in it, (B, ..., C).
+            inputs, targets: see `split`.
         """
-        theirs, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-        inputs, targets = self.split(batch)
-        if not isinstance(theirs, Tensor) or not isinstance(logits, Tensor) or targets is None:
-            raise ValueError("the output has no loss")
+        theirs = getattr(output, "loss", None)
+        if not isinstance(theirs, Tensor) or not isinstance(logits, Tensor):
+            return None
         if self.shifts:
             logits = logits[:, -targets.shape[1] :]
         if logits.shape[:-1] != targets.shape:
-            raise ValueError(f"logits {tuple(logits.shape)} for targets {tuple(targets.shape)}")
+            return None
         where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         ours = F.cross_entropy(logits[where].to(accumulator(logits.dtype)), targets[where])
         if self.router is not None:
             ours = ours + self.router(output, 1, inputs.get("attention_mask"))[0]
-        if not bool(ours.isfinite()):
-            raise ValueError("the batch has no labels")
-        return None if is_same_loss(theirs, ours) else (theirs.item(), ours.item())
+        if not bool(ours.isfinite()) or is_same_loss(theirs, ours):
+            return None
+        return theirs.item(), ours.item()
 
     def _check_labels(self, labels: Tensor) -> None:
         if labels.is_floating_point() or self.label_axes not in (None, labels.ndim):

@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from multilora import metrics
 from multilora.checkpoint import load_particles
 from multilora.integrations.generation import EnsembleLogits, Generation, generate
-from multilora.labels import Task, counts_items, is_same_loss, with_loss
+from multilora.labels import Task, counts_items, with_loss
 from multilora.losses import NAMES
 from multilora.methods import Method
 from multilora.model import ParticleModel
@@ -337,21 +337,14 @@ class ParticleTrainer(Trainer):
         if labels is None:
             return  # The base computes no loss, or the user chose another one.
         output = self._own_output(inputs, labels)
-        logits = self._task.logits(output, targets)
-        where = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-        exact = accumulator(logits.dtype)
-        loss = nn.functional.cross_entropy(logits[0][where].to(exact), targets[where])
-        if self._task.router is not None:
-            loss = loss + self._task.router(output, 1, inputs.get("attention_mask"))[0]
-        theirs = getattr(output, "loss", None)
-        if theirs is None or not bool(loss.isfinite()):
-            return
-        if not is_same_loss(theirs, loss):
+        logits = self._task.logits(output, targets)[0]
+        if different := self._task.differs(output, logits, inputs, targets):
+            theirs, ours = different
             raise ValueError(
-                f"the loss of {type(self._task.base).__name__} itself is {theirs.item():.6g} for "
-                f"particle 0, and the cross-entropy at its labels is {loss.item():.6g}: "
-                "ParticleTrainer would train another loss than Trainer. Give the method the "
-                "model's loss, such as ml.Ensemble(model, loss=...)"
+                f"the loss of {type(self._task.base).__name__} itself is {theirs:.6g} for particle "
+                f"0, and the cross-entropy at its labels is {ours:.6g}: ParticleTrainer would "
+                "train another loss than Trainer. Give the method the model's loss, such as "
+                "ml.Ensemble(model, loss=...)"
             )
 
     def _check_compute_loss(self) -> None:

@@ -164,21 +164,17 @@ class Independent(Method):
         using: list[set[int]] = [set() for _ in self.params]
         losses: dict[int, Tensor] = {}
         extras: dict[int, Tensor] = {}
+        # Which particles the loss of each closure has a gradient for.
+        reached: dict[int, Tensor] = {}
         for part in self._passes(entries, device):
             outputs, routed = self._outputs(part)
             values = {k: self._value(k, *output, items) for k, output in outputs.items()}
-            for k in values:
-                if not values[k].requires_grad:
-                    raise RuntimeError(
-                        f"{self.who(k)}: its loss has no gradient, so nothing would be trained: it "
-                        "must come from the model's logits, not detached, outside of torch.no_grad"
-                    )
-            objective = sum(
-                (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
-            )
-            grads = used_gradients(objective, self.params)
+            terms = {
+                k: (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
+            }
+            grads = self._gradients(terms)
             if isinstance(part, tuple):
-                self._require_own(part[0], grads)
+                reached[part[0]] = _reached(grads)
             for users, grad in zip(using, grads):
                 users.update(() if grad is None else values)
             total = sums(total, grads)
@@ -186,23 +182,40 @@ class Independent(Method):
             extras |= {k: v.detach() for k, v in routed.items()}
             self.rows |= {k: len(outputs[k][0]) for k in outputs}
         del grads
+        self._require_own(reached)
         looked_at = [] if isinstance(scale, Tensor) else [g for g in total if g is not None]
         steps = self._finite(losses, looked_at)
         self._add(total, using, steps)
         self.step += 1
         return self._stats(losses, extras, steps)
 
-    def _require_own(self, k: int, grads: Sequence[Tensor | None]) -> None:
+    def _gradients(self, losses: Mapping[int, Tensor]) -> list[Tensor | None]:
+        """Of the losses' sum; None for parameters that it does not depend on."""
+        for k, loss in losses.items():
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    f"{self.who(k)}: its loss has no gradient, so nothing would be trained: it "
+                    "must come from the model's logits, not detached, outside of torch.no_grad"
+                )
+        try:
+            return used_gradients(list(losses.values()), self.params)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # such as OutOfMemoryError
+                raise
+            raise RuntimeError(f"{', '.join(map(self.who, losses))}: {error}") from error
+
+    def _require_own(self, reached: Mapping[int, Tensor]) -> None:
         """Raise where the loss of a closure has a gradient for other particles than its own."""
-        if self.num_particles == 1 or is_captured(self.params[0]):
+        if not reached or self.num_particles == 1 or is_captured(self.params[0]):
             return
-        seen = [(g != 0).flatten(1).any(1) for g in grads if g is not None]
-        moved = torch.stack(seen).any(0).tolist()
-        if others := [self.who(j) for j, moves in enumerate(moved) if moves and j != k]:
-            raise ValueError(
-                f"{self.who(k)}: the loss of its closure has a gradient for {', '.join(others)}: a "
-                "closure that is made in a loop needs its own k, lambda k=k: ..."
-            )
+        every = torch.stack(list(reached.values())).tolist()
+        for k, moves in zip(reached, every):
+            if others := [self.who(j) for j, moved in enumerate(moves) if moved and j != k]:
+                raise ValueError(
+                    f"{self.who(k)}: the loss of its closure has a gradient for "
+                    f"{', '.join(others)}: a closure that is made in a loop needs its own k, "
+                    "lambda k=k: ..."
+                )
 
     def _add(self, grads: list[Tensor | None], using: list[set[int]], steps: Sequence[int]) -> None:
         """Add gradients for those that step, and use the tensor: None stays, as for a run alone."""
@@ -429,3 +442,8 @@ class Independent(Method):
             for k, n in num_items.items()
             if n is not None and k in entries
         }
+
+
+def _reached(grads: Sequence[Tensor | None]) -> Tensor:
+    """(K,): the particles that have a gradient. Zero times what is not finite is none."""
+    return torch.stack([(g.abs() > 0).flatten(1).any(1) for g in grads if g is not None]).any(0)

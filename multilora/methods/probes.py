@@ -116,7 +116,8 @@ def check_own_loss(model: ParticleModel, reader: Reader, batch: Mapping[str, Any
         return False
     try:
         with _of_base(model):
-            different = task.differs(some, model.base(**inputs | {"labels": labels}))
+            output = model.base(**inputs | {"labels": labels})
+            different = task.differs(output, getattr(output, "logits", None), inputs, targets)
     except OF_INPUTS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -341,6 +341,28 @@ def test_closures_run_their_own_particle():
     assert any(g is not None for g in grads(model))
 
 
+def test_a_closure_of_another_model_names_its_run():
+    model, x, y = heads()
+    copy, _, _ = heads()
+    method = ml.Independent(model, names=["a", "b", "c"])
+    with pytest.raises(RuntimeError, match=r"particle 1 \(run 'b'\): the closure's loss does not"):
+        method.backward([(x, y), lambda: (copy.particle(1)(x), y), None])
+    assert all(g is None for g in grads(model))
+
+
+def test_a_closure_does_not_answer_for_particles_that_are_not_finite():
+    model, x, y = heads()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p[2] = torch.nan
+    method = ml.Independent(model, nonfinite="skip")
+    method.backward([lambda: (model(x)[0], y), None, None])
+    found = [g for g in grads(model) if g is not None]
+    assert found and method.skipped == []
+    assert all(g[0].any() and not g[1:].any() for g in found)
+
+
 @pytest.mark.parametrize("kind", ["loss", "closure"])
 def test_a_loss_without_a_gradient_names_its_run(kind):
     model, x, y = heads()

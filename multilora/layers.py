@@ -166,10 +166,8 @@ class LoraLayer(ParticleLayer):
         return lora_A, (lora_B * scales).to(lora_B.dtype)
 
     def clear_padding(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Set the padding to zero, if an optimizer that adds noise, say, has moved it.
-
-        The factors are the layer's own, which takes time to find.
-        """
+        """Set the padding of the layer's factors to zero, if an optimizer that adds noise, say, has
+        moved it."""
         if self.each is None or self._clean == lora_A._version + lora_B._version:
             return
         if len(self.each) != len(lora_A):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -59,13 +60,20 @@ class ForwardState:
         #: The particle layers that have run so far.
         self.ran: set[nn.Module] = set()
 
+    @property
+    def is_special(self) -> bool:
+        """Whether anything but all particles on equal parts of the rows runs."""
+        return self.frozen or self.part is not None or self.counts is not None
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, this is the current state."""
         token = _current.set(self)
+        _count(self.is_special)
         try:
             yield
         finally:
+            _count(-self.is_special)
             _current.reset(token)
 
     def mark(self, t: Tensor) -> Tensor:
@@ -73,6 +81,42 @@ class ForwardState:
         if t.requires_grad and torch.is_grad_enabled():
             t.register_hook(functools.partial(_enter_backward, self))
         return t
+
+
+# How many special states are current, in all threads.
+special = 0
+_counting = threading.Lock()
+
+
+def _count(more: int) -> None:
+    global special
+    if more:
+        with _counting:
+            special += more
+
+
+def require_plain() -> None:
+    """For layers inside torch.compile, which do not see the state: raise where it is special.
+
+    Compiled code is guarded on the number of special states, so it comes here again when that
+    changes.
+
+    Raises:
+        NotImplementedError: it is this thread's.
+    """
+    if special:
+        _refuse_special()
+
+
+@torch.compiler.disable
+def _refuse_special() -> None:
+    # An error that torch.compile saw would make it run what is around the layer without it.
+    state = _current.get()
+    if state is not None and state.is_special:
+        raise NotImplementedError(
+            "base_only, model.particle(k) and rows for particles of their own do not run in "
+            "torch.compile"
+        )
 
 
 _current: ContextVar[ForwardState | None] = ContextVar("multilora_forward", default=None)

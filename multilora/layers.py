@@ -88,7 +88,7 @@ class LoraLayer(ParticleLayer):
         self.rank, first = self.lora_A.shape[-2], each[0]
         self.register_buffer("scales", None, persistent=False)
         self.register_buffer("rates", None, persistent=False)
-        self._clean = -1
+        self._clean: tuple[int, ...] = ()
         if first.rank == self.rank and all(a == first for a in each):
             #: What each particle has; None where all have the same.
             self.each: tuple[Adapted, ...] | None = None
@@ -168,15 +168,17 @@ class LoraLayer(ParticleLayer):
     def clear_padding(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Set the padding of the layer's factors to zero, if an optimizer that adds noise, say, has
         moved it."""
-        if self.each is None or self._clean == lora_A._version + lora_B._version:
+        # An optimizer does not move inference tensors.
+        if self.each is None or lora_A.is_inference() or len(self.each) != len(lora_A):
             return
-        if len(self.each) != len(lora_A):
+        state = id(lora_A), id(lora_B), lora_A._version, lora_B._version
+        if self._clean == state:
             return
         with torch.no_grad():
             for k, a in enumerate(self.each):
                 lora_A[k, ..., a.rank :, :] = 0
                 lora_B[k, ..., a.rank :] = 0
-        self._clean = lora_A._version + lora_B._version
+        self._clean = id(lora_A), id(lora_B), lora_A._version, lora_B._version
 
     @staticmethod
     def weight_shape(base_layer: Any) -> tuple[int, int]:

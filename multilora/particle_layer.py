@@ -57,6 +57,7 @@ class ParticleLayer(nn.Module):
                 of them.
         """
         if torch.compiler.is_compiling():
+            forward_state.require_plain()
             return None
         state = forward_state.current()
         if state is not None:

@@ -84,8 +84,6 @@ class Runner:
         self._checked: dict[Any, list[Axis] | None] = {}
         # The particle layers that ran in the first forward of each mode.
         self._ran: dict[bool, set[str]] = {}
-        # How many ran for rows, by method and mode.
-        self._seen: dict[tuple[str, bool], int] = {}
 
     def run(
         self,
@@ -123,10 +121,6 @@ class Runner:
     ) -> Any:
         """The method `name` of the base, row n for particle[n] alone."""
         function = _method(model.base, name)
-        # A layer that torch.compile has does not say that it runs, so it is enough to look where
-        # fewer do than before: it takes long.
-        seen = self._seen.get((name, model.training))
-        _refuse_compiled(model, look=seen is None)
         if model.processes.particle_size > 1:
             raise NotImplementedError("rows for particles of their own need all in one process")
         if name == "forward":
@@ -154,8 +148,6 @@ class Runner:
             which=rows.present,
         )
         output = self._called(model, name, state, partial(function, *args, **kwargs))
-        _refuse_compiled(model, look=seen is not None and len(state.ran) < seen)
-        self._seen[name, model.training] = len(state.ran)
         if axes is None or len(axes) != sum(1 for _ in tensors(output)):
             axes = _conventional(model, name, output, inputs.batch)
         return rows.back(output, axes)
@@ -170,8 +162,6 @@ class Runner:
         kwargs: dict[str, Any],
     ) -> Any:
         """A method of the base for one particle alone."""
-        if torch.compiler.is_compiling() or is_compiled(model.base):
-            raise NotImplementedError("one particle of several does not run in torch.compile")
         state = ForwardState(model, 1, part=_of(particle))
         output = self._called(model, name, state, partial(function, *args, **kwargs))
         return own_columns(model, output, particle)
@@ -561,11 +551,6 @@ def is_compiled(base: nn.Module) -> bool:
     return any(
         "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in modules_of(base)
     )
-
-
-def _refuse_compiled(model: ParticleModel, look: bool) -> None:
-    if torch.compiler.is_compiling() or (look and is_compiled(model.base)):
-        raise NotImplementedError("rows for particles of their own do not run in torch.compile")
 
 
 def _is_sharded(base: nn.Module) -> bool:

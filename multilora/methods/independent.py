@@ -13,7 +13,7 @@ from multilora import checks
 from multilora.gradients import add_gradients
 from multilora.losses import NAMES, Loss, RowLoss, named
 from multilora.methods.base import Method, is_captured, warn
-from multilora.methods.packing import Batch, Pack, Reader, on, packed
+from multilora.methods.packing import Batch, Pack, Reader, first_few, on, packed
 from multilora.methods.parameters import stacked_parameters
 from multilora.methods.probes import check_own_loss, hides_padding
 from multilora.methods.tensors import sums, used_gradients, zero_if_finite
@@ -202,7 +202,7 @@ class Independent(Method):
         except RuntimeError as error:
             if type(error) is not RuntimeError:  # such as OutOfMemoryError
                 raise
-            raise RuntimeError(f"{', '.join(map(self.who, losses))}: {error}") from error
+            raise RuntimeError(f"{first_few(list(map(self.who, losses)))}: {error}") from error
 
     def _require_own(self, reached: Mapping[int, Tensor]) -> None:
         """Raise where the loss of a closure has a gradient for other particles than its own."""
@@ -446,4 +446,5 @@ class Independent(Method):
 
 def _reached(grads: Sequence[Tensor | None]) -> Tensor:
     """(K,): the particles that have a gradient. Zero times what is not finite is none."""
-    return torch.stack([(g.abs() > 0).flatten(1).any(1) for g in grads if g is not None]).any(0)
+    seen = [(g.abs() > 0).reshape(len(g), -1).any(1) for g in grads if g is not None]
+    return torch.stack(seen).any(0)

@@ -241,7 +241,9 @@ class Pack:
             # Subclasses tell more than their text does, such as that memory is short.
             if type(error) not in OF_INPUTS:
                 raise
-            raise type(error)(f"{_all(self.batches.values())}: {error}") from error
+            raise type(error)(
+                f"{first_few([b.who for b in self.batches.values()])}: {error}"
+            ) from error
 
     def called(self, call: Callable[..., Any]) -> Any:
         """call(...) of all rows."""
@@ -279,7 +281,7 @@ class Pack:
         embedded = {n for batch in batches for n in batch.lengths(["inputs_embeds"])}
         if logits.ndim == 2 and len(embedded) > 1:
             raise ValueError(
-                f"{_all(batches)}: of embeddings of unequal lengths, "
+                f"{first_few([b.who for b in batches])}: of embeddings of unequal lengths, "
                 f"{type(self.reader.base).__name__} may have classified the padding: give "
                 "input_ids, or run them apart"
             )
@@ -387,9 +389,9 @@ def _are_equal(one: Any, other: Any) -> bool:
         return one is other
 
 
-def _all(batches: Collection[Batch]) -> str:
-    """Whose the batches are, for messages."""
-    named = [b.who for b in batches]
+def first_few(named: Collection[str]) -> str:
+    """Some particles' names, for messages."""
+    named = list(named)
     return ", ".join(named[:4]) + (f" and {len(named) - 4} others" if len(named) > 4 else "")
 
 

@@ -107,7 +107,7 @@ def used_gradients(
         )
     if all(g is None for g in grads):
         raise RuntimeError(
-            "the closure's loss does not depend on any of the method's parameters, so nothing "
+            "the loss does not depend on any of the method's parameters, so nothing "
             "would be trained: it must run the model that the method was made for, not a copy of "
             "it, with gradients enabled and without detaching the logits"
         )

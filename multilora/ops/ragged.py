@@ -33,6 +33,7 @@ def is_plain() -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
     )
 
 

@@ -341,11 +341,34 @@ def test_closures_run_their_own_particle():
     assert any(g is not None for g in grads(model))
 
 
+def test_a_closure_of_a_head_with_a_scalar():
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 3)
+            self.temperature = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x):
+            return super().forward(x) * self.temperature
+
+    config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    base = nn.Sequential(nn.Linear(6, 8), Scaled())
+    model = ml.get_particle_model(base, [config] * 2, seed=[0, 1], head_init="copy").train()
+    perturb(model)
+    method, x, y = ml.Independent(model), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    method.backward({1: lambda: (model.particle(1)(x), y)})
+    got = grads(model)
+    model.zero_grad()
+    method.backward({1: (x, y)})
+    for one, other in zip(got, grads(model)):
+        assert other[1].any() and not other[0].any()
+        torch.testing.assert_close(one, other)
+
+
 def test_a_closure_of_another_model_names_its_run():
     model, x, y = heads()
     copy, _, _ = heads()
     method = ml.Independent(model, names=["a", "b", "c"])
-    with pytest.raises(RuntimeError, match=r"particle 1 \(run 'b'\): the closure's loss does not"):
+    with pytest.raises(RuntimeError, match=r"particle 1 \(run 'b'\): the loss does not depend"):
         method.backward([(x, y), lambda: (copy.particle(1)(x), y), None])
     assert all(g is None for g in grads(model))
 

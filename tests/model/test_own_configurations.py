@@ -212,6 +212,30 @@ def test_padding_stays_zero(optimizer, rows):
     assert is_padded_with_zeros(model)
 
 
+def test_padding_of_assigned_factors_is_cleared():
+    model, x = particles(), FAMILIES["llama"].inputs(2)
+    with torch.no_grad():
+        model(**x)
+        dirty = {n: t.clone() for n, t in model.state_dict().items()}
+        for name, t in dirty.items():
+            if ".lora_" in name:
+                t.add_(1)
+        model.load_state_dict(dirty, assign=True)
+        assert not is_padded_with_zeros(model)
+        model(**x)
+    assert is_padded_with_zeros(model)
+
+
+def test_particles_that_are_made_in_inference_mode():
+    x = FAMILIES["llama"].inputs(2)
+    expected = particles()(**x).logits.detach()
+    with torch.inference_mode():
+        model = particles()
+        torch.testing.assert_close(model(**x).logits, expected, rtol=1e-9, atol=1e-9)
+        rows = model(**x, particle=[K - 1, 0]).logits
+    torch.testing.assert_close(rows[0], expected[K - 1, 0], rtol=1e-9, atol=1e-9)
+
+
 def gradients_of_padding(model):
     for _, layer in model.lora_layers():
         for k in range(model.num_particles):

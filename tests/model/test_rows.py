@@ -1,6 +1,7 @@
 """model(x, particle=index): every row through its own particle alone."""
 
 import copy
+import threading
 
 import peft
 import pytest
@@ -203,25 +204,94 @@ def test_places_of_tokens_have_rows(fold):
         torch.testing.assert_close(rows[n], alone[0], **tolerance("llama"))
 
 
-@pytest.mark.parametrize("part", ["", "blocks.0"])
-def test_a_base_that_is_compiled_later(part):
-    """After rows have run: the layers that torch.compile has would mistake them."""
+def _base_alone(model, x):
+    with model.base_only():
+        return model(x)
+
+
+def _of_base(model, x):
+    with model.base_only():
+        return model.base(x)
+
+
+#: What layers inside torch.compile cannot see.
+SPECIAL = {
+    "rows": lambda model, x: model(x, particle=UNEQUAL),
+    "some": lambda model, x: model(x, particle=SOME),
+    "particle": lambda model, x: model.particle(1)(x),
+    "base_only": _base_alone,
+    "base": _of_base,
+}
+
+
+@pytest.mark.parametrize("part", ["base", "base.blocks.0", "", "caller"])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_compiled_layers_refuse_what_they_cannot_see(part, special):
+    family = FAMILIES["vit"]
+    model, (x,) = particles_of(family.build(), family.config(), K), family.inputs(8).values()
+    run = SPECIAL[special]
+    before, alone = model(x), run(model, x)
+    if part == "caller":
+        run = torch.compile(run, backend="eager")
+        every = torch.compile(model, backend="eager")
+    else:
+        model.get_submodule(part).compile(backend="eager")
+        every = model
+    torch.testing.assert_close(every(x), before, **tolerance("vit"))
+    # A view and the base itself are called past the model, and so not compiled with it.
+    if part == "" and special in ("particle", "base"):
+        torch.testing.assert_close(run(model, x), alone, **tolerance("vit"))
+    else:
+        with pytest.raises(NotImplementedError, match=r"torch\.compile"):
+            run(model, x)
+    torch.testing.assert_close(every(x), before, **tolerance("vit"))
+
+
+@pytest.mark.parametrize("part", ["base", ""])
+def test_as_many_rows_for_each_particle_are_compiled(part):
     family = FAMILIES["vit"]
     model, inputs = particles_of(family.build(), family.config(), K), family.inputs(8)
-    model(**inputs, particle=UNEQUAL)
-    model(**inputs, particle=EQUAL)
-    model.base.get_submodule(part).compile(backend="eager")
-    for index in (EQUAL, UNEQUAL):
-        with pytest.raises(NotImplementedError, match=r"torch\.compile"):
-            model(**inputs, particle=index)
+    before = model(**inputs, particle=EQUAL)
+    model.get_submodule(part).compile(backend="eager")
+    torch.testing.assert_close(model(**inputs, particle=EQUAL), before, **tolerance("vit"))
 
 
-def test_one_particle_is_not_compiled():
+def test_another_threads_rows_do_not_matter_to_what_is_compiled():
     family = FAMILIES["mlp"]
-    model = particles_of(family.build(), family.config(), K)
-    model.base.compile(backend="eager")
-    with pytest.raises(NotImplementedError, match=r"torch\.compile"):
-        model.particle(1)(**family.inputs(8))
+    model, (x,) = particles_of(family.build(), family.config(), K), family.inputs(8).values()
+    compiled, expected = torch.compile(model, backend="eager"), model(x)
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with model.base_only():
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(60)
+    try:
+        torch.testing.assert_close(compiled(x), expected, **CLOSE)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_rows_are_traced():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = particles_of(family.build(), family.config(), K)
+
+        def forward(self, x):
+            return self.model(x, particle=UNEQUAL)
+
+    family = FAMILIES["mlp"]
+    wrapper, (x,) = Wrapper(), family.inputs(8).values()
+    with torch.no_grad():
+        expected = wrapper(x)
+        traced = torch.jit.trace(wrapper, x, check_trace=False)
+        torch.testing.assert_close(traced(x), expected, **CLOSE)
 
 
 def test_one_particle_notices_adapters_that_do_not_run():

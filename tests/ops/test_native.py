@@ -138,7 +138,7 @@ def test_native_functions_take_at_most_eight_arguments():
     counts = {}
     for module in modules:
         for name, function in vars(module).items():
-            if callable(function):
+            if callable(function) and not isinstance(function, type):
                 signature = function.__doc__.splitlines()[0]
                 counts[name] = len(re.findall(r"\w+: ", signature))
     assert counts["volume_forward"] == counts["volume_backward"] == 8

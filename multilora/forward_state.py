@@ -105,12 +105,13 @@ def require_plain() -> None:
         NotImplementedError: it is this thread's.
     """
     if special:
+        # An error that torch.compile sees makes it run what is around the layer without it. It
+        # does not look behind a break.
+        torch._dynamo.graph_break()
         _refuse_special()
 
 
-@torch.compiler.disable
 def _refuse_special() -> None:
-    # An error that torch.compile saw would make it run what is around the layer without it.
     state = _current.get()
     if state is not None and state.is_special:
         raise NotImplementedError(

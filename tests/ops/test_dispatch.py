@@ -256,6 +256,7 @@ import multilora
 took = time.process_time() - start
 from multilora.ops import dispatch
 heavy = "transformers timm peft matplotlib accelerate torchmetrics sklearn datasets tokenizers"
+heavy += " torch._dynamo"
 print(took, dispatch.current_backend(), sorted(set(heavy.split()) & sys.modules.keys()))
 """
     for _ in range(2):  # the first time Python may have to compile the modules

@@ -360,6 +360,9 @@ class Runner:
         self, model: ParticleModel, ran: set[nn.Module], entered: set[nn.Module]
     ) -> None:
         """After a mode's first forward, raise where no adapter ran, and warn where some did not."""
+        if is_compiled(model.base):  # layers in there do not say that they run
+            self._ran[model.training] = set()
+            return
         adapters = dict(model.lora_layers())
         layers = adapters | dict(model.stacked_modules())
         names = {name for name, layer in layers.items() if layer in ran}

@@ -164,8 +164,9 @@ class Independent(Method):
         using: list[set[int]] = [set() for _ in self.params]
         losses: dict[int, Tensor] = {}
         extras: dict[int, Tensor] = {}
-        # Which particles the loss of each closure has a gradient for.
+        # Which particles the loss of each closure has a gradient for, where that can be asked.
         reached: dict[int, Tensor] = {}
+        asks = self.num_particles > 1 and not is_captured(self.params[0])
         for part in self._passes(entries, device):
             outputs, routed = self._outputs(part)
             values = {k: self._value(k, *output, items) for k, output in outputs.items()}
@@ -173,7 +174,7 @@ class Independent(Method):
                 k: (values[k] + routed.get(k, 0)) * (scales[k] * self.weights[k]) for k in values
             }
             grads = self._gradients(terms)
-            if isinstance(part, tuple):
+            if asks and isinstance(part, tuple):
                 reached[part[0]] = _reached(grads)
             for users, grad in zip(using, grads):
                 users.update(() if grad is None else values)
@@ -202,11 +203,11 @@ class Independent(Method):
         except RuntimeError as error:
             if type(error) is not RuntimeError:  # such as OutOfMemoryError
                 raise
-            raise RuntimeError(f"{first_few(list(map(self.who, losses)))}: {error}") from error
+            raise RuntimeError(f"{first_few(map(self.who, losses))}: {error}") from error
 
     def _require_own(self, reached: Mapping[int, Tensor]) -> None:
         """Raise where the loss of a closure has a gradient for other particles than its own."""
-        if not reached or self.num_particles == 1 or is_captured(self.params[0]):
+        if not reached:
             return
         every = torch.stack(list(reached.values())).tolist()
         for k, moves in zip(reached, every):

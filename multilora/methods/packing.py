@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +242,7 @@ class Pack:
             if type(error) not in OF_INPUTS:
                 raise
             raise type(error)(
-                f"{first_few([b.who for b in self.batches.values()])}: {error}"
+                f"{first_few(b.who for b in self.batches.values())}: {error}"
             ) from error
 
     def called(self, call: Callable[..., Any]) -> Any:
@@ -281,7 +281,7 @@ class Pack:
         embedded = {n for batch in batches for n in batch.lengths(["inputs_embeds"])}
         if logits.ndim == 2 and len(embedded) > 1:
             raise ValueError(
-                f"{first_few([b.who for b in batches])}: of embeddings of unequal lengths, "
+                f"{first_few(b.who for b in batches)}: of embeddings of unequal lengths, "
                 f"{type(self.reader.base).__name__} may have classified the padding: give "
                 "input_ids, or run them apart"
             )
@@ -389,9 +389,9 @@ def _are_equal(one: Any, other: Any) -> bool:
         return one is other
 
 
-def first_few(named: Collection[str]) -> str:
+def first_few(names: Iterable[str]) -> str:
     """Some particles' names, for messages."""
-    named = list(named)
+    named = list(names)
     return ", ".join(named[:4]) + (f" and {len(named) - 4} others" if len(named) > 4 else "")
 
 

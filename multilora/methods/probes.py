@@ -16,6 +16,9 @@ from multilora.ops.common import IGNORE_INDEX
 from multilora.randomness import RandomState
 from multilora.walk import evaluating
 
+#: Errors for which the batches are not to blame: memory is short, or torch.compile has the base.
+_OF_OTHERS = (torch.OutOfMemoryError, NotImplementedError)
+
 
 @contextlib.contextmanager
 def _of_base(model: ParticleModel) -> Iterator[None]:
@@ -43,7 +46,7 @@ def hides_padding(model: ParticleModel, reader: Reader, batches: Mapping[int, Ba
             again = _logits(model, Pack(reader, {0: short, 1: short}))
             beside = _logits(model, Pack(reader, {0: short, 1: long}))
     except OF_INPUTS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, _OF_OTHERS):
             raise
         return True
     if alone.shape != beside.shape:
@@ -119,7 +122,7 @@ def check_own_loss(model: ParticleModel, reader: Reader, batch: Mapping[str, Any
             output = model.base(**inputs | {"labels": labels})
             different = task.differs(output, getattr(output, "logits", None), inputs, targets)
     except OF_INPUTS as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, _OF_OTHERS):
             raise
         return True
     if different is not None:

@@ -402,3 +402,14 @@ def test_a_loss_without_a_gradient_names_its_run(kind):
     with pytest.raises(RuntimeError, match=r"particle 1 \(run 'b'\): its loss has no gradient"):
         method.backward([(x, y), (x, y) if kind == "loss" else closure, (x, y)])
     assert all(g is None for g in grads(model))
+
+
+def test_a_compiled_base_cannot_be_asked_for_its_loss():
+    family = FAMILIES["llama"]
+    model = ml.get_particle_model(family.build(), family.config(), K, seed=0).train()
+    ids = family.inputs(2)["input_ids"]
+    model.base.compile(backend="eager")
+    batches = [{"input_ids": ids, "labels": ids}] * K
+    with pytest.raises(NotImplementedError, match=r"torch\.compile"):
+        ml.Independent(model).backward(batches)
+    assert all(g is None for g in grads(model))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import peft
 import pytest
@@ -254,6 +255,21 @@ def test_as_many_rows_for_each_particle_are_compiled(part):
     before = model(**inputs, particle=EQUAL)
     model.get_submodule(part).compile(backend="eager")
     torch.testing.assert_close(model(**inputs, particle=EQUAL), before, **tolerance("vit"))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_base_may_be_compiled_before_or_between_forwards(mode):
+    family = FAMILIES["mlp"]
+    model, (x,) = particles_of(family.build(), family.config(), K), family.inputs(8).values()
+    expected = copy.deepcopy(model)(x)
+    if mode:
+        model.train()(x)
+    model.base.compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for output in (model.train(mode)(x), model.eval()(x), model(x, particle=EQUAL)):
+            wanted = expected if len(output) == K else expected[EQUAL, range(8)]
+            torch.testing.assert_close(output, wanted, **CLOSE)
 
 
 def test_another_threads_rows_do_not_matter_to_what_is_compiled():

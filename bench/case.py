@@ -66,7 +66,6 @@ class Case:
     work: what one repetition needs at least, if that is known.
     rate: what multilora's speed is given in on a CPU: "flops" or "bytes" of the work.
     problem: makes the problem whose Triton launches are multilora's in this case.
-    goal: at most how many times as long as the yardstick multilora is to take; 0: none is set.
     asides: peers that are shown and not compared with, because they do another task.
     stand_in: a smaller case that is checked, in float32, in place of this one.
     cost: seconds that the case is expected to take on a GPU.
@@ -83,7 +82,6 @@ class Case:
     work: Work | None = None
     rate: str = "flops"
     problem: Callable[[], Problem] | None = None
-    goal: float = 0.0
     asides: frozenset[str] = frozenset()
     stand_in: Case | None = None
     cost: float = 4.0

@@ -18,7 +18,7 @@ from bench.operators import (
     loss_sizes,
     third_party_cases,
 )
-from bench.steps import cpu_steps, gpu_steps
+from bench.steps import compiled_steps, cpu_steps, gpu_steps
 from multilora.ops.dispatch import available_backends
 
 CASES = [*cpu_cases(), *cpu_steps()]
@@ -59,6 +59,7 @@ def families(backends: Sequence[str], tiny: bool = False) -> dict[str, list[Case
         ],
         "ViT-B steps": [case for case in steps if case.name.startswith("ViT")],
         "Llama steps": [case for case in steps if not case.name.startswith("ViT")],
+        "compiled steps": compiled_steps(backends, tiny),
         "torch.compile": compiled_cases([*vit, *llm], backends, tiny),
         "other libraries": third_party_cases([*vit, *llm], backends),
     }

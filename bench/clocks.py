@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import math
@@ -143,10 +144,21 @@ def capture(
         run()
     finally:
         torch.cuda.set_sync_debug_mode(before)
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, pool=pool, stream=stream):
         outputs = run()
+    graph.instantiate()
     return graph, outputs
+
+
+def launches(graph: torch.cuda.CUDAGraph) -> int:
+    """How many kernels, copies and fills a captured graph launches."""
+    count = ctypes.c_size_t()
+    handle = ctypes.c_void_p(graph.raw_cuda_graph())
+    error = ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count))
+    if error:
+        raise RuntimeError(f"cuGraphGetNodes returned the error {error}")
+    return count.value
 
 
 def host_microseconds(run: Callable[[], Any], calls: int = 15) -> float:

@@ -19,6 +19,7 @@ from bench.clocks import (
     clock,
     host_microseconds,
     interleave,
+    launches,
     peak_memory,
     quartiles,
 )
@@ -79,6 +80,7 @@ class Measurement:
             "not_captured": {},
             "peak_bytes": {},
             "host_us": {},
+            "launches": {},
         }
 
     def run(self, seconds: float) -> dict[str, Any]:
@@ -197,6 +199,7 @@ class Measurement:
                     self.record.setdefault("repeatable", {})[name] = same
                 outputs = None
                 samplers["kernel", name] = timer.replay_sampler(graph)
+                self.record["launches"][name] = launches(graph)
             except Exception as error:
                 self.record["not_captured"][name] = reason(error)
                 outputs = None
@@ -266,12 +269,6 @@ class Measurement:
             if self.ceilings is not None:
                 record["floor"] = least = floor(case.work, self.ceilings)
                 columns["roofline"] = {n: least / m for n, m in peers.items()}
-        if case.goal and "x_yardstick" in columns:
-            columns["goal"] = {
-                name: {"at_most": case.goal, "met": ratio <= case.goal}
-                for name, ratio in columns["x_yardstick"].items()
-                if is_ours(name)
-            }
         record[f"{kind}_columns"] = columns
 
 

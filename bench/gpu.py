@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import goals, record
 from bench.compare import line
 from bench.device import default_device
 from bench.jobs import Group, Job, Stage, shown
@@ -127,6 +127,8 @@ class Session:
 
     def report(self) -> int:
         found = record.build(self.journal.events, self.stages, "", self.args.tiny)
+        if self.args.device == "cuda":
+            print(*goals.judge(found), sep="\n")
         wrong = record.wrong(found)
         for name in wrong:
             print(f"WRONG {name}")

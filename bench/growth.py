@@ -57,7 +57,7 @@ def bella_model(particles: int) -> ml.ParticleModel:
     return ml.get_particle_model(base, config, particles)
 
 
-def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
+def bella(particles: int, chunk: int, images: int, device: torch.device) -> dict[str, Any]:
     """Bytes (`resident` in this process; on a GPU, of the device) and seconds of an SVGD step with
     AdamW."""
     on_gpu = device.type == "cuda"
@@ -66,7 +66,7 @@ def bella(particles: int, images: int, device: torch.device) -> dict[str, Any]:
     trainable = sum(p[0].numel() for p in model.particle_parameters())
     if trainable != TRAINABLE:
         raise AssertionError(f"{trainable} trainable numbers per particle, not {TRAINABLE}")
-    method = ml.SVGD(model, particle_chunk=CHUNK)
+    method = ml.SVGD(model, particle_chunk=chunk)
     optimizer = torch.optim.AdamW(model.particle_parameters(), lr=1e-3)
     # Make AdamW's state, as in the middle of a training.
     for p in model.particle_parameters():
@@ -271,6 +271,7 @@ def main() -> int:
     parser.add_argument("part", nargs="?", choices=("growth", "trunk"), help="one question alone")
     parser.add_argument("--out", default="latest", help="results/many_particles/PART-OUT.json")
     parser.add_argument("--particles", type=int, help="one K of growth, in this process")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="with --particles: at a time")
     parser.add_argument("--images", type=int, help="[32 for growth, 1 for trunk]")
     parser.add_argument("--rows", type=int, help="with --particles: the third question's rows")
     parser.add_argument("--method", choices=METHODS, default="ensemble", help="with --rows")
@@ -286,7 +287,7 @@ def main() -> int:
         print(json.dumps(peak_of(args.particles, args.rows, args.method)))
         return 0
     if args.particles:
-        print(json.dumps(bella(args.particles, args.images or 32, args.device)))
+        print(json.dumps(bella(args.particles, args.chunk, args.images or 32, args.device)))
         return 0
     wrong = False
     if args.part != "growth":

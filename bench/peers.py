@@ -259,7 +259,78 @@ class VmappedModels(nn.Module):
         return list(stacked)
 
 
-Models = LoopedModels | VmappedModels
+class FoldedLinear(nn.Module):
+    """A linear of K PEFT models: one product of all rows with W, and `lora_baddbmm` on top."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        (name,) = layers[0].active_adapters
+        self.base, self.scaling = layers[0].base_layer, layers[0].scaling[name]
+        self.lora_A = _stacked([layer.lora_A[name].weight for layer in layers])
+        self.lora_B = _stacked([layer.lora_B[name].weight for layer in layers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        rows = x.reshape(len(A), -1, x.shape[-1])
+        y = lora_baddbmm(rows, self.base.weight, A, B, self.base.bias, self.scaling)
+        return y.view(*x.shape[:-1], -1)
+
+
+class FoldedHead(nn.Module):
+    """A trained linear of K models."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        super().__init__()
+        self.weight = _stacked([layer.weight for layer in layers])
+        self.bias = _stacked([layer.bias for layer in layers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(len(self.weight), -1, x.shape[-1])
+        bias = self.bias.to(x.dtype).unsqueeze(1)
+        y = torch.baddbmm(bias, rows, self.weight.to(x.dtype).mT)
+        return y.view(*x.shape[:-1], -1)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> nn.Parameter:
+    return nn.Parameter(torch.stack([t.detach() for t in tensors]))
+
+
+class FoldedModels(nn.Module):
+    """The same models as one whose batch holds the rows of all particles, in plain PyTorch: what
+    multilora does, as somebody would write it for one model without kernels of their own."""
+
+    def __init__(self, models: Sequence[nn.Module], compile_it: bool = False):
+        super().__init__()
+        self.particles = len(models)
+        self.template = copy.deepcopy(models[0]).get_base_model()
+        bases = [model.get_base_model() for model in models]
+        for name, module in list(self.template.named_modules()):
+            same = [base.get_submodule(name) for base in bases]
+            if hasattr(module, "lora_A"):
+                self.template.set_submodule(name, FoldedLinear(same))
+            elif hasattr(module, "modules_to_save"):
+                heads = [m.modules_to_save[m.active_adapters[0]] for m in same]
+                self.template.set_submodule(name, FoldedHead(heads))
+        self.run = torch.compile(self._run, dynamic=False) if compile_it else self._run
+
+    def _run(self, x: Tensor) -> Tensor:
+        rows = x.expand(self.particles, *x.shape).flatten(0, 1)
+        return self.template(rows).unflatten(0, (self.particles, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+    def flat(self) -> list[Tensor]:
+        return [p for p in self.template.parameters() if p.requires_grad]
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
+        return list(stacked)
+
+
+Models = LoopedModels | VmappedModels | FoldedModels
 
 
 def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -279,9 +350,10 @@ def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]
 
 
 class IBDR:
-    """`multilora.IBDR` at its defaults, in plain PyTorch: joint divergence, proximal ascent."""
+    """`multilora.IBDR` at its defaults, in plain PyTorch: joint divergence, proximal ascent, λ from
+    how far the predicted probabilities move."""
 
-    alpha, clip, rho, lambda_lr, lambda_bounds = 0.02, 0.15, 0.03, 1e-2, (0.5, 5.0)
+    alpha, clip, rho, lambda_lr, lambda_bounds = 0.02, 0.15, 0.03, 2.0, (0.05, 5.0)
 
     def __init__(self, like: Tensor):
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -290,7 +362,8 @@ class IBDR:
     def backward(self, models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         params = models.flat()
         start = [p.detach().clone() for p in params]
-        nll, divergence = particle_loss(models(x), y)
+        at_theta = models(x)
+        nll, divergence = particle_loss(at_theta, y)
         grads = torch.autograd.grad(nll.sum() + self.alpha * divergence, params)
         grads = models.stack(grads)
         norm = sum(g.flatten(1).square().sum(1) for g in grads).sqrt()  # (K,)
@@ -298,11 +371,13 @@ class IBDR:
         climb = [(g * step.view(-1, *[1] * (g.ndim - 1))).to(g.dtype) for g in grads]
         with torch.no_grad():
             torch._foreach_add_(params, models.unstack(climb))
-        nll, divergence = particle_loss(models(x), y)
+        moved = models(x)
+        nll, divergence = particle_loss(moved, y)
         (nll.sum() + self.alpha * divergence).backward()
         with torch.no_grad():
             torch._foreach_copy_(params, start)
-        cost = (norm * step).square().mean()
+            probabilities = [t.to(norm.dtype).softmax(-1) for t in (moved, at_theta)]
+            cost = torch.linalg.vector_norm(probabilities[0] - probabilities[1], dim=-1).mean()
         self.lambda_.sub_(self.lambda_lr * (self.rho - cost)).clamp_(*self.lambda_bounds)
         loss = nll.detach().mean() + self.alpha * divergence.detach()
         return {"loss": loss, "cost": cost}
@@ -325,7 +400,7 @@ def svgd_backward(
     params = models.flat()
     grads = models.stack([p.grad for p in params])
     stacked = models.stack([p.detach() for p in params])
-    direction = svgd_direction(stacked, grads, scaling, adapted, gamma, distances)
+    direction = svgd_direction(stacked, grads, scaling, adapted, gamma, distances=distances)
     for p, d in zip(params, models.unstack(direction)):
         p.grad = d.to(p.dtype)
     return stats
@@ -337,9 +412,11 @@ def svgd_direction(
     scaling: float,
     adapted: int,
     gamma: float = 0.01,
+    floor: float = 1e-3,
     distances: Callable[[Tensor, Tensor, float], Tensor] | None = None,
 ) -> list[Tensor]:
-    """One kernel per layer and one for the head, on materialised ΔW unless `distances` is given."""
+    """One kernel per layer and one for the head, on materialised ΔW unless `distances` is given.
+    The widths have SVGD's floor."""
     stacked = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in stacked]
     stacked = [t.detach().requires_grad_() for t in stacked]
     groups = [stacked[2 * i : 2 * i + 2] for i in range(adapted)]
@@ -356,7 +433,9 @@ def svgd_direction(
         else:
             distance = _squared_distances(torch.cat([t.flatten(1) for t in group], 1))
         width = distance.detach()[i, j].quantile(0.5) / math.log(particles + 1)
-        kernel = torch.exp(-distance / width)
+        sized = [scaling * group[0]] if index < adapted else group
+        least = 1e-12 + floor * sum(t.detach().square().sum() for t in sized) / particles
+        kernel = torch.exp(-distance / width.maximum(least))
         # Its gradient is Σ_j ∇_i k_ij: every pair is in the sum twice.
         total = total + 0.5 * kernel.sum()
         driven += [kernel.detach().mean(1)] * len(group)

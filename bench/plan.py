@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import compare, many_runs, outside, probes, smoke
+from bench import compare, many_runs, outside, probes, profiles, smoke
 from bench.case import Case, Unavailable, is_ours
 from bench.cases import families
 from bench.jobs import Context, Group, Job, Stage
@@ -25,6 +25,8 @@ from multilora.ops.dispatch import BACKENDS, available_backends, missing_reason
 AT_ONCE = 8
 #: Processes that fill Triton's cache for the sizes that follow.
 COMPILERS = 4
+#: The Bella paper's Table 2 has their memory: 4.48, 5.19, 4.50 and 4.63 GB.
+CLIP_PARTICLES = (3, 100, 5, 20)
 #: The files of tests/gpu. Determinism, and graphs captured by hand, are checked with every case.
 GPU_TESTS = {
     "torch.compile": "test_compiled_graphs.py",
@@ -73,25 +75,51 @@ def stages(device: str, tiny: bool, tests: bool = True) -> list[Stage]:
             [
                 group("ViT-B steps"),
                 group("Llama steps"),
+                group("compiled steps"),
                 Group("programs", _program_jobs(tiny)),
-                Group("unrelated runs", _unrelated_jobs(tiny)),
             ],
         ),
     ]
+    on_gpu = backends[1:] if device == "cuda" else []
+    if on_gpu:
+        found.append(Stage("profiles", "what holds a kernel back", [_profiles(on_gpu)]))
     rest = [group("torch.compile"), Group("large offsets", _gpu_test_jobs(backends))]
     if tests:
         rest.insert(0, Group("tests", [Job("tests", outside.tests, seconds=150.0)]))
     found.append(
         Stage("tests", "every operator test on the device", [*rest, group("other libraries")])
     )
-    if device == "cuda":
-        tools = [(tool, b) for b in backends[1:] for tool in ("memcheck", "synccheck")]
-        jobs = [
-            Job(f"{tool} ({b})", partial(outside.sanitizer, tool=tool, backend=b), seconds=30.0)
-            for tool, b in tools
-        ]
-        found.append(Stage("sanitizer", "what memcheck says", [Group("sanitizer", jobs)]))
+    if on_gpu:
+        found.append(Stage("sanitizer", "what memcheck says", [_sanitizer(on_gpu)]))
+    unrelated = [Group("unrelated runs", _unrelated_jobs(tiny))]
+    found.append(Stage("unrelated runs", "what many adapters of one's own gain", unrelated))
     return found
+
+
+def _profiles(backends: Sequence[str]) -> Group:
+    jobs = [
+        Job(
+            f"profile ({backend})",
+            partial(profiles.profile, backend=backend),
+            seconds=35.0,
+            memory=20e9,
+        )
+        for backend in backends
+    ]
+    return Group("profiles", jobs)
+
+
+def _sanitizer(backends: Sequence[str]) -> Group:
+    jobs = [
+        Job(
+            f"{tool} ({backend})",
+            partial(outside.sanitizer, tool=tool, backend=backend),
+            seconds=30.0,
+        )
+        for backend in backends
+        for tool in ("memcheck", "synccheck")
+    ]
+    return Group("sanitizer", jobs)
 
 
 def case_job(case: Case) -> Job:
@@ -275,7 +303,7 @@ def _unrelated(case: many_runs.Training, context: Context) -> dict[str, Any]:
 
 def _program_jobs(tiny: bool) -> list[Job]:
     jobs = [Job("multilora train", outside.train, seconds=25.0)]
-    for k in () if tiny else (3, 100):
+    for k in () if tiny else CLIP_PARTICLES:
         name = f"CLIP ViT-B/32, K = {k}"
-        jobs.append(Job(name, partial(outside.particles, count=k), seconds=20.0))
+        jobs.append(Job(name, partial(outside.particles, count=k), seconds=15.0))
     return jobs

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench import goals
 from bench.case import is_ours
 from bench.jobs import Stage
 from bench.journal import state
@@ -134,6 +135,8 @@ def build(events: list[dict[str, Any]], stages: list[Stage], kind: str, tiny: bo
             record["cases"].append(_named(name, result))
         elif name not in ("machine", "build", "ceilings", "tests"):
             record["others"][name] = result
+    if kind == "gpu":
+        record["goals"] = goals.as_records(goals.judge(record))
     return record | {
         "crashes": s.crashes,
         "groups": s.groups,

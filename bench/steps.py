@@ -179,26 +179,31 @@ def _step(
     return run
 
 
-def step_ours(method: type, i: Training) -> Repetition:
-    model, algorithm = i.particles, method(i.particles)
-    params = model.particle_parameters()
+def step_ours(method: type, i: Training, compile_it: bool = False) -> Repetition:
+    algorithm, params = method(i.particles), i.particles.particle_parameters()
+    model = torch.compile(i.particles, dynamic=False) if compile_it else i.particles
     call = i.network.call
     return _step(params, params, lambda: algorithm.backward(lambda: (call(model, i.x), i.y)))
 
 
 def step_plain(
     models: type,
-    method: type,
     i: Training,
+    method: type,
     autocast: bool = True,
     distances: Callable[..., Tensor] | None = None,
+    compile_it: bool = False,
 ) -> Repetition:
-    """A plain peer. distances: how SVGD's are computed, if not from materialised ΔW."""
+    """A plain peer. distances: how SVGD's are computed, if not from materialised ΔW. compile_it:
+    whether torch.compile has the models."""
 
     def logits(model: nn.Module, x: Tensor) -> Tensor:
         return i.network.call(model, x).flatten(0, -2)
 
-    if models is peers.VmappedModels:
+    if models is peers.FoldedModels:
+        stack = peers.FoldedModels(i.models(autocast), compile_it)
+        reported = stack.flat()
+    elif models is peers.VmappedModels:
         stack = peers.VmappedModels(i.models(autocast))
         # The fused attention has no batching rule; vmap would run it particle by particle.
         for module in stack.template.modules():
@@ -206,7 +211,10 @@ def step_plain(
                 module.fused_attn = False
         reported = stack.flat()
     else:
-        stack = peers.LoopedModels(i.models(autocast), logits)
+        each = i.models(autocast)
+        if compile_it:
+            each = [torch.compile(model, dynamic=False) for model in each]
+        stack = peers.LoopedModels(each, logits)
         reported = list(zip(*stack.trainable))
     backward = {
         ml.Ensemble: peers.ensemble_backward,
@@ -249,8 +257,8 @@ def cpu_steps() -> list[Case]:
             f"{DIGITS.name} K4 B{batch}",
             partial(training, DIGITS, 4, batch),
             {
-                "PEFT loop": partial(step_plain, peers.LoopedModels, method),
-                "vmap": partial(step_plain, peers.VmappedModels, method),
+                "PEFT loop": partial(step_plain, peers.LoopedModels, method=method),
+                "vmap": partial(step_plain, peers.VmappedModels, method=method),
                 **by_default(partial(step_ours, method)),
             },
             ("frozen model", partial(frozen_model, 2 if method is ml.IBDR else 1)),
@@ -260,12 +268,12 @@ def cpu_steps() -> list[Case]:
     ]
 
 
-def _vit(tiny: bool, rank: int) -> Network:
+def _vit(tiny: bool, rank: int, depth: int = 12) -> Network:
     def build() -> nn.Module:
         import timm
 
         name = "vit_tiny_patch16_224" if tiny else "vit_base_patch16_224"
-        small = {"img_size": 32, "depth": 1} if tiny else {}
+        small = {"img_size": 32, "depth": 1} if tiny else {"depth": depth}
         return timm.create_model(name, pretrained=False, num_classes=10, **small)
 
     pixels = 32 if tiny else 224
@@ -287,7 +295,7 @@ def _tokens(length: int, classes: int) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _llama(tiny: bool, length: int, layers: int = 1) -> Network:
+def _llama(tiny: bool, length: int, layers: int) -> Network:
 
     def build() -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -310,7 +318,7 @@ def _llama(tiny: bool, length: int, layers: int = 1) -> Network:
     classes = 64 if tiny else 32000
     targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     return Network(
-        f"Llama 7B, {layers} layer",
+        f"Llama 7B, {layers} layers",
         build,
         {"r": 16, "lora_alpha": 16, "target_modules": targets},
         classes=classes,
@@ -326,17 +334,73 @@ def gpu_steps(backends: Sequence[str], tiny: bool) -> list[Case]:
     images = 2 if tiny else 64
     vit4 = _vit(tiny, 16)
     vit8 = replace(vit4, lora={**vit4.lora, "r": 8, "lora_alpha": 8})
-    llama = _llama(tiny, length=8 if tiny else 2048)
+    llama = _llama(tiny, length=8 if tiny else 2048, layers=1 if tiny else 4)
     short = replace(llama, **_tokens(8 if tiny else 32, llama.classes))
     problems = [
         (ml.IBDR, vit4, vit4, 4, images),
         (ml.SVGD, vit4, vit4, 4, images),
-        (ml.IBDR, llama, short, 4, 2),
-        (ml.SVGD, llama, short, 4, 2),
+        (ml.IBDR, llama, short, 4, 1),
+        (ml.SVGD, llama, short, 4, 1),
         (ml.IBDR, vit8, vit8, 8, images),
         (ml.SVGD, vit8, vit8, 8, images),
     ]
-    return [_step_case(*problem, backends) for problem in problems]
+    return [_eager_steps(*problem, backends) for problem in problems]
+
+
+def _eager_steps(
+    method: type,
+    network: Network,
+    small: Network,
+    particles: int,
+    batch: int,
+    backends: Sequence[str],
+) -> Case:
+    of_vit = network.name.startswith("ViT")
+    plain = partial(step_plain, method=method, distances=peers.frobenius_by_factors)
+    makers: dict[str, Callable[[Any], Repetition]] = {
+        "PEFT loop": partial(plain, peers.LoopedModels),
+        "PEFT loop, autocast_adapter_dtype=False": partial(
+            plain, peers.LoopedModels, autocast=False
+        ),
+    }
+    if of_vit and particles == 4:
+        makers["vmap"] = partial(plain, peers.VmappedModels)
+    if of_vit:
+        makers["folded"] = partial(plain, peers.FoldedModels, autocast=False)
+    makers |= _unchecked(method, backends)
+    for backend in backends if of_vit else ():
+        if backend != "cuda":
+            checked = partial(step_ours, method)
+            makers[f"{OURS} ({backend})"] = partial(on_backend, backend, checked)
+    return _step_case(method, network, small, particles, batch, makers, 45.0 if of_vit else 60.0)
+
+
+def _unchecked(
+    method: type, backends: Sequence[str], compile_it: bool = False
+) -> dict[str, Callable[[Any], Repetition]]:
+    """Ours with nonfinite="ignore": the test for such values waits for the device, so that no graph
+    can hold the step."""
+    ours = partial(step_ours, partial(method, nonfinite="ignore"), compile_it=compile_it)
+    how = "ignore, compiled" if compile_it else "ignore"
+    return {
+        f"{OURS} ({backend}, {how})": partial(on_backend, backend, ours) for backend in backends
+    }
+
+
+def compiled_steps(backends: Sequence[str], tiny: bool) -> list[Case]:
+    """IBDR on a ViT-B where torch.compile has the models. Compiling takes minutes, so the gradients
+    are checked on one block."""
+    vit, block = _vit(tiny, 16), _vit(tiny, 16, depth=1)
+    plain = partial(step_plain, method=ml.IBDR, autocast=False)
+    makers: dict[str, Callable[[Any], Repetition]] = {
+        "PEFT loop": partial(plain, peers.LoopedModels),
+        "PEFT loop, compiled": partial(plain, peers.LoopedModels, compile_it=True),
+        "folded, compiled": partial(plain, peers.FoldedModels, compile_it=True),
+    }
+    makers |= _unchecked(ml.IBDR, backends)
+    makers |= _unchecked(ml.IBDR, backends[1:], compile_it=True)
+    case = _step_case(ml.IBDR, vit, block, 4, 2 if tiny else 64, makers, 200.0)
+    return [replace(case, name=f"{case.name}, torch.compile")]
 
 
 def _step_case(
@@ -345,26 +409,10 @@ def _step_case(
     small: Network,
     particles: int,
     batch: int,
-    backends: Sequence[str],
+    makers: dict[str, Callable[[Any], Repetition]],
+    cost: float,
 ) -> Case:
-    plain = partial(step_plain, peers.LoopedModels, method)
-    distances = peers.frobenius_by_factors
-    makers: dict[str, Callable[[Any], Repetition]] = {
-        "PEFT loop": partial(plain, distances=distances),
-        "PEFT loop, autocast_adapter_dtype=False": partial(
-            plain, autocast=False, distances=distances
-        ),
-    }
-    if network.name.startswith("ViT") and particles == 4:
-        makers["vmap"] = partial(step_plain, peers.VmappedModels, method, distances=distances)
-    # Also with nonfinite="ignore": the test for such values waits for the device, so that no graph
-    # can hold the step.
-    for backend in backends:
-        unchecked = partial(step_ours, partial(method, nonfinite="ignore"))
-        makers[f"{OURS} ({backend}, ignore)"] = partial(on_backend, backend, unchecked)
-        if backend != "cuda":
-            looks = partial(step_ours, method)
-            makers[f"{OURS} ({backend})"] = partial(on_backend, backend, looks)
+    """small: the network that is checked, in float32 and with two examples."""
     case = Case(
         f"{method.__name__} step",
         f"{network.name} K{particles} B{batch}",
@@ -372,8 +420,8 @@ def _step_case(
         makers,
         ("frozen model", partial(frozen_model, 2 if method is ml.IBDR else 1)),
         half_precision=True,
-        cost=45.0,
-        memory=particles * batch * (0.15e9 if network.name.startswith("ViT") else 2.5e9),
+        cost=cost,
+        memory=particles * batch * (0.15e9 if network.name.startswith("ViT") else 8e9),
     )
     stand_in = replace(case, inputs=partial(training, small, particles, 2), half_precision=False)
     return replace(case, stand_in=stand_in)

@@ -113,9 +113,9 @@ def run_bank(
     routed = _Routed(top_k_index, ends, bank.num_experts)
     up, down = parameters_of(bank)
     y = _adapted(bank, up, hidden_states[routed.order // top], routed, factors.get(up))
-    y = bank._apply_gate(y) if bank.has_gate else bank.act_fn(y)
+    y = bank._apply_gate(y) if says(bank, "has_gate") else bank.act_fn(y)
     y = _adapted(bank, down, y, routed, factors.get(down))
-    if bank.has_post_expert_norm:
+    if says(bank, "has_post_expert_norm"):
         y = bank.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[routed.order].unsqueeze(-1)
     # Back in the order of the rows, and summed without atomic additions.
@@ -183,7 +183,13 @@ def matrices(bank: Any, parameter: str) -> Tensor:
 
 def parameters_of(bank: Any) -> tuple[str, str]:
     """The names of a bank's two parameters of matrices."""
-    return "gate_up_proj" if bank.has_gate else "up_proj", "down_proj"
+    return "gate_up_proj" if says(bank, "has_gate") else "up_proj", "down_proj"
+
+
+def says(bank: Any, name: str) -> bool:
+    """What transformers noted of a bank in this attribute. Its older versions knew fewer choices:
+    there all banks have a gate, and nothing else."""
+    return getattr(bank, name, name == "has_gate")
 
 
 def bank_name(name: str) -> str:
@@ -233,7 +239,7 @@ def check_parameter(name: str, module: nn.Module, parameter: str) -> None:
                 f"{what}, and {own_name} of this {type(module).__name__} is a {got}, which is not "
                 f"a plain tensor of {module.num_experts} matrices, two or more: {only}"
             )
-    if module._is_expert_parallel:
+    if says(module, "_is_expert_parallel"):
         raise TypeError(f"{what}, whose experts are shared out to processes: {only}")
     if any(vars(module)[hooks] for hooks in ("_forward_pre_hooks", "_forward_hooks")):
         raise TypeError(f"{what}, of a {type(module).__name__} with hooks, which would not run")

@@ -304,6 +304,15 @@ def test_unequal_rows_and_choices_of_no_one(name):
         torch.testing.assert_close(y[rows], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_banks_of_older_transformers_say_less():
+    base, ids = base_of("mixtral"), tokens()
+    logits = particles_of(base, config_of(), K)(ids).logits
+    for layer in base.model.layers:
+        for name in ("has_gate", "has_post_expert_norm", "_is_expert_parallel"):
+            delattr(layer.mlp.experts, name)
+    assert torch.equal(particles_of(base, config_of(), K)(ids).logits, logits)
+
+
 def test_one_after_another_and_some_of_them():
     base, ids = base_of("mixtral"), tokens()
     model = particles_of(base, config_of(), K)

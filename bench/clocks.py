@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -141,7 +142,9 @@ def capture(
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        # transformers looks at its inputs, which waits, except in a capture.
+        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+            run()
     finally:
         torch.cuda.set_sync_debug_mode(before)
     graph = torch.cuda.CUDAGraph(keep_graph=True)

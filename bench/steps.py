@@ -67,6 +67,11 @@ class Training:
     x: Tensor  # (B, ...)
     y: Tensor  # (B,), or (B, L) of a language model
 
+    def own_particles(self) -> ml.ParticleModel:
+        """The particles anew, for one peer: a kernel that is wrong spoils those it trains."""
+        base = copy.deepcopy(self.frozen, _by_id(self.frozen))
+        return ml.load_particle_model(base, self.folder.name).train()
+
     def models(self, autocast: bool = True) -> list[nn.Module]:
         """The PEFT models. autocast: PEFT's default, float32 adapters in a half-precision model."""
         import peft
@@ -180,9 +185,9 @@ def _step(
 
 
 def step_ours(method: type, i: Training, compile_it: bool = False) -> Repetition:
-    algorithm, params = method(i.particles), i.particles.particle_parameters()
-    model = torch.compile(i.particles, dynamic=False) if compile_it else i.particles
-    call = i.network.call
+    particles, call = i.own_particles(), i.network.call
+    algorithm, params = method(particles), particles.particle_parameters()
+    model = torch.compile(particles, dynamic=False) if compile_it else particles
     return _step(params, params, lambda: algorithm.backward(lambda: (call(model, i.x), i.y)))
 
 

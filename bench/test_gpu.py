@@ -130,6 +130,34 @@ def test_a_peer_that_fails_while_it_is_timed_costs_itself():
     assert found["launched"].keys() == {*case.peers, case.yardstick[0]}
 
 
+def test_a_backend_without_float32_is_timed_in_half_precision():
+    case = _tiny("IBDR step")
+    plain, ours = next(iter(case.peers)), "multilora (half, ignore)"
+
+    def half_only(inputs):
+        if next(inputs.frozen.parameters()).dtype == torch.float32:
+            return lambda: _raise(ml.BackendUnavailableError("no float32"))
+        return case.peers["multilora (reference, ignore)"](inputs)
+
+    peers = {plain: case.peers[plain], ours: half_only}
+    small = replace(case.stand_in, peers=peers)
+    found = _measure(replace(case, peers=peers, stand_in=small))
+    assert found["unchecked"] == {ours: "no float32"}
+    assert found["loss"].keys() == found["errors"].keys() | {ours} and ours in found["launched"]
+    assert not found["failures"] and not found["skipped"]
+
+
+def test_what_a_peer_spoils_is_its_own():
+    """Particles that a wrong kernel has filled with NaN are not those of the next peer."""
+    case = _tiny("IBDR step")
+    inputs = case.inputs(torch.float32, CPU)
+    spoilt = case.peers[OURS](inputs)
+    inputs.particles.requires_grad_(False)
+    for p in inputs.particles.particle_parameters():
+        p.fill_(torch.nan)
+    assert spoilt()["loss"].isfinite() and case.peers[OURS](inputs)()["loss"].isfinite()
+
+
 def test_gpu_cases_have_names_of_their_own():
     for tiny in (False, True):
         names = [str(case) for case in gpu_cases(["reference"], tiny)]

@@ -264,6 +264,7 @@ def cpu_steps() -> list[Case]:
             {
                 "PEFT loop": partial(step_plain, peers.LoopedModels, method=method),
                 "vmap": partial(step_plain, peers.VmappedModels, method=method),
+                "folded": partial(step_plain, peers.FoldedModels, method=method),
                 **by_default(partial(step_ours, method)),
             },
             ("frozen model", partial(frozen_model, 2 if method is ml.IBDR else 1)),

@@ -104,28 +104,26 @@ def _over(case: dict[str, Any], names: Callable[[str], bool]) -> Callable[..., f
 
 
 def _linears(cases: list[dict[str, Any]]) -> Iterator[Judged]:
-    for passes, limits in LINEAR.items():
+    for passes, (of_vit, of_decoder) in LINEAR.items():
         group = f"lora_linear {passes}"
         for case in _of(cases, group):
-            plain = "shared" not in case["name"] and "," not in case["name"]
-            columns = {kind: case.get(f"{kind}_columns", {}) for kind in ("kernel", "launched")}
-            if plain:
-                yield _one(
-                    f"{group}, {case['name']}: over the base GEMM",
-                    limits["4096" in case["name"].split()[0]],
-                    True,
-                    case,
-                    lambda kind, name, _, c=columns: c[kind].get("x_yardstick", {}).get(name),
-                )
-            yield _one(
-                f"{group}, {case['name']}: the best peer over it",
-                1.0,
-                False,
-                case,
-                lambda kind, name, _, c=columns: (
-                    c[kind].get("x_best_peer", {}).get(name, [None] * 2)[1]
-                ),
-            )
+            widths, name = case["name"].split()[0], f"{group}, {case['name']}"
+            if "shared" not in case["name"] and "," not in case["name"]:
+                limit = of_decoder if "4096" in widths else of_vit
+                over = _column(case, "x_yardstick")
+                yield _one(f"{name}: over the base GEMM", limit, True, case, over)
+            ahead = _column(case, "x_best_peer")
+            yield _one(f"{name}: the best peer over it", 1.0, False, case, ahead)
+
+
+def _column(case: dict[str, Any], column: str) -> Callable[..., float | None]:
+    """What a column of the record says of our peer, the median where it has quartiles."""
+
+    def value(kind: str, name: str, _: float) -> float | None:
+        found = case[f"{kind}_columns"].get(column, {}).get(name)
+        return found[1] if isinstance(found, (list, tuple)) else found
+
+    return value
 
 
 def _bytes(record: dict[str, Any], case: dict[str, Any]) -> Callable[..., float | None]:

@@ -254,8 +254,9 @@ def train(context: Context) -> dict[str, Any]:
 
 
 def particles(context: Context, count: int, chunk: int = 3, images: int = 48) -> dict[str, Any]:
-    """A step of CLIP ViT-B/32 with `count` particles, three at a time: memory and time. With 48
-    images, three particles take about as much memory as in the Bella paper's Table 2."""
+    """A step of CLIP ViT-B/32 with `count` particles, three at a time: memory and time. 48
+    images are so many that three particles should come near the 4.5 GB of the Bella paper's
+    Table 2; this is extrapolated from a few images on a CPU."""
     command = [sys.executable, "-m", "bench.growth", "--particles", str(count)]
     command += ["--chunk", str(chunk), "--images", str(images), "--device", context.device.type]
     code, text = run(command, context, "particles", 120, merge=False)

@@ -227,7 +227,20 @@ class LoopedModels(nn.Module):
         return [t for particle in zip(*(s.unbind(0) for s in stacked)) for t in particle]
 
 
-class VmappedModels(nn.Module):
+class StackedModels(nn.Module):
+    """K models in one, whose trainable tensors are stacked (K, ...)."""
+
+    def flat(self) -> list[Tensor]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
+        return list(stacked)
+
+
+class VmappedModels(StackedModels):
     """The same models as one functional model under torch.func.vmap over stacked tensors.
 
     Only what is trained is stacked. The frozen weights stay shared.
@@ -248,15 +261,6 @@ class VmappedModels(nn.Module):
             return torch.func.functional_call(self.template, dict(zip(self.names, params)), (x,))
 
         return torch.func.vmap(one)(*self.stacked)
-
-    def flat(self) -> list[Tensor]:
-        return list(self.stacked)
-
-    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors)
-
-    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
-        return list(stacked)
 
 
 class FoldedLinear(nn.Module):
@@ -295,7 +299,7 @@ def _stacked(tensors: Sequence[Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.stack([t.detach() for t in tensors]))
 
 
-class FoldedModels(nn.Module):
+class FoldedModels(StackedModels):
     """The same models as one whose batch holds the rows of all particles, in plain PyTorch: what
     multilora does, as somebody would write it for one model without kernels of their own."""
 
@@ -320,17 +324,8 @@ class FoldedModels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.run(x)
 
-    def flat(self) -> list[Tensor]:
-        return [p for p in self.template.parameters() if p.requires_grad]
 
-    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return list(tensors)
-
-    def unstack(self, stacked: Sequence[Tensor]) -> list[Tensor]:
-        return list(stacked)
-
-
-Models = LoopedModels | VmappedModels | FoldedModels
+Models = LoopedModels | StackedModels
 
 
 def ensemble_backward(models: Models, x: Tensor, y: Tensor) -> dict[str, Tensor]:

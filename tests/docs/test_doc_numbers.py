@@ -107,6 +107,17 @@ def test_speedups_are_of_the_record(page):
     assert f"{min(linear):.2f}–{max(linear):.2f} ×" in text
 
 
+def test_what_is_slower_is_of_the_record():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    ibdr = speedup("IBDR step", "digits ViT K4 B16", "folded")
+    ensemble = speedup("Ensemble step", "digits ViT K4 B16", "folded")
+    few = speedup("IBDR step", "digits ViT K4 B8", "folded")
+    assert f"**{ibdr:.2f} ×** the batch folded by hand" in text
+    assert f"**{ensemble:.2f} ×** and" in text
+    less = (f"{1 / ratio - 1:.0%}".replace("%", " %") for ratio in (ensemble, ibdr, few))
+    assert "by {} (Ensemble), {} (IBDR, 16 images) or {} (8 images)".format(*less) in text
+
+
 def test_memory_is_of_the_record():
     record = json.loads((RESULTS / "many_particles" / "growth-cpu.json").read_text())
     assert f"{record['memory_ratio']:.2f} ×" in (ROOT / "README.md").read_text()
